@@ -1,0 +1,153 @@
+"""A minibatch: the counts of some cells in every modality, on the host or on a device.
+
+Shapes: B cells of this rank, F features, N non-zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseCounts:
+    """Counts of one modality by cell (CSR) and, for training, also by feature (the transpose).
+
+    Attributes
+    ----------
+    indptr
+        (B + 1,) int32; cell i holds the entries indptr[i]:indptr[i + 1]. A cell without the modality is empty.
+    indices
+        (N,) int32, feature of each entry, ascending within a cell.
+    values
+        (N,) float32.
+    num_features
+        F.
+    feature_indptr, cells, feature_values
+        The transpose: (F + 1,) int32, (N,) int32 cell of each entry (ascending within a feature), (N,) float32.
+        None where it was not asked for.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    values: Tensor
+    num_features: int
+    feature_indptr: Tensor | None = None
+    cells: Tensor | None = None
+    feature_values: Tensor | None = None
+
+    @property
+    def num_cells(self) -> int:
+        return len(self.indptr) - 1
+
+    def totals(self) -> Tensor:
+        """(B,) sum of the values of each cell, float32 or the values' wider dtype."""
+        lengths = (self.indptr[1:] - self.indptr[:-1]).long()
+        return torch.segment_reduce(self.values, "sum", lengths=lengths, initial=0.0)
+
+    def to_dense(self) -> Tensor:
+        """(B, F) dense counts. For tests and small data: training never makes them."""
+        lengths = (self.indptr[1:] - self.indptr[:-1]).long()
+        rows = torch.repeat_interleave(torch.arange(self.num_cells, device=lengths.device), lengths)
+        dense = torch.zeros(self.num_cells, self.num_features, dtype=self.values.dtype, device=self.values.device)
+        dense[rows, self.indices.long()] = self.values
+        return dense
+
+    def to_torch_csr(self) -> Tensor:
+        """(B, F) as a torch sparse CSR tensor that shares this memory."""
+        shape = (self.num_cells, self.num_features)
+        return torch.sparse_csr_tensor(self.indptr, self.indices, self.values, size=shape, check_invariants=False)
+
+    def to_scipy(self) -> scipy.sparse.csr_matrix:
+        """(B, F) as a SciPy CSR matrix that shares this memory."""
+        parts = (self.values.cpu().numpy(), self.indices.cpu().numpy(), self.indptr.cpu().numpy())
+        return scipy.sparse.csr_matrix(parts, shape=(self.num_cells, self.num_features))
+
+    @classmethod
+    def from_scipy(cls, matrix: scipy.sparse.spmatrix, *, transpose: bool = True) -> SparseCounts:
+        """Counts from any SciPy sparse matrix (B, F), for tests and data already in memory."""
+        rows = scipy.sparse.csr_matrix(matrix)
+        rows.sort_indices()
+        by_feature = rows.tocsc()
+        by_feature.sort_indices()
+        dtype = np.float64 if rows.dtype == np.float64 else np.float32
+
+        def tensor(array: np.ndarray, kind: type) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array, dtype=kind))
+
+        counts = cls(tensor(rows.indptr, np.int32), tensor(rows.indices, np.int32), tensor(rows.data, dtype), rows.shape[1])
+        if not transpose:
+            return counts
+        return replace(
+            counts,
+            feature_indptr=tensor(by_feature.indptr, np.int32),
+            cells=tensor(by_feature.indices, np.int32),
+            feature_values=tensor(by_feature.data, dtype),
+        )
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> SparseCounts:
+        changed = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SparseCounts(**{k: function(v) if isinstance(v, Tensor) else v for k, v in changed.items()})
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """This rank's share of the cells of one optimizer step.
+
+    Attributes
+    ----------
+    counts
+        Per modality; every modality holds all B cells, a cell that lacks it as an empty row.
+    present
+        Per modality (B,) bool: the cell has the modality in the store.
+    sample
+        (B,) int64 code of the cell's sample (the covariate to remove); zeros where no column was named.
+    place
+        (B,) int64 place of the cell in the *global* minibatch; the key of its noise.
+    rows
+        (B,) int64 row of the cell in the store.
+    num_global
+        Cells of the global minibatch, over all ranks.
+    epoch, step
+        Position of this minibatch; step counts from 0 within the epoch.
+    obs
+        Further obs columns as (B,) int64 codes (-1: missing).
+    """
+
+    counts: Mapping[str, SparseCounts]
+    present: Mapping[str, Tensor]
+    sample: Tensor
+    place: Tensor
+    rows: Tensor
+    num_global: int
+    epoch: int = 0
+    step: int = 0
+    obs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_cells(self) -> int:
+        return len(self.sample)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Minibatch:
+        return replace(
+            self,
+            counts={name: counts.map_tensors(function) for name, counts in self.counts.items()},
+            present={name: function(present) for name, present in self.present.items()},
+            sample=function(self.sample),
+            place=function(self.place),
+            rows=function(self.rows),
+            obs={name: function(codes) for name, codes in self.obs.items()},
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Minibatch:
+        """Copy every tensor to a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin(self) -> Minibatch:
+        """Copy every tensor to page-locked memory, from which copies to a GPU overlap with compute."""
+        return self._map(lambda tensor: tensor.pin_memory())

@@ -1,0 +1,78 @@
+"""What a store holds: its modalities, their features and counts, its obs columns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+FORMAT = 1
+"""Version of the store's layout; a reader refuses a higher one."""
+
+SCHEMA_KEY = "liam_scale"
+"""Key of the schema in the root attributes of a Zarr store; written last, so without it there is no store."""
+
+MODALITIES = ("rna", "atac", "adt")
+"""The modalities this package knows, in the order in which every list of them stands."""
+
+
+def sha256_of_names(names: Iterable[str]) -> str:
+    """Hash names in their order; two stores with equal hashes have the same features in the same columns."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ModalitySchema:
+    """One CSR matrix of a store."""
+
+    name: str
+    num_cells: int
+    """Cells that have this modality (rows of its matrix)."""
+    num_features: int
+    num_nonzeros: int
+    value_dtype: str
+    """NumPy name of the stored values, the narrowest that holds them: uint8, uint16, uint32 or float32."""
+    features_sha256: str
+
+    @property
+    def nonzeros_per_cell(self) -> float:
+        return self.num_nonzeros / max(1, self.num_cells)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The whole store. Rows of the store are *cells*; a modality holds those cells that have it, in the same order."""
+
+    num_cells: int
+    modalities: dict[str, ModalitySchema]
+    obs_columns: tuple[str, ...]
+    is_shuffled: bool
+    """Whether cells stand in a seeded random order; if not, the loader needs small blocks and large windows."""
+    cells_sha256: str
+    """Hash of the cell ids in their order."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides which counts stand in which row and column."""
+        counted = [
+            (name, m.num_cells, m.num_nonzeros, m.features_sha256) for name, m in sorted(self.modalities.items())
+        ]
+        return hashlib.sha256(json.dumps([self.num_cells, self.cells_sha256, counted]).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Schema:
+        fields = dict(entry)
+        version = fields.pop("format")
+        if version > FORMAT:
+            raise ValueError(f"store format: got {version}, this package reads up to {FORMAT}; update liam-scale")
+        modalities = {name: ModalitySchema(**m) for name, m in fields.pop("modalities").items()}
+        return cls(modalities=modalities, obs_columns=tuple(fields.pop("obs_columns")), **fields)
