@@ -1,0 +1,80 @@
+"""The ranks of a run: who am I, and how do we agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of the run; size 1 outside torchrun."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks; every rank gets the same result."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def largest(self, values: list[int]) -> list[int]:
+        """Element-wise maximum over ranks: how ranks agree that one of them wants something."""
+        if self.size == 1:
+            return values
+        flags = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return [int(flag) for flag in flags.tolist()]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def launched_ranks() -> tuple[int, int]:
+    """(rank, number of ranks) from torchrun's environment, (0, 1) without it. Touches no device and no network."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def join_world(device: Device = "auto", *, timeout_minutes: float = 30.0) -> Iterator[World]:
+    """Join the ranks that torchrun started: gloo on CPU, NCCL on GPU (one GPU a rank).
+
+    Raises
+    ------
+    ValueError
+        `device="cuda"` on a machine without a CUDA device.
+    """
+    rank, size = launched_ranks()
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ValueError("--device: got cuda, but torch sees no CUDA device here; use --device cpu or auto")
+    chosen = torch.device("cpu")
+    if has_cuda and device != "cpu":
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(chosen)
+    if size == 1:
+        yield World(device=chosen)
+        return
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield World(rank, size, chosen)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,88 @@
+"""Adam, the schedule of the KL weight, and the number of epochs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+STEPS_OF_PUBLISHED_EPOCH = 464
+"""Steps of an epoch of the published data: 0.95 x 62,501 training cells in minibatches of 128."""
+
+CELLS_FOR_STEP_WARMUP = 100_000
+"""Above this many cells the KL weight grows by steps: an epoch there is too long a unit."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam as the original sets it."""
+
+    lr: float = 1e-3
+    """Learning rate."""
+    eps: float = 0.01
+    """Added to the root of Adam's second moment."""
+    weight_decay: float = 1e-6
+    """L2 penalty, in the gradient."""
+    kl_warmup: Literal["auto", "epochs", "steps"] = "auto"
+    """Unit in which the weight of KL(z) grows; auto: epochs up to 100,000 cells, steps above."""
+    kl_warmup_epochs: int = 400
+    """Epochs after which the weight of KL(z) is 1; in steps an epoch counts 464, as in the published runs."""
+    kl_weight_min: float = 1e-3
+    """Smallest weight of KL(z)."""
+
+
+@dataclass(frozen=True)
+class KLSchedule:
+    """Weight of KL(z) as a function of the position, max(min, min(1, done / warm-up))."""
+
+    unit: Literal["epochs", "steps"]
+    warmup: float
+    """Length of the warm-up in that unit."""
+    minimum: float
+
+    def __call__(self, epoch: int, global_step: int) -> float:
+        done = epoch if self.unit == "epochs" else global_step
+        return max(self.minimum, min(1.0, done / self.warmup if self.warmup > 0 else 1.0))
+
+
+def kl_schedule(config: OptimConfig, *, num_cells: int) -> KLSchedule:
+    """The schedule for a data set of `num_cells` cells."""
+    unit = config.kl_warmup
+    if unit == "auto":
+        unit = "steps" if num_cells > CELLS_FOR_STEP_WARMUP else "epochs"
+    length = config.kl_warmup_epochs * (STEPS_OF_PUBLISHED_EPOCH if unit == "steps" else 1)
+    return KLSchedule("steps" if unit == "steps" else "epochs", length, config.kl_weight_min)
+
+
+def default_max_epochs(num_cells: int) -> int:
+    """The original's heuristic, min(round(20,000 / n x 400), 400), and at least 1."""
+    return max(1, min(round(20_000 / max(1, num_cells) * 400), 400))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Adam:
+    """Fused Adam: 0.025 against 0.21 CPU seconds a step for 25.6 M parameters."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.Adam(
+        parameters, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam's moments under `<parameter name>/<moment>`, for a checkpoint."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}/{key}"] = value
+    return tensors
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put the moments of a checkpoint back."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        name, moment = key.rsplit("/", 1)
+        parameter = parameters[name]
+        # Fused Adam wants its step count beside the parameter, as float32.
+        optimizer.state[parameter][moment] = value.to(parameter.device)

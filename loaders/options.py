@@ -1,0 +1,44 @@
+"""What a user chooses about loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How cells are read, shuffled and grouped into minibatches."""
+
+    minibatch: int = 128
+    """Cells of one optimizer step, over all ranks."""
+    memory: str = "1GiB"
+    """Memory of windows and read-ahead of all modalities together, over all ranks of this machine's process."""
+    streams: int | None = None
+    """Virtual ranks; fixed when a run is created. Default 16, or twice the ranks if that is more."""
+    threads: int | None = None
+    """Reader threads of one process; default: the cores of this process, at most 4."""
+    validation_share: float = 0.05
+    """Share of every sample's cells held out for validation."""
+    adt_transform: Literal["clr", "none"] = "clr"
+    """Transform of ADT counts, made while reading: centred log-ratio per cell, or the values as they are."""
+    balance: str | None = None
+    """Obs column whose categories are drawn equally often in an epoch."""
+
+    def __post_init__(self) -> None:
+        if self.minibatch < 1:
+            raise ValueError(f"--loader.minibatch: got {self.minibatch}; give at least 1 cell")
+        if not 0 <= self.validation_share < 1:
+            raise ValueError(
+                f"--loader.validation-share: got {self.validation_share}; give a share from 0 to below 1"
+            )
+        if self.streams is not None and self.streams < 1:
+            raise ValueError(f"--loader.streams: got {self.streams}; give at least 1")
+
+    @property
+    def transforms(self) -> dict[str, str]:
+        return {"adt": "clr"} if self.adt_transform == "clr" else {}
+
+    def streams_for(self, ranks: int) -> int:
+        """Number of streams of a new run on `ranks` ranks."""
+        return self.streams if self.streams is not None else max(16, 2 * ranks)
