@@ -1,0 +1,48 @@
+"""The options that all kernels share, and the checks of what a caller gave."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from loaders.minibatch import SparseCounts
+
+Impl = Literal["auto", "reference", "fused"]
+"""`reference`: the plain formula on dense tensors. `fused`: tiles and sparse walks. `auto`: fused."""
+
+Precision = Literal["float32", "tf32", "bf16"]
+"""Precision of matrix products; sums, logarithms and lgamma keep the dtype of the weights."""
+
+Likelihood = Literal["per-cell", "original"]
+
+TILE_BYTES = 64 * 2**20
+"""Memory a likelihood may use beyond its inputs and gradients."""
+
+
+def check_choice(name: str, value: str, choices: object) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}; use one of {', '.join(map(repr, allowed))}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, the other arguments ask for {shape}")
+
+
+def check_output_layer(counts: SparseCounts, hidden: Tensor, weight: Tensor, bias: Tensor, cell_weight: Tensor) -> None:
+    """Shapes and dtypes of a decoder's output layer against the counts it explains."""
+    cells, features, width = counts.num_cells, counts.num_features, weight.shape[1]
+    check_shape("hidden", hidden, (cells, width))
+    check_shape("weight", weight, (features, width))
+    check_shape("bias", bias, (features,))
+    check_shape("cell_weight", cell_weight, (cells,))
+    for name, tensor in (("hidden", hidden), ("bias", bias)):
+        if tensor.dtype != weight.dtype:
+            raise ValueError(f"{name}: got {tensor.dtype}, weight is {weight.dtype}; cast one of them")
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"weight: got {weight.dtype}; keep weights in float32 (or float64) and choose precision='bf16'"
+        )
