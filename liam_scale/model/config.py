@@ -1,0 +1,304 @@
+"""Options of the model, the paper's models by name, and what the model must know of the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from loaders.schema import MODALITIES
+
+ModelName = Literal[
+    "bavae", "cvae", "cdvae", "avae", "cevae", "batchvae", "vae", "rna-only", "atac-only", "adt-only", "concat"
+]
+
+CONCAT_LATENT = 10
+"""Latent dimensions of each model of a late integration, so that both side by side have 20 as in the paper."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Options of the model. A field that is None takes the value that `model` stands for; see `resolve`."""
+
+    model: ModelName = "bavae"
+    """Model of the paper; bavae is liam as published."""
+    modalities: tuple[str, ...] = ()
+    """Modalities to integrate, of rna, atac and adt; empty: all that the store holds."""
+    alpha: float | None = None
+    """Weight of the adversary that removes the sample from the embedding; the paper uses 0 to 1000."""
+    adversarial: bool | None = None
+    """Whether a classifier of the sample reads the latent space through a gradient reversal."""
+    conditional_encoder: bool | None = None
+    """Whether the encoders of modalities and latent space see the sample."""
+    conditional_decoder: bool | None = None
+    """Whether the decoders see the sample."""
+    n_latent: int | None = None
+    """Latent dimensions; 20, or 10 for each model of concat."""
+    n_hidden: int = 128
+    """Units of each hidden layer; the adversary always has 32."""
+    dropout_rate: float = 0.1
+    """Share of hidden units dropped in the encoders while training."""
+    dispersion_rna: Literal["gene", "gene-batch"] | None = None
+    """One dispersion per gene, or one per gene and sample."""
+    dispersion_atac: Literal["constant", "batch"] | None = None
+    """One dispersion for all peaks, or one per sample."""
+    dispersion_adt: Literal["ADT", "ADT-batch"] | None = None
+    """One dispersion per protein, or one per protein and sample."""
+    use_atac_libsize: bool = True
+    """Whether the ATAC decoder reads an inferred library size."""
+    use_batch_norm_encoder: bool = False
+    """Batch normalisation in the hidden layers of the encoders."""
+    use_batch_norm_decoder: bool = False
+    """Batch normalisation in the hidden layers of decoders and adversary."""
+    use_layer_norm_encoder: bool = True
+    """Layer normalisation in the hidden layers of the encoders."""
+    use_layer_norm_decoder: bool = True
+    """Layer normalisation in the hidden layers of decoders and adversary."""
+    likelihood: Literal["per-cell", "original"] = "per-cell"
+    """ATAC likelihood: cell by cell, or summed over the minibatch as the original's code does."""
+    priors: Literal["present", "original"] = "present"
+    """Library priors from the cells that have the modality, or from all cells with log 0 taken as 0 as the original."""
+    impl: Literal["auto", "reference", "fused"] = "auto"
+    """Which twin of the kernels computes."""
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    """Precision of the matrix products over all features; sums and logarithms stay float32."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        unknown = [name for name in self.modalities if name not in MODALITIES]
+        if unknown or len(set(self.modalities)) != len(self.modalities):
+            raise ValueError(
+                f"model.modalities: got {list(self.modalities)}; do: name each once, out of {', '.join(MODALITIES)}"
+            )
+
+    @property
+    def is_single(self) -> bool:
+        """Whether this (resolved) model has one modality; then no row sum masks a loss term."""
+        return len(self.modalities) == 1
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "modalities": list(self.modalities)}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> ModelConfig:
+        return cls(**{**entry, "modalities": tuple(entry["modalities"])})
+
+
+@dataclass(frozen=True)
+class ModelData:
+    """What the model must know of the data. Modalities are the keys of `num_features`, in canonical order."""
+
+    num_features: Mapping[str, int]
+    """Features per modality."""
+    samples: tuple[str, ...] = ("all",)
+    """Categories of the sample covariate in the order of their codes; one entry if no column was named."""
+    prior_mean: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Per modality and sample: mean of the log total; empty: 0."""
+    prior_variance: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Per modality and sample: population variance of the log total; empty: 1."""
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise ValueError("samples: got none; do: give one category for data without a sample covariate")
+        for name, means in [*self.prior_mean.items(), *self.prior_variance.items()]:
+            if len(means) != len(self.samples):
+                raise ValueError(
+                    f"library priors of {name}: got {len(means)} values for {len(self.samples)} samples; "
+                    "do: give one per sample"
+                )
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(name for name in MODALITIES if name in self.num_features)
+
+    def select(self, modalities: Sequence[str]) -> ModelData:
+        """The same with some modalities alone, for a model that reads no others."""
+
+        def chosen(entries: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: entries[name] for name in modalities if name in entries}
+
+        return replace(
+            self,
+            num_features=chosen(self.num_features),
+            prior_mean=chosen(self.prior_mean),
+            prior_variance=chosen(self.prior_variance),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "num_features": dict(self.num_features),
+            "samples": list(self.samples),
+            "prior_mean": {name: list(values) for name, values in self.prior_mean.items()},
+            "prior_variance": {name: list(values) for name, values in self.prior_variance.items()},
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> ModelData:
+        return cls(
+            num_features=dict(entry["num_features"]),
+            samples=tuple(entry["samples"]),
+            prior_mean={name: tuple(values) for name, values in entry["prior_mean"].items()},
+            prior_variance={name: tuple(values) for name, values in entry["prior_variance"].items()},
+        )
+
+
+_BAVAE: dict[str, Any] = {
+    "adversarial": True,
+    "alpha": 1.0,
+    "conditional_encoder": False,
+    "conditional_decoder": True,
+    "n_latent": 20,
+    "dispersion_rna": "gene-batch",
+    "dispersion_atac": "batch",
+    "dispersion_adt": "ADT-batch",
+}
+
+_WITHOUT_SAMPLE: dict[str, Any] = {
+    "adversarial": False,
+    "alpha": 0.0,
+    "conditional_encoder": False,
+    "conditional_decoder": False,
+    "dispersion_rna": "gene",
+    "dispersion_atac": "constant",
+    "dispersion_adt": "ADT",
+}
+
+_FLAGS: dict[str, dict[str, Any]] = {
+    "bavae": {},
+    "cvae": {"adversarial": False, "alpha": 0.0, "conditional_encoder": True},
+    "cdvae": {"alpha": 0.0},
+    "avae": {"conditional_decoder": False},
+    "cevae": {"adversarial": False, "alpha": 0.0, "conditional_encoder": True, "conditional_decoder": False},
+    "batchvae": {"alpha": 0.0, "conditional_decoder": False},
+    "vae": _WITHOUT_SAMPLE,
+    "rna-only": {},
+    "atac-only": {},
+    "adt-only": {},
+    "concat": {"n_latent": CONCAT_LATENT},
+}
+
+_FIXED: dict[str, tuple[str, ...]] = {
+    "cvae": ("conditional_encoder", "conditional_decoder"),
+    "cdvae": ("adversarial", "alpha", "conditional_encoder", "conditional_decoder"),
+    "avae": ("adversarial", "conditional_encoder", "conditional_decoder"),
+    "cevae": ("conditional_encoder", "conditional_decoder"),
+    "batchvae": ("adversarial", "alpha", "conditional_encoder", "conditional_decoder"),
+    "vae": tuple(_WITHOUT_SAMPLE),
+}
+"""Flags that make a model what its name says: another value would be another model."""
+
+
+def _check_numbers(config: ModelConfig) -> None:
+    if config.n_latent is not None and config.n_latent < 2:
+        raise ValueError(
+            f"model.n_latent: got {config.n_latent}; do: give at least 2 (a softmax over one dimension is constant)"
+        )
+    if config.n_hidden < 1:
+        raise ValueError(f"model.n_hidden: got {config.n_hidden}; do: give at least 1")
+    if not 0.0 <= config.dropout_rate < 1.0:
+        raise ValueError(f"model.dropout_rate: got {config.dropout_rate}; do: give a share in [0, 1)")
+    if config.alpha is not None and not (math.isfinite(config.alpha) and config.alpha >= 0.0):
+        raise ValueError(f"model.alpha: got {config.alpha}; do: give a finite weight >= 0 (the paper: 0 to 1000)")
+    if config.alpha and config.adversarial is False:
+        raise ValueError(
+            f"model.alpha: got {config.alpha:g} with adversarial false, where nothing has that weight; "
+            "do: drop one of the two"
+        )
+
+
+def _check_name(config: ModelConfig) -> None:
+    """Refuse options that contradict the model's name."""
+    flags = {**_BAVAE, **_FLAGS[config.model]}
+    if config.alpha and config.model in ("cvae", "cevae") and config.adversarial is None:
+        raise ValueError(
+            f"model.alpha: got {config.alpha:g} with model {config.model}, which has no adversary; "
+            "do: drop alpha, or use model bavae"
+        )
+    for name in _FIXED.get(config.model, ()):
+        value = getattr(config, name)
+        if value is not None and value != flags[name]:
+            raise ValueError(
+                f"model.{name}: got {value} with model {config.model}, which has {flags[name]}; "
+                f"do: drop {name}, or start from model bavae"
+            )
+
+
+def _chosen_modalities(config: ModelConfig, modalities: Sequence[str]) -> tuple[str, ...]:
+    """Modalities of the model, in canonical order, all of which the store must hold."""
+    wanted: Sequence[str] = config.modalities or modalities
+    if config.model.endswith("-only"):
+        only = config.model.removesuffix("-only")
+        if config.modalities and tuple(config.modalities) != (only,):
+            raise ValueError(
+                f"model.modalities: got {list(config.modalities)} with model {config.model}; "
+                "do: drop modalities, or choose another model"
+            )
+        wanted = (only,)
+    missing = [name for name in wanted if name not in modalities]
+    if missing or not wanted:
+        raise ValueError(
+            f"model.modalities: got {', '.join(missing) or 'none'} for model {config.model}, but the store holds "
+            f"{', '.join(modalities) or 'none'}; do: choose among these, or ingest a source with the missing one"
+        )
+    return tuple(name for name in MODALITIES if name in wanted)
+
+
+def _check_samples(config: ModelConfig, num_samples: int) -> None:
+    if config.model == "vae" and num_samples != 1:
+        raise ValueError(
+            f"batch key: got one with {num_samples} samples for model vae, which sees no sample; "
+            "do: drop --batch-key, or use model batchvae (the sample in library encoders, priors and dispersions alone)"
+        )
+    if config.alpha and num_samples == 1:
+        raise ValueError(
+            f"model.alpha: got {config.alpha:g} for data with one sample, where there is nothing to remove; "
+            "do: name the sample column with --batch-key, or drop alpha"
+        )
+
+
+def resolve(
+    config: ModelConfig, *, modalities: Sequence[str], num_samples: int | None = None
+) -> tuple[ModelConfig, ...]:
+    """Turn a model's name into flags and refuse what does not fit, before any work.
+
+    Parameters
+    ----------
+    config
+        Options as the user gave them.
+    modalities
+        Modalities of the store.
+    num_samples
+        Samples of the data, 1 without a sample covariate; None: not to be checked.
+
+    Returns
+    -------
+    One configuration without None fields; two or three for `concat`, one single-modality model each, to be trained
+    one after the other and whose embeddings stand side by side. Resolving a resolved configuration changes nothing.
+
+    Raises
+    ------
+    ValueError
+        If options contradict each other, the model's name, the store's modalities or its samples.
+    """
+    _check_name(config)
+    if num_samples is not None:
+        _check_samples(config, num_samples)
+    chosen = _chosen_modalities(config, modalities)
+    flags = {**_BAVAE, **_FLAGS[config.model]}
+    if config.adversarial is not None and config.alpha is None:
+        flags["alpha"] = 1.0 if config.adversarial else 0.0
+    given = {name: getattr(config, name) for name in flags if getattr(config, name) is not None}
+    full = replace(config, modalities=chosen, **{**flags, **given})
+    if config.model != "concat":
+        return (full,)
+    if len(chosen) < 2:
+        raise ValueError(
+            f"model: got concat with one modality ({chosen[0]}); do: use model {chosen[0]}-only, "
+            "or a store with two modalities"
+        )
+    return tuple(replace(full, model=f"{name}-only", modalities=(name,)) for name in chosen)  # type: ignore[arg-type]
