@@ -1,0 +1,60 @@
+"""The options of a training run: composes what the rooms own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from liam_scale.model import ModelConfig
+from liam_scale.training.distributed import Device
+from liam_scale.training.optim import OptimConfig
+from liam_scale.training.trainer import TrainingConfig
+from loaders.options import LoaderConfig
+
+SHORT_FLAGS = {
+    "--model": "--model.model",
+    "--alpha": "--model.alpha",
+    "--n-latent": "--model.n-latent",
+    "--precision": "--model.precision",
+    "--minibatch": "--loader.minibatch",
+    "--memory": "--loader.memory",
+    "--lr": "--optim.lr",
+    "--max-epochs": "--training.max-epochs",
+    "--max-steps": "--training.max-steps",
+}
+
+LOCKED = ("seed", "batch_key", "model", "optim", "loader.minibatch", "loader.validation_share", "loader.adt_transform")
+"""Options that make a run what it is: resuming with another value is refused by name."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train liam on a store. Under torchrun every process is a rank of the same run."""
+
+    store: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Store to train on, or several that are chained as one data set."""
+    out: Path
+    """Folder of the run: configuration, history, checkpoints, weights."""
+    batch_key: str | None = None
+    """Obs column with the sample of each cell, the covariate to remove. Without it nothing is removed."""
+    seed: int = 0
+    """Seed of weights, split, order and noise."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on with the newest sound checkpoint in `out`; never: refuse a folder that holds a run."""
+    device: Device = "auto"
+    """auto: CUDA where there is one, else CPU."""
+    dry_run: bool = False
+    """Print configuration, model size, and estimates of memory and time; train nothing."""
+    debug: bool = False
+    """Show the traceback of an error."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        if not self.store:
+            raise ValueError("store: got none; name a store, e.g. atlas.zarr (liam-scale ingest makes one)")
