@@ -1,5 +1,7 @@
 """The model: networks, objective, noise, priors, and the original's weights."""
 
 from liam_scale.model.config import ModelConfig, ModelData, ModelName, resolve
+from liam_scale.model.liam import Inference, Liam
+from liam_scale.model.objective import CellTerms, Objective
 
-__all__ = ["ModelConfig", "ModelData", "ModelName", "resolve"]
+__all__ = ["CellTerms", "Inference", "Liam", "ModelConfig", "ModelData", "ModelName", "Objective", "resolve"]

@@ -1,0 +1,290 @@
+"""liam: one network over any list of modalities.
+
+Shapes: B cells, F features, H hidden units, L latent dimensions, S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from liam_scale.model.config import ModelConfig, ModelData, resolve
+from liam_scale.model.decoders import Adversary, NegativeBinomialDecoder, NegativeMultinomialDecoder
+from liam_scale.model.encoders import Encoded, LatentEncoder, ModalityEncoder
+from liam_scale.model.layers import BlockOptions, Draw, Gaussian
+from liam_scale.model.noise import Noise
+from liam_scale.model.objective import (
+    CellTerms,
+    Objective,
+    kl_latent,
+    kl_library,
+    modality_masks,
+    reverse_gradient,
+    sample_cross_entropy,
+)
+from loaders.minibatch import Minibatch
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What the encoders say of the cells.
+
+    Attributes
+    ----------
+    encoded
+        Per modality: hidden layers and library posterior.
+    latent
+        Posterior before the softmax, (B, L).
+    z
+        (B, L) softmax of a draw; rows sum to 1.
+    log_library
+        Per modality with a library encoder (B,) draw.
+    """
+
+    encoded: Mapping[str, Encoded]
+    latent: Gaussian
+    z: Tensor
+    log_library: Mapping[str, Tensor]
+
+
+class Liam(nn.Module):
+    """liam (Rautenstrauch & Ohler, Nucleic Acids Research 2024, e52) for RNA, ATAC, ADT and any mosaic of them.
+
+    Parameters
+    ----------
+    config
+        Options; a field that is None takes the value its model's name stands for.
+    data
+        Features, samples and library priors.
+    seed
+        Of the first weights.
+
+    Raises
+    ------
+    ValueError
+        If options contradict each other or the data.
+    """
+
+    def __init__(self, config: ModelConfig, data: ModelData, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = _resolve_single(config, data)
+        self.data = data.select(self.config.modalities)
+        draw = Draw(seed)
+        self.encoders = nn.ModuleDict({name: self._encoder(name, draw.at(name)) for name in self.modalities})
+        self.latent_encoder = LatentEncoder(
+            len(self.modalities),
+            self.config.n_hidden,
+            self.num_latent,
+            num_samples=data.num_samples if self.config.conditional_encoder else 0,
+            options=self._encoder_options,
+            draw=draw.at("z"),
+        )
+        self.decoders = nn.ModuleDict(
+            {name: self._decoder(name, draw.at(f"{name}.decoder")) for name in self.modalities}
+        )
+        has_adversary = self.config.adversarial and data.num_samples > 1
+        self.adversary = (
+            Adversary(self.num_latent, data.num_samples, options=self._decoder_options, draw=draw.at("adversary"))
+            if has_adversary
+            else None
+        )
+        for name in self.modalities:
+            self._register_prior(name)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.config.modalities
+
+    @property
+    def num_latent(self) -> int:
+        assert self.config.n_latent is not None
+        return self.config.n_latent
+
+    @property
+    def _encoder_options(self) -> BlockOptions:
+        config = self.config
+        return BlockOptions(config.use_batch_norm_encoder, config.use_layer_norm_encoder, config.dropout_rate)
+
+    @property
+    def _decoder_options(self) -> BlockOptions:
+        return BlockOptions(self.config.use_batch_norm_decoder, self.config.use_layer_norm_decoder)
+
+    def _encoder(self, name: str, draw: Draw) -> ModalityEncoder:
+        return ModalityEncoder(
+            self.data.num_features[name],
+            self.config.n_hidden,
+            log1p=name == "rna",
+            is_conditional=bool(self.config.conditional_encoder),
+            has_library=name != "atac" or self.config.use_atac_libsize,
+            num_samples=self.data.num_samples,
+            options=self._encoder_options,
+            impl=self.config.impl,
+            draw=draw,
+        )
+
+    def _decoder(self, name: str, draw: Draw) -> NegativeBinomialDecoder | NegativeMultinomialDecoder:
+        config, samples = self.config, self.data.num_samples
+        sizes = (self.num_latent, config.n_hidden, self.data.num_features[name])
+        seen = samples if config.conditional_decoder else 0
+        if name == "atac":
+            return NegativeMultinomialDecoder(
+                *sizes,
+                uses_library=config.use_atac_libsize,
+                num_dispersions=samples if config.dispersion_atac == "batch" else 0,
+                likelihood=config.likelihood,
+                num_samples=seen,
+                options=self._decoder_options,
+                impl=config.impl,
+                precision=config.precision,
+                draw=draw,
+            )
+        by_sample = config.dispersion_rna == "gene-batch" if name == "rna" else config.dispersion_adt == "ADT-batch"
+        return NegativeBinomialDecoder(
+            *sizes,
+            num_dispersions=samples if by_sample else 0,
+            num_samples=seen,
+            options=self._decoder_options,
+            impl=config.impl,
+            precision=config.precision,
+            draw=draw,
+        )
+
+    def _register_prior(self, name: str) -> None:
+        samples = self.data.num_samples
+        mean = self.data.prior_mean.get(name, (0.0,) * samples)
+        variance = self.data.prior_variance.get(name, (1.0,) * samples)
+        self.register_buffer(f"prior_mean_{name}", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer(f"prior_variance_{name}", torch.tensor(variance, dtype=torch.float32))
+
+    def infer(self, minibatch: Minibatch, noise: Noise) -> Inference:
+        """Encode the cells and draw z and library sizes."""
+        encoded = {
+            name: self.encoders[name](minibatch.counts[name], minibatch.sample, noise) for name in self.modalities
+        }
+        latent = self.latent_encoder([encoded[name].hidden for name in self.modalities], minibatch.sample, noise)
+        log_library = {
+            name: e.library.sample(noise, f"{name}.library")[:, 0]
+            for name, e in encoded.items()
+            if e.library is not None
+        }
+        z = torch.softmax(latent.sample(noise, "z"), dim=1)
+        return Inference(encoded, latent, z, log_library)
+
+    def cell_terms(
+        self,
+        minibatch: Minibatch,
+        inference: Inference,
+        *,
+        cell_weight: float = 1.0,
+        num_global_with: Mapping[str, int] | None = None,
+    ) -> CellTerms:
+        """Every term of the objective for every cell; see `objective.CellTerms`."""
+        sample = minibatch.sample
+        masks = modality_masks(minibatch, self.modalities)
+        kernel_losses: list[Tensor] = []
+        reconstruction, kl_libraries = {}, {}
+        for name in self.modalities:
+            coupled = {}
+            if name == "atac" and self.config.likelihood == "original" and num_global_with is not None:
+                coupled = {"num_global_with": num_global_with[name], "num_global": minibatch.num_global}
+                coupled["cell_scale"] = cell_weight  # type: ignore[assignment]
+            kernel_loss, log_likelihood = self.decoders[name].log_likelihood(  # type: ignore[operator]
+                minibatch.counts[name],
+                inference.z,
+                inference.log_library.get(name),
+                sample,
+                cell_weight_B=cell_weight * masks[name].to(inference.z.dtype),
+                **coupled,
+            )
+            kernel_losses.append(kernel_loss)
+            reconstruction[name] = -log_likelihood
+            library = inference.encoded[name].library
+            if library is not None:
+                kl_libraries[name] = kl_library(library, *self.library_prior(name), sample)
+        adversarial = None
+        if self.adversary is not None:
+            adversarial = sample_cross_entropy(self.adversary(reverse_gradient(inference.z), sample), sample)
+        return CellTerms(reconstruction, kl_libraries, kl_latent(inference.latent), adversarial, masks, kernel_losses)
+
+    def library_prior(self, name: str) -> tuple[Tensor, Tensor]:
+        """(S,) mean and (S,) variance of the log total of a modality."""
+        return self.get_buffer(f"prior_mean_{name}"), self.get_buffer(f"prior_variance_{name}")
+
+    def forward(
+        self,
+        minibatch: Minibatch,
+        *,
+        step: int,
+        seed: int,
+        kl_weight: float,
+        cell_weight: float,
+        num_global_with: Mapping[str, int] | None = None,
+        noise: Mapping[str, Tensor] | None = None,
+    ) -> Objective:
+        """Objective of the local cells of a minibatch.
+
+        Parameters
+        ----------
+        minibatch
+            This rank's cells, on the model's device.
+        step, seed
+            Keys of the noise; `step` counts over the whole run.
+        kl_weight
+            Warm-up weight of the latent divergence; library divergences always have 1.
+        cell_weight
+            Weight of each cell: ranks / cells of the global minibatch, so that DDP's mean is the mean over cells.
+        num_global_with
+            Only for `likelihood="original"` on several ranks: cells of the global minibatch in each modality's mask
+            (`num_cells_with`, summed over ranks). None: this rank holds the whole minibatch.
+        noise
+            Normal noise to use instead of drawn: `z` (B, L), `<modality>.library` (B, 1).
+
+        Returns
+        -------
+        Objective
+            Differentiable loss and detached terms, both over local cells.
+        """
+        source = Noise(seed=seed, step=step, place=minibatch.place, given=noise or {})
+        inference = self.infer(minibatch, source)
+        terms = self.cell_terms(minibatch, inference, cell_weight=cell_weight, num_global_with=num_global_with)
+        assert self.config.alpha is not None
+        return terms.objective(kl_weight=kl_weight, alpha=self.config.alpha, cell_weight=cell_weight)
+
+    def num_cells_with(self, minibatch: Minibatch) -> dict[str, int]:
+        """Local cells in the mask of each modality; summed over ranks it is `num_global_with`."""
+        masks = modality_masks(minibatch, self.modalities)
+        return {name: int(mask.sum()) for name, mask in masks.items()}
+
+    @torch.no_grad()
+    def latent(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
+        """Posterior of the latent space before its softmax, without dropout or noise: mean and variance, (B, L)."""
+        hidden = [
+            self.encoders[name](minibatch.counts[name], minibatch.sample, None, with_library=False).hidden
+            for name in self.modalities
+        ]
+        posterior = self.latent_encoder(hidden, minibatch.sample, None)
+        return posterior.mean, posterior.variance
+
+    def use_gradient_buffers(self, wanted: bool) -> None:
+        """Keep the gradients of the large weights in persistent memory.
+
+        Fresh buffers of 120 MB cost 0.1 to 0.4 s of page faults a step. For a single process only: DDP keeps its own.
+        """
+        for module in [*self.encoders.values(), *self.decoders.values()]:
+            module.use_gradient_buffers(wanted)  # type: ignore[operator]
+
+
+def _resolve_single(config: ModelConfig, data: ModelData) -> ModelConfig:
+    configs: Sequence[ModelConfig] = resolve(config, modalities=data.modalities)
+    if len(configs) != 1:
+        raise ValueError(
+            f"model: got {config.model}, which is {len(configs)} models; do: build one Liam for each of resolve(...)"
+        )
+    if config.model == "vae" and data.num_samples != 1:
+        raise ValueError(
+            f"samples: got {data.num_samples} for model vae, which sees no sample; do: give ModelData one sample"
+        )
+    return configs[0]
