@@ -3,5 +3,16 @@
 from liam_scale.model.config import ModelConfig, ModelData, ModelName, resolve
 from liam_scale.model.liam import Inference, Liam
 from liam_scale.model.objective import CellTerms, Objective
+from liam_scale.model.priors import library_priors
 
-__all__ = ["CellTerms", "Inference", "Liam", "ModelConfig", "ModelData", "ModelName", "Objective", "resolve"]
+__all__ = [
+    "CellTerms",
+    "Inference",
+    "Liam",
+    "ModelConfig",
+    "ModelData",
+    "ModelName",
+    "Objective",
+    "library_priors",
+    "resolve",
+]
