@@ -71,7 +71,9 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, step: int, keep:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         for group, tensors in checkpoint.tensors.items():
-            save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, partial / f"{group}.safetensors")
+            save_file(
+                {name: t.detach().contiguous().cpu() for name, t in tensors.items()}, partial / f"{group}.safetensors"
+            )
         (partial / "state.json").write_text(json.dumps(checkpoint.state, indent=1))
         files = sorted(partial.iterdir())
         (partial / MANIFEST).write_text(json.dumps({f.name: sha256_of(f) for f in files}, indent=1))

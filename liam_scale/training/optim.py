@@ -64,9 +64,7 @@ def default_max_epochs(num_cells: int) -> int:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Adam:
     """Fused Adam: 0.025 against 0.21 CPU seconds a step for 25.6 M parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.Adam(
-        parameters, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
+    return torch.optim.Adam(parameters, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay, fused=True)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -270,10 +270,10 @@ class Trainer:
                 self._sums[name] = value.double()
 
     def _cells_with(self, minibatch: Minibatch) -> dict[str, int]:
-        """Cells of the global minibatch with at least one count, per modality."""
-        names = sorted(minibatch.counts)
-        counts = torch.stack([(minibatch.counts[name].totals() > 0).sum() for name in names])
-        return dict(zip(names, self.world.sum(counts).tolist(), strict=True))
+        """Cells of the global minibatch that enter the terms of each modality."""
+        own = self.model.num_cells_with(minibatch)
+        counts = torch.tensor(list(own.values()), device=self.world.device)
+        return dict(zip(own, self.world.sum(counts).tolist(), strict=True))
 
     def _wants_evaluation(self) -> bool:
         every = self.config.validate_every or self.train_source.steps_per_epoch

@@ -1,0 +1,202 @@
+"""Decode: stored embeddings -> normalised expression, accessibility and protein of chosen features."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+import zarr
+from torch import Tensor
+
+from liam_scale.command import parse, run
+from liam_scale.model import Liam
+from liam_scale.model.decoders import NegativeMultinomialDecoder
+from liam_scale.preparation import open_stores, sample_codes_for
+from liam_scale.run_directory import RunDirectory, RunRecord
+from loaders.stores import Store
+
+CELLS_PER_CHUNK = 4_096
+"""Cells of one chunk of the written array."""
+
+LOGIT_BYTES = 64 * 2**20
+"""Memory of the logits of the cells decoded at once; all features of a modality enter the normalisation."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Decode chosen features of every cell, also of modalities that a cell lacks (imputation of mosaics)."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a finished run whose embedding stands in the store."""
+    out: Path
+    """AnnData Zarr to write: cells x chosen features, float32."""
+    features: tuple[str, ...] = ()
+    """Names of features; `adt:CD4` names the modality where names coincide. Default: all of `modality`."""
+    modality: str | None = None
+    """Look for features in this modality alone."""
+    target_sample: str = "own"
+    """Sample that all cells are decoded as; own: that of each cell; mean: average over all samples."""
+    store: tuple[str, ...] = ()
+    """Store with the embedding; default: that of the training."""
+    key: str = "X_liam"
+    """Name of the embedding in obsm."""
+    library_size: float = 1.0
+    """Total of each cell and modality; 1 gives shares, 1e4 counts per ten thousand."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Features of one modality to decode: columns of the model, and their names in the result."""
+
+    modality: str
+    columns: np.ndarray
+    names: list[str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(
+        DecodeConfig, argv, prog="liam-scale decode", description="Normalised values from embeddings.", positional="run"
+    )
+    return run(lambda: print(f"wrote {decode(config)}"), debug=config.debug)
+
+
+def decode(config: DecodeConfig) -> Path:
+    """Write decoded values of every cell of the store, chunk by chunk.
+
+    RNA and ADT: the decoder's share of a feature in the cell's total. ATAC: the probability of a peak among all peaks,
+    exp(l_f) / sum exp(l), with the library size at the mean of the target sample. All times `library_size`.
+
+    Raises
+    ------
+    ValueError
+        No such feature, sample or embedding; or `out` exists.
+    """
+    directory = RunDirectory(config.run)
+    record = directory.record()
+    if record.parts:
+        raise ValueError(f"run: {config.run} is a late integration; decode one of {', '.join(record.parts)} in it")
+    if config.out.exists():
+        raise ValueError(f"--out: {config.out} exists; name a new folder")
+    chosen = choose_features(directory.features(), config.features, config.modality)
+    model = directory.load_model()
+    store = open_stores(config.store or record.stores)
+    targets = _target_codes(config, store, record)
+    partial = config.out.with_name(f".{config.out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    values = _create(partial, store, chosen)
+    num_cells = store.schema.num_cells
+    try:
+        for start in range(0, num_cells, CELLS_PER_CHUNK):
+            stop = min(num_cells, start + CELLS_PER_CHUNK)
+            embedding = store.read_embedding(config.key, start, stop)
+            if embedding.shape[1] != model.num_latent:
+                raise ValueError(
+                    f"obsm[{config.key!r}] of {store.uri} has {embedding.shape[1]} dimensions, the model "
+                    f"{model.num_latent}; write its embedding with: python -m liam_scale.embed {config.run}"
+                )
+            decoded = _decode_chunk(model, torch.from_numpy(embedding), [t[start:stop] for t in targets], chosen)
+            values[start:stop] = decoded.numpy() * np.float32(config.library_size)
+        partial.rename(config.out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return config.out
+
+
+def choose_features(features: dict[str, list[str]], names: Sequence[str], modality: str | None) -> list[Chosen]:
+    """Find features by name, in the order of the modalities and of the names given.
+
+    Raises
+    ------
+    ValueError
+        A name is in no modality, or in several.
+    """
+    if modality is not None and modality not in features:
+        raise ValueError(f"--modality: got {modality}; the model holds {', '.join(features)}")
+    searched = {modality: features[modality]} if modality else features
+    if not names:
+        if modality is None:
+            raise ValueError("--features: got none; name features, or a --modality to decode all of it")
+        return [Chosen(modality, np.arange(len(features[modality])), list(features[modality]))]
+    columns = {m: {name: column for column, name in enumerate(own)} for m, own in searched.items()}
+    found: dict[str, list[tuple[int, str]]] = {m: [] for m in searched}
+    for name in names:
+        prefix, colon, rest = name.partition(":")
+        places = [prefix] if colon and prefix in columns else [m for m in columns if name in columns[m]]
+        plain = rest if colon and prefix in columns else name
+        if len(places) != 1 or plain not in columns[places[0]]:
+            problem = f"is in {' and '.join(places)}; write {places[0]}:{name}" if len(places) > 1 else "is nowhere"
+            raise ValueError(f"--features: {name} {problem} among the features of {', '.join(searched)}")
+        found[places[0]].append((columns[places[0]][plain], name))
+    return [Chosen(m, np.array([c for c, _ in own]), [n for _, n in own]) for m, own in found.items() if own]
+
+
+def _target_codes(config: DecodeConfig, store: Store, record: RunRecord) -> list[np.ndarray]:
+    """Sample code of every cell to decode as; several arrays are averaged over."""
+    samples, num_cells = record.data.samples, store.schema.num_cells
+    if config.target_sample == "own":
+        return [sample_codes_for(store, record)]
+    if config.target_sample == "mean":
+        return [np.full(num_cells, code) for code in range(len(samples))]
+    if config.target_sample not in samples:
+        raise ValueError(
+            f"--target-sample: got {config.target_sample}; choose own, mean, or one of {', '.join(samples[:20])}"
+        )
+    return [np.full(num_cells, samples.index(config.target_sample))]
+
+
+def _create(path: Path, store: Store, chosen: list[Chosen]) -> zarr.Array:
+    """Lay down the AnnData with cells and features, and an empty X."""
+    names = [name for part in chosen for name in part.names]
+    modalities = [part.modality for part in chosen for _ in part.names]
+    var = pd.DataFrame({"modality": pd.Categorical(modalities)}, index=pd.Index(names))
+    anndata.AnnData(obs=store.obs_frame(), var=var).write_zarr(path)
+    return zarr.open_group(path, mode="r+", use_consolidated=False).create_array(
+        "X",
+        shape=(store.schema.num_cells, len(names)),
+        chunks=(min(CELLS_PER_CHUNK, store.schema.num_cells), min(len(names), 1_024)),
+        dtype=np.float32,
+        overwrite=True,
+        attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
+    )
+
+
+@torch.no_grad()
+def _decode_chunk(model: Liam, z_BL: Tensor, targets: list[np.ndarray], chosen: list[Chosen]) -> Tensor:
+    """(B, chosen features) shares, averaged over the targets."""
+    parts = []
+    for part in chosen:
+        columns = torch.from_numpy(part.columns)
+        step = max(1, LOGIT_BYTES // (4 * model.data.num_features[part.modality]))
+        pieces = [
+            sum(_shares(model, part.modality, z_BL[b : b + step], torch.from_numpy(t[b : b + step]).long())[:, columns]
+                for t in targets) / len(targets)
+            for b in range(0, len(z_BL), step)
+        ]  # fmt: skip
+        parts.append(torch.cat(pieces))
+    return torch.cat(parts, dim=1)
+
+
+def _shares(model: Liam, modality: str, z_BL: Tensor, sample_B: Tensor) -> Tensor:
+    """(B, F) share of every feature of a modality in the cell's total."""
+    decoder = model.decoders[modality]
+    if isinstance(decoder, NegativeMultinomialDecoder):
+        log_library_B = model.library_prior(modality)[0][sample_B]
+
+        return torch.softmax(decoder.logits(z_BL, log_library_B, sample_B), dim=1)
+    return decoder.scale(z_BL, sample_B)  # type: ignore[operator]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

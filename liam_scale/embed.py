@@ -1,0 +1,241 @@
+"""Embed: `torchrun --nproc-per-node=N -m liam_scale.embed runs/a` writes obsm["X_liam"] into the store."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import anndata
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from liam_scale.command import parse, run
+from liam_scale.model import Liam, logistic_normal_mean
+from liam_scale.model.layers import Gaussian
+from liam_scale.model.noise import Noise
+from liam_scale.preparation import open_stores, sample_column
+from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.training.distributed import Device, World, join_world, launched_ranks
+from loaders.loader import Loader
+from loaders.minibatch import Minibatch
+from loaders.stores import Store
+
+CELLS_PER_STEP = 1_024
+"""Cells embedded at once, over all ranks."""
+
+STEPS_PER_PIECE = 16
+"""Steps between files of finished rows: a restarted embedding repeats at most one such piece a rank."""
+
+Kind = Literal["mean", "latent-mean", "latent-variance", "sample"]
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Embed the cells of a store with a trained model. Under torchrun every process embeds its own range of cells."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a finished run."""
+    store: tuple[str, ...] = ()
+    """Store to embed, or several chained; default: those of the training."""
+    out: Path | None = None
+    """Write a separate AnnData Zarr here instead of into the store."""
+    key: str = "X_liam"
+    """Name of the embedding in obsm."""
+    kind: Kind = "mean"
+    """mean: E[softmax(N(m, v))]; latent-mean, latent-variance: m, v before the softmax; sample: one draw of softmax."""
+    memory: str = "512MiB"
+    """Memory of the loader."""
+    threads: int | None = None
+    """Reader threads of one process."""
+    seed: int = 0
+    """Seed of the draws of `sample`."""
+    device: Device = "auto"
+    """auto: CUDA where there is one, else CPU."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(
+        EmbedConfig,
+        argv,
+        prog="python -m liam_scale.embed",
+        description="Write the embedding of a trained model into a store.",
+        positional="run",
+    )
+    return run(lambda: _embed_and_tell(config), debug=config.debug)
+
+
+def _embed_and_tell(config: EmbedConfig) -> None:
+    where = embed(config)
+    if launched_ranks()[0] == 0:
+        reader = "anndata.read_zarr" if config.out else "mudata.read_zarr"
+        print(f'wrote obsm["{config.key}"] to {where}; read it with {reader}("{where}")')
+
+
+def embed(config: EmbedConfig) -> str:
+    """Write the embedding of every cell, in the order of the store's cells.
+
+    Finished pieces stay beside the run until all are there, so an interrupted embedding goes on where it was.
+
+    Returns
+    -------
+    Where the embedding stands: the store's uri, or `out`.
+
+    Raises
+    ------
+    ValueError
+        The run is not finished, the store has other features or samples, or `out` exists.
+    """
+    directory = RunDirectory(config.run)
+    record = directory.record()
+    models = [part.load_model() for part in directory.parts()]
+    store = open_stores(config.store or record.stores)
+    for part in directory.parts():
+        check_features(store, part.record())
+    if config.out is not None and config.out.exists():
+        raise ValueError(f"--out: {config.out} exists; name a new folder")
+    with join_world(config.device) as world:
+        pieces = directory.path / f"embedding-{_fingerprint(config, directory, store)}"
+        pieces.mkdir(exist_ok=True)
+        for index, (part, model) in enumerate(zip(directory.parts(), models, strict=True)):
+            _embed_part(config, part.record(), model.to(world.device), store, world, pieces / str(index))
+        world.barrier()
+        if world.is_main:
+            _write(config, store, pieces, len(models))
+            shutil.rmtree(pieces)
+        world.barrier()
+    return str(config.out) if config.out else store.uri
+
+
+def check_features(store: Store, record: RunRecord) -> None:
+    """Refuse a store whose features are not those of the model, column by column."""
+    for name, expected in record.features_sha256.items():
+        held = store.schema.modalities.get(name)
+        if held is None:
+            raise ValueError(
+                f"store: {store.uri} has no modality {name}, which the model reads "
+                f"(it holds {', '.join(store.schema.modalities)}); ingest the cells with that modality"
+            )
+        if held.features_sha256 != expected:
+            raise ValueError(
+                f"store: {name} of {store.uri} has {held.num_features:,} features that are not those of the run "
+                f"({record.data.num_features[name]:,}) in the same order; `liam-scale map` matches features by name"
+            )
+
+
+def _fingerprint(config: EmbedConfig, directory: RunDirectory, store: Store) -> str:
+    digest = hashlib.sha256(f"{store.schema.fingerprint} {config.kind} {config.seed}".encode())
+    for part in directory.parts():
+        digest.update(hashlib.sha256(part.weights.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def _embed_part(config: EmbedConfig, record: RunRecord, model: Liam, store: Store, world: World, pieces: Path) -> None:
+    """Embed this rank's cells in pieces; a piece is a file that stands whole or not at all."""
+    pieces.mkdir(exist_ok=True)
+    batch_key = record.batch_key if record.model.conditional_encoder else None
+    if batch_key is not None:
+        check_samples(store, record)
+    loader = Loader(
+        store,
+        minibatch=CELLS_PER_STEP,
+        sample_key=batch_key,
+        modalities=record.model.modalities,
+        streams=world.size,
+        rank=world.rank,
+        world=world.size,
+        memory=config.memory,
+        subset="all",
+        shuffle=False,
+        transpose=False,
+        transforms=directory_transforms(config.run),
+        threads=config.threads,
+    )
+    steps = loader.steps_per_epoch
+    with loader, torch.no_grad(), tqdm(total=steps, unit="step", disable=not _shows_bar(world)) as bar:
+        for start in range(0, steps, STEPS_PER_PIECE):
+            stop = min(steps, start + STEPS_PER_PIECE)
+            file = pieces / f"{world.size:04d}-{world.rank:04d}-{start:08d}.npz"
+            if not file.exists():
+                loader.load_state_dict({**loader.state_dict(), "epoch": 0, "step": start})
+                parts = [_embed_minibatch(config, model, m.to(world.device)) for m in _first(loader, stop - start)]
+                rows, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+                partial = file.with_suffix(".partial.npz")
+                np.savez(partial, rows=rows, values=values)
+                partial.rename(file)
+            bar.update(stop - start)
+
+
+def _first(loader: Loader, count: int) -> Iterator[Minibatch]:
+    iterator = iter(loader)
+    for _ in range(count):
+        yield next(iterator)
+
+
+def directory_transforms(run_path: Path) -> dict[str, str]:
+    return RunDirectory(run_path).loader_config().transforms
+
+
+def _shows_bar(world: World) -> bool:
+    return world.is_main and sys.stderr.isatty()
+
+
+def check_samples(store: Store, record: RunRecord) -> None:
+    """Refuse samples that an encoder which sees the sample was not trained on."""
+    _, categories = sample_column(store, record.batch_key)
+    if categories != record.data.samples:
+        raise ValueError(
+            f"store: {record.batch_key} of {store.uri} holds {', '.join(categories[:8])}, the model "
+            f"{record.model.model} was trained on {', '.join(record.data.samples[:8])} and its encoder sees the "
+            "sample; use a model whose encoder does not (bavae)"
+        )
+
+
+def _embed_minibatch(config: EmbedConfig, model: Liam, minibatch: Minibatch) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in the store and embedding of the cells of a minibatch."""
+    mean, variance = model.latent(minibatch)
+    if config.kind == "mean":
+        values = logistic_normal_mean(mean, variance)
+    elif config.kind == "sample":
+        draw = Noise(seed=config.seed, step=0, place=minibatch.rows)
+        values = torch.softmax(Gaussian(mean, variance).sample(draw, "z"), dim=1)
+    else:
+        values = mean if config.kind == "latent-mean" else variance
+    return minibatch.rows.cpu().numpy(), values.float().cpu().numpy()
+
+
+def _write(config: EmbedConfig, store: Store, pieces: Path, num_models: int) -> None:
+    """Put the pieces together in cell order: 80 bytes a cell at 20 dimensions."""
+    columns: list[np.ndarray] = []
+    for index in range(num_models):
+        whole: np.ndarray | None = None
+        seen = np.zeros(store.schema.num_cells, dtype=bool)
+        for file in sorted((pieces / str(index)).glob("*[0-9].npz")):
+            with np.load(file) as piece:
+                if whole is None:
+                    whole = np.empty((store.schema.num_cells, piece["values"].shape[1]), dtype=np.float32)
+                whole[piece["rows"]] = piece["values"]
+                seen[piece["rows"]] = True
+        assert whole is not None, "a store has cells"
+        assert seen.all(), "every cell is in a piece"
+        columns.append(whole)
+    embedding = np.concatenate(columns, axis=1)
+    if config.out is None:
+        store.write_embedding(config.key, 0, embedding, store.schema.num_cells)
+        return
+    partial = config.out.with_name(f".{config.out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    anndata.AnnData(obs=store.obs_frame(), obsm={config.key: embedding}).write_zarr(partial)
+    partial.rename(config.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Train liam: `torchrun --nproc-per-node=N -m liam_scale.train atlas.zarr --batch-key donor --out runs/a`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+
+from liam_scale.command import parse, run, to_toml
+from liam_scale.config import SHORT_FLAGS, TrainConfig
+from liam_scale.estimate import describe_plan
+from liam_scale.model import Liam, ModelConfig
+from liam_scale.preparation import (
+    build_loader,
+    model_data,
+    open_stores,
+    options_table,
+    record_of,
+    resolved,
+    settle,
+)
+from liam_scale.run_directory import RunDirectory
+from liam_scale.training.checkpoint import newest_checkpoint
+from liam_scale.training.distributed import World, join_world, launched_ranks
+from liam_scale.training.history import History
+from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
+from liam_scale.training.trainer import Outcome, Trainer
+from loaders.stores import Store
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(
+        TrainConfig,
+        argv,
+        prog="python -m liam_scale.train",
+        description="Train liam on a store; start it with torchrun for several processes.",
+        short=SHORT_FLAGS,
+        positional="store",
+    )
+    return run(lambda: _train_and_tell(config), debug=config.debug)
+
+
+def _train_and_tell(config: TrainConfig) -> None:
+    directory, outcome = train(config)
+    if launched_ranks()[0] == 0 and outcome in ("finished", "stopped early"):
+        print(f"{outcome}: weights in {directory.weights if directory.weights.exists() else directory.path}")
+        print(f"next: python -m liam_scale.embed {directory.path}")
+
+
+def train(config: TrainConfig) -> tuple[RunDirectory, Outcome | None]:
+    """Train, or go on with, the run in `config.out`.
+
+    Returns
+    -------
+    The folder of the run, and how training ended (None after a dry run).
+
+    Raises
+    ------
+    ValueError
+        Options, store and folder do not fit each other; the message says what to change.
+    RuntimeError
+        The run failed: damaged store, full disk, a loss that is not finite.
+    """
+    store = open_stores(config.store)
+    models = resolved(config, store)
+    config = settle(config, store, models, launched_ranks()[1])
+    directory = RunDirectory(config.out)
+    if config.dry_run:
+        if launched_ranks()[0] == 0:
+            print(describe_plan(config, store, models))
+        return directory, None
+    with join_world(config.device) as world:
+        if world.is_main and not directory.is_run:
+            _create(directory, config, store, models)
+        world.barrier()
+        for part in directory.parts():
+            outcome = _train_part(part, config, store, world)
+            if outcome == "interrupted":
+                break
+    return directory, outcome
+
+
+def _create(directory: RunDirectory, config: TrainConfig, store: Store, models: tuple[ModelConfig, ...]) -> None:
+    """Lay down the folder of a new run: one model, or one folder for each model of a late integration."""
+    parts = tuple(m.modalities[0] for m in models) if len(models) > 1 else ()
+    for part, model in zip(parts or ("",), models, strict=True):
+        data = model_data(store, model, config.batch_key, config.loader.transforms)
+        options = to_toml(replace(config, model=model))
+        features = {name: list(map(str, store.feature_names(name))) for name in model.modalities}
+        RunDirectory(directory.path / part).create(record_of(config, store, model, data), options, features)
+    if parts:
+        record = record_of(config, store, config.model, data, parts)
+        directory.create(record, to_toml(config), {})
+
+
+def _train_part(directory: RunDirectory, config: TrainConfig, store: Store, world: World) -> Outcome:
+    record = directory.record()
+    model = Liam(record.model, record.data, seed=config.seed).to(world.device)
+    model.use_gradient_buffers(world.size == 1)
+    shared = {"modalities": record.model.modalities, "batch_key": config.batch_key, "seed": config.seed}
+    ranks = {"rank": world.rank, "world": world.size}
+    with (
+        build_loader(store, config.loader, subset="train", **shared, **ranks) as train_loader,
+        build_loader(store, config.loader, subset="validation", **shared, **ranks) as validation_loader,
+    ):
+        trainer = Trainer(
+            model,
+            build_optimizer(model, config.optim),
+            train=train_loader,
+            validation=validation_loader if validation_loader.num_cells else None,
+            world=world,
+            config=config.training,
+            kl=kl_schedule(config.optim, num_cells=store.schema.num_cells),
+            max_epochs=config.training.max_epochs or default_max_epochs(store.schema.num_cells),
+            seed=config.seed,
+            directory=directory.checkpoints,
+            history=_history(directory.path, config, world),
+            couples_cells=record.model.likelihood == "original",
+            saved={"config": options_table(config), "fingerprint": record.fingerprint, "seed": config.seed},
+        )
+        checkpoint = newest_checkpoint(directory.checkpoints)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+            if world.is_main:
+                print(f"resuming {directory.path} at epoch {trainer.at.epoch}, step {trainer.at.global_step:,}")
+        outcome = trainer.fit()
+    if outcome != "interrupted" and world.is_main:
+        directory.save_weights(trainer.best_weights())
+    world.barrier()
+    return outcome
+
+
+def _history(path: Path, config: TrainConfig, world: World) -> History:
+    if not world.is_main:
+        return History(None)
+    return History(path / "history.csv", tensorboard=path / "tensorboard" if config.training.tensorboard else None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
