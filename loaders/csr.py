@@ -5,8 +5,11 @@ Shapes: B rows (cells), F features, N non-zeros.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse
@@ -45,7 +48,89 @@ class SparseRows:
         )
 
     @classmethod
-    def from_scipy(cls, matrix: scipy.sparse.spmatrix) -> SparseRows:
+    def from_scipy(cls, matrix: Any) -> SparseRows:
+        """Rows of any SciPy sparse matrix."""
         rows = scipy.sparse.csr_matrix(matrix)
         rows.sort_indices()
         return cls(rows.indptr.astype(np.int64), rows.indices.astype(np.int32), rows.data, rows.shape[1])
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile with Numba without the GIL, and keep the machine code on disk where some place is writable."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # a read-only installation without a cache directory: compile in every process (1-2 s)
+        return numba.njit(nogil=True)(function)
+
+
+# Kernels count with unsigned integers: with signed ones Numba checks for negative indices, which keeps LLVM from
+# vectorising (5.2 against 1.0 microseconds a cell of 1,204 non-zeros).
+
+
+@compiled
+def gather_rows(indices, values, starts, lengths, places, out_indices, out_values):  # type: ignore[no-untyped-def]
+    """Copy rows into packed buffers, casting to the buffers' types.
+
+    Parameters
+    ----------
+    indices, values
+        (n,) entries of a window.
+    starts, lengths
+        (B,) int64: where each row begins in them and how many entries it has.
+    places
+        (B,) int64: where each row begins in the buffers.
+    out_indices, out_values
+        Buffers that hold all rows; entries of other rows are left alone.
+    """
+    for row in range(len(starts)):
+        source, target = np.uint64(starts[row]), np.uint64(places[row])
+        for k in range(np.uint64(lengths[row])):
+            out_indices[target + k] = indices[source + k]
+            out_values[target + k] = values[source + k]
+
+
+@compiled
+def transpose_rows(indptr, indices, values, feature_indptr, cells, feature_values):  # type: ignore[no-untyped-def]
+    """Transpose (B, F) rows by a counting sort: entries by feature, within a feature by cell.
+
+    Parameters
+    ----------
+    indptr, indices, values
+        (B + 1,), (N,), (N,): the rows.
+    feature_indptr, cells, feature_values
+        (F + 1,), (N,), (N,) buffers of the result.
+    """
+    one = np.uint64(1)
+    num_features = np.uint64(len(feature_indptr) - 1)
+    feature_indptr[:] = 0
+    for k in range(np.uint64(indptr[0]), np.uint64(indptr[-1])):
+        feature_indptr[np.uint64(indices[k]) + one] += np.int32(1)
+    # feature_indptr[f + 1] first counts f, then is where f begins, and at last where f ends.
+    start = np.int32(0)
+    for feature in range(num_features):
+        count = feature_indptr[feature + one]
+        feature_indptr[feature + one] = start
+        start += count
+    for row in range(np.uint64(len(indptr) - 1)):
+        for k in range(np.uint64(indptr[row]), np.uint64(indptr[row + one])):
+            slot = np.uint64(indices[k]) + one
+            place = feature_indptr[slot]
+            feature_indptr[slot] = place + np.int32(1)
+            cells[np.uint64(place)] = row
+            feature_values[np.uint64(place)] = values[k]
+
+
+@compiled
+def centred_log_ratio(indptr, values, num_features):  # type: ignore[no-untyped-def]
+    """Replace the values x of each row by log1p(x / exp(sum_{x > 0} log1p(x) / F)), in place.
+
+    Seurat's CLR by cell (Stoeckius et al., Nature Methods 2017, as in Seurat v4 `NormalizeData(margin = 2)`).
+    """
+    for row in range(len(indptr) - 1):
+        total = 0.0
+        for k in range(np.uint64(indptr[row]), np.uint64(indptr[row + 1])):
+            if values[k] > 0:
+                total += np.log1p(np.float64(values[k]))
+        scale = np.exp(total / num_features)
+        for k in range(np.uint64(indptr[row]), np.uint64(indptr[row + 1])):
+            values[k] = np.log1p(values[k] / scale)

@@ -1,0 +1,58 @@
+"""Kernels over sparse rows against SciPy and the plain formula."""
+
+import numpy as np
+import pytest
+import scipy.sparse
+
+from loaders.csr import SparseRows, centred_log_ratio, gather_rows, transpose_rows
+
+
+def random_rows(num_rows, num_features, density, *, indices=np.int32, values=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    matrix = scipy.sparse.random(num_rows, num_features, density, format="csr", rng=rng)
+    matrix.data = rng.integers(1, 200, matrix.nnz).astype(values)
+    matrix.sort_indices()
+    return SparseRows(matrix.indptr.astype(np.int64), matrix.indices.astype(indices), matrix.data, num_features)
+
+
+@pytest.mark.parametrize(("indices", "values"), [(np.uint16, np.uint8), (np.uint32, np.uint16), (np.int32, np.float32)])
+def test_gather_copies_the_rows_asked_for_and_no_others(indices, values):
+    rows = random_rows(50, 300, 0.1, indices=indices, values=values)
+    asked = np.array([7, 49, 0, 7, 23])
+    lengths = np.diff(rows.indptr)[asked]
+    packed = np.concatenate(([0], np.cumsum(lengths)))
+    out_indices = np.full(packed[-1] + 3, -5, np.int32)
+    out_values = np.full(packed[-1] + 3, -5, np.float32)
+    gather_rows(rows.indices, rows.values, rows.indptr[asked], lengths, packed[:-1], out_indices, out_values)
+    expected = rows.to_scipy()[asked]
+    assert np.array_equal(out_indices[:-3], expected.indices)
+    assert np.array_equal(out_values[:-3], expected.data)
+    assert np.all(out_indices[-3:] == -5)
+    assert np.all(out_values[-3:] == -5)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_features", "density"), [(60, 40, 0.2), (5, 3_000, 0.01), (3, 7, 0.0), (0, 9, 0.0)]
+)
+def test_transpose_is_scipys(num_rows, num_features, density):
+    rows = random_rows(num_rows, num_features, density)
+    count = len(rows.indices)
+    feature_indptr = np.full(num_features + 1, 99, np.int32)
+    cells, values = np.empty(count, np.int32), np.empty(count, np.float32)
+    transpose_rows(rows.indptr.astype(np.int32), rows.indices, rows.values, feature_indptr, cells, values)
+    expected = rows.to_scipy().tocsc()
+    expected.sort_indices()
+    assert np.array_equal(feature_indptr, expected.indptr)
+    assert np.array_equal(cells, expected.indices)
+    assert np.array_equal(values, expected.data)
+
+
+def test_centred_log_ratio_is_the_formula_on_dense_rows():
+    rows = random_rows(40, 30, 0.4, seed=2)
+    dense = rows.to_scipy().toarray().astype(np.float64)
+    values = rows.values.copy()
+    centred_log_ratio(rows.indptr, values, rows.num_features)
+    scale = np.exp(np.where(dense > 0, np.log1p(dense), 0).sum(axis=1) / 30)
+    expected = np.log1p(dense / scale[:, None])
+    got = scipy.sparse.csr_matrix((values, rows.indices, rows.indptr), shape=dense.shape).toarray()
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
