@@ -1,0 +1,349 @@
+"""Writes a store from streams of rows that already stand in their final order.
+
+A store is a MuData in Zarr v3 (docs/data-format.md): the matrices are streamed row by row, everything that has one
+entry per cell (ids, obs columns, totals) is written column by column at the end, and the schema last of all.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import anndata
+import mudata
+import numba
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import zarr
+from anndata.io import write_elem
+
+from loaders.csr import SparseRows
+from loaders.ingest.shards import ShardedArrayWriter
+from loaders.ingest.staging import Staging, explain_disk_errors
+from loaders.schema import MODALITIES, SCHEMA_KEY, ModalitySchema, Schema, sha256_of_names
+
+CELLS_PER_CHUNK = 256
+"""Inner chunks hold about this many cells: small for random windows, still reads of 256 KB and more."""
+
+_MIN_CHUNK_LENGTH = 1024
+_OBS_CHUNK = 65_536
+"""Cells of one chunk of an obs column."""
+
+_VALUE_DTYPES = (np.uint8, np.uint16, np.uint32)
+
+
+def narrowest_dtype(maximum: int) -> np.dtype[Any]:
+    """The narrowest of uint8, uint16, uint32 that holds `maximum`; ValueError if none does."""
+    for dtype in _VALUE_DTYPES:
+        if maximum <= np.iinfo(dtype).max:
+            return np.dtype(dtype)
+    raise ValueError(f"counts: got a value of {maximum}, a store holds up to {2**32 - 1}; look for a corrupt matrix")
+
+
+def index_dtype(num_features: int) -> np.dtype[Any]:
+    """uint16 while it can name every feature, else uint32."""
+    return np.dtype(np.uint16 if num_features <= 65_536 else np.uint32)
+
+
+@dataclass(frozen=True)
+class ModalityLayout:
+    """What must be known of a modality before its first row is written."""
+
+    var: pd.DataFrame
+    """One row per feature, indexed by unique names."""
+    value_dtype: npt.DTypeLike
+    """uint8, uint16, uint32 or float32: must hold every value."""
+    nonzeros_per_cell: float
+    """Mean over cells, exact or estimated; decides the length of the inner chunks."""
+
+    @property
+    def chunk_length(self) -> int:
+        return max(_MIN_CHUNK_LENGTH, round(CELLS_PER_CHUNK * self.nonzeros_per_cell))
+
+
+class StoreWriter:
+    """Builds a store under a temporary name; `finish` gives it its own.
+
+    Used as a context manager: leaving it without `finish`, by whatever exception, removes what was written.
+
+    Parameters
+    ----------
+    out
+        Path of the store.
+    modalities
+        The layout of each modality, by name.
+    overwrite
+        Replace a store that exists.
+    threads
+        Threads that compress; default: the CPUs of this process, at most 4.
+    staging
+        An existing temporary folder to build in (ingest spills beside the store); its owner discards it.
+
+    Raises
+    ------
+    ValueError
+        `out` exists and `overwrite` is not set; an unknown modality.
+    RuntimeError
+        The disk is full.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        *,
+        modalities: Mapping[str, ModalityLayout],
+        overwrite: bool = False,
+        threads: int | None = None,
+        staging: Staging | None = None,
+    ) -> None:
+        for name in modalities:
+            if name not in MODALITIES:
+                raise ValueError(f"modality: got {name!r}, this package knows {', '.join(MODALITIES)}; rename it")
+        self.out = Path(out)
+        self._layouts = {name: modalities[name] for name in MODALITIES if name in modalities}
+        self._owns_staging = staging is None
+        self._staging = staging or Staging(self.out, overwrite=overwrite)
+        self._pool = ThreadPoolExecutor(threads or min(4, len(os.sched_getaffinity(0))), thread_name_prefix="encode")
+        with explain_disk_errors(self.out):
+            self._root = zarr.open_group(str(self._staging.store), mode="w", zarr_format=3)
+            self._streams = {name: self._open_stream(name) for name in self._layouts}
+
+    def _open_stream(self, name: str) -> _MatrixWriter:
+        group = self._root.require_group(f"mod/{name}/X")
+        return _MatrixWriter(group, self._layouts[name], self._pool)
+
+    def append(self, modality: str, rows: SparseRows) -> None:
+        """Add rows at the end of a modality: columns ascending within each, values within the layout's dtype."""
+        with explain_disk_errors(self.out):
+            self._streams[modality].append(rows)
+
+    def finish(
+        self,
+        *,
+        cell_ids: npt.NDArray[Any],
+        obs: Iterable[tuple[str, Any]] | pd.DataFrame = (),
+        present: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+        modality_obs: Mapping[str, Iterable[tuple[str, Any]]] | None = None,
+        is_shuffled: bool = False,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Schema:
+        """Write ids, obs and the schema, and give the store its name.
+
+        Parameters
+        ----------
+        cell_ids
+            (n,) unique ids of all cells in their order.
+        obs
+            Columns of n entries each (arrays, categoricals or pandas Series), one at a time, or a DataFrame.
+        present
+            Per modality (n,) bool: the cell has a row in it. A modality left out has a row for every cell.
+        modality_obs
+            Further columns of a modality's own obs, of as many entries as it has rows.
+        is_shuffled
+            The cells stand in a random order.
+        provenance
+            JSON-like mapping kept in `uns["liam_scale"]`.
+        """
+        present = present or {}
+        columns = ((str(name), obs[name]) for name in obs) if isinstance(obs, pd.DataFrame) else obs
+        masks = {name: present.get(name) for name in self._layouts}
+        with explain_disk_errors(self.out), _quiet_anndata():
+            matrices = {name: self._streams[name].close() for name in self._layouts}
+            for name, mask in masks.items():
+                rows = len(cell_ids) if mask is None else int(mask.sum())
+                assert matrices[name].num_cells == rows, (name, matrices[name].num_cells, rows)
+            for name, mask in masks.items():
+                own = () if modality_obs is None else modality_obs.get(name, ())
+                self._write_modality(name, cell_ids if mask is None else cell_ids[mask], own)
+            names = self._write_root(cell_ids, columns, masks, provenance)
+            schema = Schema(
+                num_cells=len(cell_ids),
+                modalities=matrices,
+                obs_columns=tuple(names),
+                is_shuffled=is_shuffled,
+                cells_sha256=sha256_of_names(str(cell) for cell in cell_ids),
+            )
+            self._root.attrs[SCHEMA_KEY] = schema.to_json()
+            self._pool.shutdown()
+            self._staging.publish()
+        return schema
+
+    def abort(self) -> None:
+        """Stop and remove what was written."""
+        for stream in self._streams.values():
+            stream.abort()
+        self._pool.shutdown(cancel_futures=True)
+        if self._owns_staging:
+            self._staging.discard()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _write_modality(self, name: str, cell_ids: npt.NDArray[Any], own: Iterable[tuple[str, Any]]) -> None:
+        group = self._root[f"mod/{name}"]
+        group.attrs.update(_encoding("anndata", "0.1.0"))
+        totals = self._streams[name].totals()
+        _write_frame(group, "obs", cell_ids, [("total_counts", totals), *own])
+        write_elem(group, "var", self._layouts[name].var)
+        for empty in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
+            write_elem(group, empty, {})
+
+    def _write_root(
+        self,
+        cell_ids: npt.NDArray[Any],
+        columns: Iterable[tuple[str, Any]],
+        masks: Mapping[str, npt.NDArray[np.bool_] | None],
+        provenance: Mapping[str, Any] | None,
+    ) -> list[str]:
+        root = self._root
+        root.attrs.update({"axis": 0, **_encoding("MuData", "0.1.0")})
+        root["mod"].attrs["mod-order"] = list(self._layouts)
+        names = _write_frame(root, "obs", cell_ids, columns)
+        features = [layout.var.index for layout in self._layouts.values()]
+        write_elem(root, "var", pd.DataFrame(index=features[0].append(features[1:])))
+        write_elem(root, "uns", {"liam_scale": dict(provenance or {})})
+        for empty in ("obsp", "varp"):
+            write_elem(root, empty, {})
+        for folder in ("obsm", "obsmap", "varm", "varmap"):
+            write_elem(root, folder, {})
+        start, total = 0, sum(len(index) for index in features)
+        for (name, layout), mask in zip(self._layouts.items(), masks.values(), strict=True):
+            has = np.ones(len(cell_ids), bool) if mask is None else mask
+            of_modality = np.zeros(total, bool)
+            of_modality[start : start + len(layout.var)] = True
+            start += len(layout.var)
+            for axis, belongs in (("obs", has), ("var", of_modality)):
+                write_elem(root[f"{axis}m"], name, belongs[:, None])
+                row = np.where(belongs, np.cumsum(belongs), 0).astype(np.uint32)
+                write_elem(root[f"{axis}map"], name, row)
+        return names
+
+
+class _MatrixWriter:
+    """The CSR group of one modality: two sharded streams; row lengths and totals stay in memory (16 bytes a cell)."""
+
+    def __init__(self, group: zarr.Group, layout: ModalityLayout, pool: ThreadPoolExecutor) -> None:
+        self._group = group
+        self._layout = layout
+        self._num_features = len(layout.var)
+        self._value_dtype = np.dtype(layout.value_dtype)
+        length = layout.chunk_length
+        self._values = ShardedArrayWriter(group, "data", dtype=layout.value_dtype, chunk_length=length, pool=pool)
+        self._indices = ShardedArrayWriter(
+            group, "indices", dtype=index_dtype(self._num_features), chunk_length=length, pool=pool
+        )
+        self._lengths: list[npt.NDArray[np.int64]] = []
+        self._totals: list[npt.NDArray[np.float64]] = []
+
+    def append(self, rows: SparseRows) -> None:
+        assert rows.num_features == self._num_features, (rows.num_features, self._num_features)
+        assert np.can_cast(rows.values.dtype, self._value_dtype), (rows.values.dtype, self._value_dtype)
+        self._values.append(rows.values)
+        self._indices.append(rows.indices)
+        self._lengths.append(np.diff(rows.indptr))
+        self._totals.append(row_sums(rows.indptr, rows.values))
+
+    def totals(self) -> npt.NDArray[np.float64]:
+        return np.concatenate([np.zeros(0), *self._totals])
+
+    def close(self) -> ModalitySchema:
+        lengths = np.concatenate([np.zeros(1, np.int64), *self._lengths])
+        self._values.close()
+        self._indices.close()
+        indptr = np.cumsum(lengths)
+        # One chunk per 65,536 cells: a reader that wants all of it makes few requests.
+        array = self._group.create_array("indptr", shape=indptr.shape, chunks=(_OBS_CHUNK,), dtype=np.int64)
+        array[:] = indptr
+        self._group.attrs.update(
+            {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [len(indptr) - 1, self._num_features]}
+        )
+        return ModalitySchema(
+            name=self._group.path.split("/")[1],
+            num_cells=len(indptr) - 1,
+            num_features=self._num_features,
+            num_nonzeros=int(indptr[-1]),
+            value_dtype=self._value_dtype.name,
+            features_sha256=sha256_of_names(str(name) for name in self._layout.var.index),
+        )
+
+    def abort(self) -> None:
+        self._values.abort()
+        self._indices.abort()
+
+
+@numba.njit(nogil=True, cache=True)
+def row_sums(indptr: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """(B,) sum of each row in float64: exact for counts up to 2**53."""
+    sums = np.zeros(len(indptr) - 1)
+    for row in range(len(sums)):
+        total = 0.0
+        for entry in range(indptr[row], indptr[row + 1]):
+            total += values[entry]
+        sums[row] = total
+    return sums
+
+
+def _encoding(kind: str, version: str) -> dict[str, str]:
+    writer = {"encoder": "mudata", "encoder-version": mudata.__version__}
+    return {"encoding-type": kind, "encoding-version": version, **writer}
+
+
+def _write_frame(
+    parent: zarr.Group, name: str, index: npt.NDArray[Any], columns: Iterable[tuple[str, Any]]
+) -> list[str]:
+    """Write an anndata dataframe one column at a time, so that only one column need be in memory."""
+    group = parent.require_group(name)
+    names = []
+    _write_column(group, "_index", index)
+    for column, values in columns:
+        _write_column(group, column, values)
+        names.append(column)
+    group.attrs.update(
+        {"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index", "column-order": names}
+    )
+    return names
+
+
+def _write_column(group: zarr.Group, name: str, values: Any) -> None:
+    plain = values.array if isinstance(values, pd.Series) else values
+    if isinstance(plain, pd.arrays.NumpyExtensionArray):
+        plain = plain.to_numpy()
+    if isinstance(plain, np.ndarray) and plain.dtype.kind in "UT":
+        _write_strings(group, name, plain)
+        return
+    chunked = isinstance(plain, np.ndarray) and len(plain) > 0
+    write_elem(group, name, plain, dataset_kwargs={"chunks": (min(_OBS_CHUNK, len(plain)),)} if chunked else {})
+
+
+def _write_strings(group: zarr.Group, name: str, values: npt.NDArray[Any]) -> None:
+    """Write strings chunk by chunk: as Python objects all at once they would need 100 bytes each."""
+    array = group.create_array(name, shape=values.shape, chunks=(_OBS_CHUNK,), dtype="string")
+    for start in range(0, len(values), _OBS_CHUNK):
+        array[start : start + _OBS_CHUNK] = values[start : start + _OBS_CHUNK].astype(np.dtypes.StringDType())
+    array.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
+
+
+@contextmanager
+def _quiet_anndata() -> Iterator[None]:
+    """Write columns unsharded whatever anndata's default, without its notices about Zarr v3.
+
+    String arrays have no final Zarr v3 specification yet; anndata and zarr write and read them all the same.
+    """
+    with warnings.catch_warnings(), anndata.settings.override(auto_shard_zarr_v3=False):
+        warnings.filterwarnings("ignore", message="zarr v3 autosharding will be the default")
+        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
+        warnings.filterwarnings("ignore", message=".*not.* part in the Zarr format 3 specification.*")
+        yield
