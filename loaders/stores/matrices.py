@@ -14,6 +14,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import zarr
+from zarr.core.sync import sync
 
 from loaders.csr import SparseRows
 
@@ -116,12 +117,11 @@ class CsrMatrix:
         where = f"rows {start}:{stop} (entries {first}:{last})"
         values = self._read_array("data", self._read_data, first, last, where)
         indices = self._read_array("indices", self._read_indices, first, last, where)
-        if self._is_ours and not values.all():
-            self._raise_missing(int(np.flatnonzero(values == 0)[0]) + first, where)
         rows = SparseRows(offsets - first, _narrow_indices(indices), values, self.num_features)
-        if self._is_ours or _is_ascending(rows.indptr, rows.indices):
-            return rows
-        return sort_rows(rows)
+        is_ascending = _is_ascending(rows.indptr, rows.indices)
+        if self._is_ours and not (is_ascending and values.all()):
+            self._check_files(first, last, where)
+        return rows if is_ascending else sort_rows(rows)
 
     def _read_array(self, name: str, reader: ArrayReader, first: int, last: int, where: str) -> npt.NDArray[np.generic]:
         try:
@@ -136,11 +136,17 @@ class CsrMatrix:
         except ValueError as error:
             raise ValueError(f"{self._label}/data: {where} {error}") from None
 
-    def _raise_missing(self, entry: int, where: str) -> None:
-        raise RuntimeError(
-            f"{self._label}/data: got a zero at entry {entry} of {where}, and the store holds none;"
-            f" {self._chunks(entry, entry + 1)} is missing: copy the store again, or ingest again"
-        )
+    def _check_files(self, first: int, last: int, where: str) -> None:
+        """Zarr reads a file that is missing as zeros, which our stores hold only where a source had them written."""
+        for name, array in (("data", self._data), ("indices", self._indices)):
+            length = (array.shards or array.chunks)[0]
+            for number in range(first // length, max(first, last - 1) // length + 1):
+                key = array.metadata.encode_chunk_key((number,))
+                if not sync((array.store_path / key).exists()):
+                    raise RuntimeError(
+                        f"{self._label}/{name}: {where} cannot be read: file {key} is missing;"
+                        f" copy the store again, or ingest again"
+                    )
 
     def _chunks(self, first: int, last: int) -> str:
         length = (self._data.shards or self._data.chunks)[0]

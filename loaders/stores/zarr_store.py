@@ -66,7 +66,7 @@ class ZarrStore:
             if modality is not None or layer is not None:
                 raise ValueError(
                     f"store {self.uri}: got modality={modality!r}, layer={layer!r} for a store made by"
-                    f" `liam-scale ingest`, whose modalities and counts are fixed; leave both out, or name them at ingest"
+                    f" `liam-scale ingest`, whose modalities and counts are fixed; leave both out"
                 )
             self.schema = Schema.from_json(dict(self._root.attrs[SCHEMA_KEY]))
             self._parts = {name: _own_part(self._root, name, self.uri, self.schema) for name in self.schema.modalities}
@@ -131,7 +131,13 @@ class ZarrStore:
                 f" embed this store again"
             )
         with self._write_lock:
-            embeddings.write(self._writable(), self.uri, name, start, values, num_cells)
+            root = self._writable()
+            try:
+                embeddings.write(root, self.uri, name, start, values, num_cells)
+            except ValueError:
+                raise
+            except Exception as error:  # a backend's own: no permission, a server that takes no writes, a full disk
+                raise self._unwritable(error) from error
 
     def drop_embedding(self, name: str) -> None:
         """Remove obsm[name], if it is there; for one process, before others write an embedding of another width."""
@@ -150,9 +156,13 @@ class ZarrStore:
         try:
             return open_root(self._source, storage_options=self._storage_options, mode="r+")
         except (ValueError, PermissionError, NotImplementedError) as error:
-            raise RuntimeError(
-                f"store {self.uri}: cannot be written ({error}); write the embedding to a file instead"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: Exception) -> RuntimeError:
+        return RuntimeError(
+            f"store {self.uri}: cannot be written ({type(error).__name__}: {error});"
+            f" make it writable, or write the embedding to a file instead"
+        )
 
 
 def _own_part(root: zarr.Group, name: str, uri: str, schema: Schema) -> ModalityPart:
