@@ -44,11 +44,11 @@ def _flags_from_toml(table: Mapping[str, Any], prefix: str = "") -> list[str]:
 def _expand_config(argv: Sequence[str], positional: str | None) -> list[str]:
     """Replace `--config FILE` by the flags it stands for; the command line's own flags win."""
     arguments = list(argv)
-    for index, argument in enumerate(arguments):
-        if argument == "--config" or argument.startswith("--config="):
-            break
-    else:
+    is_config = [argument.partition("=")[0] == "--config" for argument in arguments]
+    if not any(is_config):
         return arguments
+    index = is_config.index(True)
+    argument = arguments[index]
     if argument == "--config":
         if index + 1 == len(arguments):
             raise ValueError("--config: got nothing; name a TOML file")
@@ -67,7 +67,8 @@ def _expand_config(argv: Sequence[str], positional: str | None) -> list[str]:
         if not rest or rest[0].startswith("-"):
             leading = [str(v) for v in (values if isinstance(values, list) else [values])]
     given = {a.partition("=")[0].replace("--no-", "--").replace(".no-", ".") for a in rest if a.startswith("--")}
-    return leading + _without(_flags_from_toml(table), given) + rest
+    # Positionals first: a list option of the file would swallow one that follows it.
+    return leading + rest + _without(_flags_from_toml(table), given)
 
 
 def _without(flags: list[str], given: set[str]) -> list[str]:

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import torch
+from loaders.loader import Loader
 
 from liam_scale.embed import check_features
 from liam_scale.model import Liam
 from liam_scale.model.noise import Noise
 from liam_scale.preparation import open_stores, sample_codes_for
 from liam_scale.run_directory import RunDirectory
-from loaders.loader import Loader
 from loaders.minibatch import Minibatch
 
 CELLS_PER_STEP = 512

@@ -14,6 +14,7 @@ import anndata
 import numpy as np
 import torch
 import tyro
+from loaders.loader import Loader
 from tqdm import tqdm
 
 from liam_scale.command import parse, run
@@ -23,7 +24,6 @@ from liam_scale.model.noise import Noise
 from liam_scale.preparation import open_stores, sample_column
 from liam_scale.run_directory import RunDirectory, RunRecord
 from liam_scale.training.distributed import Device, World, join_world, launched_ranks
-from loaders.loader import Loader
 from loaders.minibatch import Minibatch
 from loaders.stores import Store
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from loaders.loader import Loader, cell_totals
 
 from liam_scale.command import flag_of, to_table, to_toml
 from liam_scale.config import LOCKED, TrainConfig
 from liam_scale.model import ModelConfig, ModelData, library_priors, resolve
 from liam_scale.run_directory import RunDirectory, RunRecord
-from loaders.loader import Loader, cell_totals
 from loaders.options import LoaderConfig
 from loaders.stores import Store, open_store
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-
 from liam_scale.command import parse, run, to_toml
 from liam_scale.config import SHORT_FLAGS, TrainConfig
 from liam_scale.estimate import describe_plan

@@ -1,0 +1,43 @@
+"""The history speaks scvi-tools' names and is a CSV that is always whole."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from liam_scale.training.history import History, summarise
+
+
+def test_totals_follow_from_the_terms() -> None:
+    terms = {
+        "reconstruction_loss_rna": 30.0,
+        "reconstruction_loss_atac": 10.0,
+        "kl_divergence_z": 4.0,
+        "kl_divergence_l_rna": 2.0,
+        "adversarial_loss": 8.0,
+    }
+    row = summarise(terms, 2, "train")
+    assert row["reconstruction_loss_train"] == 20.0
+    assert row["kl_local_train"] == 3.0
+    assert row["elbo_train"] == 23.0
+    assert row["reconstruction_loss_atac_train"] == 5.0
+    assert row["adversarial_loss_train"] == 4.0
+
+
+def test_rows_with_new_columns_make_a_readable_csv(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.csv")
+    history.append({"epoch": 0, "step": 10, "elbo_train": 1.5})
+    history.append({"epoch": 1, "step": 20, "elbo_train": 1.25, "elbo_validation": 2.0})
+    frame = pd.read_csv(tmp_path / "history.csv")
+    assert frame["elbo_train"].tolist() == [1.5, 1.25]
+    assert frame["step"].tolist() == [10, 20]
+    assert frame["elbo_validation"].isna().tolist() == [True, False]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_events_are_written_on_request(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    history = History(None, tensorboard=tmp_path / "events")
+    history.append({"epoch": 0, "step": 10, "elbo_train": 1.5})
+    history.close()
+    assert any(p.name.startswith("events.out") for p in (tmp_path / "events").iterdir())
