@@ -28,7 +28,8 @@ def library_priors(
     priors
         `present`: over cells with a positive total. A sample without such a cell gets the prior of all the others
         together: no term of the objective reads it, and where the modality is imputed for that sample, its sizes are
-        those of the data. `original`: over all cells, the log of an empty cell taken as 0, as the published code has
+        those of the data. A sample with one such cell gets their variance: its own, 0, would weigh that cell's
+        divergence by 10^7. `original`: over all cells, the log of an empty cell taken as 0, as the published code has
         it; a sample without cells gets (0, 1).
 
     Returns
@@ -45,10 +46,10 @@ def library_priors(
     is_counted = np.asarray(totals) > 0
     logs = np.log(totals, where=is_counted, out=np.zeros(len(totals), dtype=np.float64))
     if priors == "original":
-        return _by_sample(logs, sample, num_samples, absent=(0.0, 1.0))
+        return _by_sample(logs, sample, num_samples, absent=(0.0, 1.0), fewest=1)
     logs, sample = logs[is_counted], sample[is_counted]
-    pooled = (float(logs.mean()), float(logs.var())) if len(logs) else (0.0, 1.0)
-    return _by_sample(logs, sample, num_samples, absent=pooled)
+    pooled = (float(logs.mean()), float(logs.var())) if len(logs) > 1 else (float(logs.sum()), 1.0)
+    return _by_sample(logs, sample, num_samples, absent=pooled, fewest=2)
 
 
 def _by_sample(
@@ -57,10 +58,11 @@ def _by_sample(
     num_samples: int,
     *,
     absent: tuple[float, float],
+    fewest: int,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     size = np.bincount(sample, minlength=num_samples)
     some = np.maximum(size, 1)
     mean = np.bincount(sample, weights=logs, minlength=num_samples) / some
     variance = np.bincount(sample, weights=(logs - mean[sample]) ** 2, minlength=num_samples) / some
-    mean, variance = np.where(size, mean, absent[0]), np.where(size, variance, absent[1])
+    mean, variance = np.where(size, mean, absent[0]), np.where(size >= fewest, variance, absent[1])
     return tuple(mean.tolist()), tuple(variance.tolist())
