@@ -85,10 +85,11 @@ def split(
 def weighted_rows(rows: Rows, weights: npt.NDArray[np.floating], *, seed: int, epoch: int) -> Rows:
     """Repeat every row so that it stands `weights` times in expectation, the total being the rounded sum.
 
-    Systematic sampling (Madow 1949) along a random order: each row gets the floor or the ceiling of its weight.
+    Systematic sampling (Madow 1949): each row gets the floor or the ceiling of its weight. Rows of equal weight stand
+    together, in random order, so that a class of rows also gets its share up to one row.
     """
     bits = random_bits(len(rows) + 1, seed=seed, purpose=COPIES, epoch=epoch)
-    order = np.argsort(bits[1:], kind="stable")
+    order = np.lexsort((bits[1:], weights))
     total = np.sum(weights, dtype=np.float64)
     edges = np.cumsum(weights[order], dtype=np.float64) * (round(total) / total)
     edges[-1] = round(total)

@@ -1,0 +1,380 @@
+"""Minibatches of sparse cells from a store: plan, read, gather, prefetch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch.utils.data
+
+from loaders.assemble import Group, OutputFormat, Slice, assemble, plan_group
+from loaders.buffers import Pool
+from loaders.memory import parse_memory
+from loaders.minibatch import Minibatch
+from loaders.plan import Epoch, Plan, Window
+from loaders.prefetch import Prefetch, Task, Workers, result_of
+from loaders.selection import encode_column, select_rows, weights_of
+from loaders.sizing import Sizes, choose_sizes
+from loaders.sources import open_sources
+from loaders.stores.base import Store
+from loaders.windows import ModalitySource, WindowCells, WindowRows, order_window, read_window
+
+_log = logging.getLogger(__name__)
+
+Subset = Literal["train", "validation", "all"]
+TRANSFORMS = ("clr", "none")
+
+
+@dataclass(frozen=True)
+class OpenWindow:
+    """A window that is being read: its cells, and per modality its rows."""
+
+    cells: Task[WindowCells]
+    parts: Mapping[str, Task[WindowRows]]
+
+
+class Loader(torch.utils.data.IterableDataset[Minibatch]):
+    """Streams minibatches of all modalities of a store; every cell of the subset once an epoch.
+
+    Iterating yields the minibatches of the current epoch from the current position on, and then moves to the next
+    epoch. One iterator is active at a time. `torch.utils.data.DataLoader(loader, batch_size=None)` works too.
+
+    Parameters
+    ----------
+    store
+        An open store; see `loaders.open_store`.
+    minibatch
+        Cells of one optimizer step, over all ranks.
+    sample_key
+        Obs column whose codes become `Minibatch.sample`; it may hold no missing values.
+    modalities
+        Names of the modalities to read; default: all the store has.
+    seed
+        Of the validation split and of the order of cells.
+    streams
+        Virtual ranks, at least `world`; default 16, or twice `world` if that is more. Part of the order of cells.
+    rank, world
+        This process among those that share the minibatches.
+    memory
+        Bound of windows and read-ahead of all modalities together, as "512MiB" or bytes.
+    subset
+        "train", "validation" or "all" cells.
+    validation_share
+        Share of every sample's cells that validate.
+    shuffle
+        False: a fixed order. "all" gives every rank one contiguous range of rows; the other subsets give global
+        minibatches in the order of the rows.
+    transpose
+        Whether counts also carry their transpose, which training needs.
+    obs
+        Further obs columns whose codes to hand out.
+    transforms
+        Per modality "clr" (centred log-ratio by cell) or "none".
+    threads
+        Reader threads; default: the cores of this process, at most 4.
+    weights
+        (n,) expected copies of each cell in an epoch, or the name of an obs column whose categories are to be drawn
+        equally often; training with shuffling only.
+    drop
+        (n,) bool, True for cells to leave out, or per obs column the categories to leave out.
+
+    Raises
+    ------
+    ValueError
+        An option that does not fit the store or another option.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        minibatch: int = 128,
+        sample_key: str | None = None,
+        modalities: Sequence[str] | None = None,
+        seed: int = 0,
+        streams: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        memory: str | int = "1GiB",
+        subset: Subset = "train",
+        validation_share: float = 0.05,
+        shuffle: bool = True,
+        transpose: bool = True,
+        obs: Sequence[str] = (),
+        transforms: Mapping[str, str] | None = None,
+        threads: int | None = None,
+        weights: npt.NDArray[np.floating] | str | None = None,
+        drop: npt.NDArray[np.bool_] | Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        streams = max(16, 2 * world) if streams is None else streams
+        _check_counts(minibatch=minibatch, streams=streams, rank=rank, world=world, threads=threads)
+        self.store, self.rank, self.world = store, rank, world
+        self._sources = open_sources(store, modalities)
+        self._outputs = _output_formats(self._sources, transforms or {}, transpose=transpose)
+        self._sample = None if sample_key is None else encode_column(store, sample_key, allow_missing=False)
+        self._obs = {name: encode_column(store, name, allow_missing=True) for name in obs}
+        rows = select_rows(store, self._sample, subset=subset, share=validation_share, seed=seed, drop=drop)
+        sizes = choose_sizes(
+            memory=parse_memory(memory),
+            window_bytes_per_cell=sum(source.bytes_per_cell for source in self._sources.values()),
+            output_bytes_per_cell=_output_bytes(self._sources, minibatch=minibatch, transpose=transpose),
+            minibatch=minibatch,
+            streams=streams,
+            world=world,
+            is_shuffled=store.schema.is_shuffled or not shuffle,
+            min_block=getattr(store, "row_alignment", 1),
+        )
+        self._sizes = sizes
+        self._plan = Plan(
+            rows,
+            minibatch,
+            streams if shuffle else world,
+            sizes.block_cells,
+            sizes.window_cells,
+            seed,
+            order="shuffled" if shuffle else "ranges" if subset == "all" else "disk",
+            row_alignment=getattr(store, "row_alignment", 1) if shuffle else 1,
+            weights=None if weights is None else weights_of(store, weights, rows, is_allowed=shuffle),
+        )
+        if shuffle:
+            _tell_about_order(store, sizes, streams)
+        self._threads = threads or max(1, min(4, len(os.sched_getaffinity(0))))
+        self._epoch, self._step = 0, 0
+        self._workers: Workers | None = None
+        self.waited_seconds = 0.0
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of an epoch of this subset, over all ranks."""
+        return self._plan.num_cells
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self._plan.num_steps
+
+    @property
+    def streams(self) -> int:
+        return self._plan.streams
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next minibatch."""
+        return self._epoch
+
+    @property
+    def step(self) -> int:
+        """Step within the epoch of the next minibatch."""
+        return self._step
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch; the position within the current epoch is kept."""
+        if epoch < 0:
+            raise ValueError(f"epoch: got {epoch}; epochs count from 0")
+        if epoch != self._epoch:
+            self._epoch, self._step = epoch, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the minibatch last handed out, and what the order of cells rests on."""
+        return {"epoch": self._epoch, "step": self._step, "plan": self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the minibatch at which the state was taken, on any number of ranks.
+
+        Streams, blocks and windows are taken from the state, so that the order stays the same though memory or
+        the number of ranks changed.
+
+        Raises
+        ------
+        ValueError
+            The state is of other cells, another seed or another minibatch.
+        """
+        saved, mine = dict(state["plan"]), self._identity()
+        for key in ("cells", "seed", "minibatch", "order", "fingerprint"):
+            if saved[key] != mine[key]:
+                raise ValueError(
+                    f"loader state: got {key} {saved[key]!r}, this loader has {mine[key]!r};"
+                    f" resume with the {key} of the run, or begin a new run"
+                )
+        if self._plan.order == "shuffled":
+            if saved["streams"] < self.world:
+                raise ValueError(
+                    f"loader state: got {saved['streams']} streams for {self.world} ranks;"
+                    f" resume on at most {saved['streams']} ranks"
+                )
+            cut = {key: saved[key] for key in ("streams", "block_cells", "window_cells")}
+            self._plan = replace(self._plan, **cut)
+        self._stop()
+        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+
+    def _identity(self) -> dict[str, Any]:
+        plan = self._plan
+        return {
+            "cells": plan.num_cells,
+            "seed": plan.seed,
+            "minibatch": plan.minibatch,
+            "order": plan.order,
+            "fingerprint": self.store.schema.fingerprint,
+            "streams": plan.streams,
+            "block_cells": plan.block_cells,
+            "window_cells": plan.window_cells,
+        }
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        if torch.utils.data.get_worker_info() is not None:
+            raise ValueError(
+                "num_workers: got a DataLoader with worker processes, each of which would yield every cell;"
+                " set num_workers=0: the loader reads ahead on threads of its own"
+            )
+        self._stop()
+        return self._iterate()
+
+    def _iterate(self) -> Iterator[Minibatch]:
+        epoch = self._plan.epoch(self._epoch)
+        workers = self._workers = Workers(self._threads)
+        groups = Prefetch(workers, self._schedule(epoch, self._step, workers), ahead=self._sizes.ahead)
+        try:
+            before = self.waited_seconds
+            for minibatches in groups:
+                self.waited_seconds = before + groups.waited_seconds
+                minibatches.reverse()
+                while minibatches:
+                    minibatch = minibatches.pop()
+                    is_last = minibatch.step + 1 == epoch.num_steps
+                    self._epoch = minibatch.epoch + is_last
+                    self._step = 0 if is_last else minibatch.step + 1
+                    yield minibatch
+                    del minibatch
+        finally:
+            workers.close()
+
+    def _schedule(self, epoch: Epoch, step: int, workers: Workers) -> Iterator[Task[list[Minibatch]]]:
+        """Tasks that gather the groups of an epoch; each first submits the windows it opens.
+
+        Windows are held until the last group that needs them has been submitted, and then by that group's task.
+        """
+        steps, width = max(1, self._sizes.group_cells * self.world // self._plan.minibatch), 1
+        open_windows: dict[tuple[int, int], OpenWindow] = {}
+        number = 0
+        while step < epoch.num_steps:
+            # The first groups are small, so that the first minibatch comes early.
+            stop = min(epoch.num_steps, step + min(steps, width))
+            width *= 4
+            group = plan_group(epoch, step, stop, rank=self.rank, world=self.world)
+            spans: list[tuple[Window, int, int]] = []
+            for stream, (low, high) in zip(range(self.rank, self._plan.streams, self.world), group.spans, strict=True):
+                spans += [
+                    (w, max(int(low), w.start) - w.start, min(int(high), w.stop) - w.start)
+                    for w in epoch.windows(stream, int(low), int(high))
+                ]
+            keys = [(window.stream, window.index) for window, _, _ in spans]
+            for key, (window, _, _) in zip(keys, spans, strict=True):
+                if key not in open_windows:
+                    open_windows[key] = self._open(epoch, window, workers, priority=2 * number)
+            held = [(open_windows[key], low, high) for key, (_, low, high) in zip(keys, spans, strict=True)]
+            yield workers.submit(
+                partial(self._gather, epoch.number, group, held),
+                priority=2 * number + 1,
+                after=[task for window, _, _ in held for task in window.parts.values()],
+            )
+            del held
+            for key, (window, _, high) in zip(keys, spans, strict=True):
+                if window.start + high == window.stop:
+                    del open_windows[key]
+            step, number = stop, number + 1
+
+    def _open(self, epoch: Epoch, window: Window, workers: Workers, *, priority: int) -> OpenWindow:
+        cells = workers.submit(partial(order_window, epoch, window), priority=priority)
+        parts = {
+            name: workers.submit(partial(_read, source, cells), priority=priority, after=[cells])
+            for name, source in self._sources.items()
+        }
+        return OpenWindow(cells, parts)
+
+    def _gather(self, epoch: int, group: Group, held: Sequence[tuple[OpenWindow, int, int]]) -> list[Minibatch]:
+        slices = [
+            Slice(
+                result_of(window.cells).trained,
+                {name: result_of(task) for name, task in window.parts.items()},
+                low,
+                high,
+            )
+            for window, low, high in held
+        ]
+        return assemble(slices, group, self._outputs, epoch=epoch, sample=self._sample, obs=self._obs)
+
+    def close(self) -> None:
+        """Stop the reader threads; an iterator that is still in use ends with an error."""
+        self._stop()
+
+    def _stop(self) -> None:
+        workers, self._workers = self._workers, None
+        if workers is not None:
+            workers.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _read(source: ModalitySource, cells: Task[WindowCells]) -> WindowRows:
+    window = result_of(cells)
+    return read_window(source, window.read, window.order)
+
+
+def _check_counts(*, minibatch: int, streams: int, rank: int, world: int, threads: int | None) -> None:
+    for name, value in {"minibatch": minibatch, "world": world, "threads": 1 if threads is None else threads}.items():
+        if value < 1:
+            raise ValueError(f"{name}: got {value}; give at least 1")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank: got {rank} of {world} ranks; ranks count from 0 to {world - 1}")
+    if streams < world:
+        raise ValueError(f"streams: got {streams} for {world} ranks; give at least as many streams as ranks")
+
+
+def _output_formats(
+    sources: Mapping[str, ModalitySource], transforms: Mapping[str, str], *, transpose: bool
+) -> dict[str, OutputFormat]:
+    for name, transform in transforms.items():
+        if transform not in TRANSFORMS:
+            raise ValueError(f"transforms: got {transform!r} for {name}; choose from {', '.join(TRANSFORMS)}")
+    return {
+        name: OutputFormat(source.num_features, transpose, transforms.get(name) == "clr", (Pool(), Pool(), Pool()))
+        for name, source in sources.items()
+    }
+
+
+def _output_bytes(sources: Mapping[str, ModalitySource], *, minibatch: int, transpose: bool) -> float:
+    """Mean bytes of a cell in a finished minibatch."""
+    entries = sum(source.nonzeros_per_cell for source in sources.values())
+    features = sum(source.num_features for source in sources.values()) * 4 / minibatch
+    return 64 + 8 * entries + transpose * (8 * entries + features)
+
+
+def _tell_about_order(store: Store, sizes: Sizes, streams: int) -> None:
+    if store.schema.is_shuffled:
+        return
+    _log.info(
+        "%s is not shuffled: reading blocks of %d cells, shuffling %d cells together; `liam-scale ingest` makes a"
+        " shuffled store, which is read several times faster",
+        store.uri,
+        sizes.block_cells,
+        sizes.window_cells * streams,
+    )
+    if sizes.is_small:
+        _log.warning(
+            "%s is not shuffled and memory allows windows of %d cells: minibatches may be uneven; give the loader more"
+            " memory, or ingest the store",
+            store.uri,
+            sizes.window_cells * streams,
+        )

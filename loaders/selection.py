@@ -1,0 +1,98 @@
+"""Which cells take part: subsets, filters, weights, and obs columns as codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from loaders.plan import Rows, split
+from loaders.stores.base import Store
+
+
+def encode_column(store: Store, name: str, *, allow_missing: bool) -> npt.NDArray[np.integer]:
+    """(n,) codes of an obs column in the narrowest signed type.
+
+    Raises
+    ------
+    ValueError
+        There is no such column, or it holds missing values where it may not.
+    """
+    column = store.obs_column(name)
+    missing = int(np.count_nonzero(column.codes < 0))
+    if missing and not allow_missing:
+        raise ValueError(
+            f"obs column {name!r}: got {missing} of {len(column.codes)} cells without a value in {store.uri};"
+            f" every cell needs one: fill them in before ingest, leave these cells out, or name another column"
+            f" ({', '.join(store.schema.obs_columns)})"
+        )
+    return column.codes.astype(np.min_scalar_type(-len(column.categories) - 1))
+
+
+def select_rows(
+    store: Store,
+    sample: npt.NDArray[np.integer] | None,
+    *,
+    subset: str,
+    share: float,
+    seed: int,
+    drop: npt.NDArray[np.bool_] | Mapping[str, Sequence[str]] | None,
+) -> Rows:
+    """Rows of a subset, ascending, without those dropped."""
+    if subset not in ("train", "validation", "all"):
+        raise ValueError(f"subset: got {subset!r}; choose train, validation or all")
+    count = store.schema.num_cells
+    rows = np.arange(count, dtype=np.uint32)
+    if drop is not None:
+        rows = rows[~_dropped(store, drop)]
+    if subset != "all":
+        chosen = split(rows.astype(np.uint64), None if sample is None else sample[rows], seed=seed, share=share)
+        rows = rows[chosen if subset == "validation" else ~chosen]
+    if not len(rows):
+        raise ValueError(
+            f"subset {subset!r}: got no cells of {count} in {store.uri};"
+            + (" drop fewer cells" if drop is not None else " raise validation_share, or use another subset")
+        )
+    return rows
+
+
+def _dropped(store: Store, drop: npt.NDArray[np.bool_] | Mapping[str, Sequence[str]]) -> npt.NDArray[np.bool_]:
+    count = store.schema.num_cells
+    if isinstance(drop, np.ndarray):
+        if drop.dtype != np.bool_ or drop.shape != (count,):
+            raise ValueError(f"drop: got {drop.dtype} of shape {drop.shape}; give one bool for each of {count} cells")
+        return drop
+    dropped = np.zeros(count, np.bool_)
+    for name, values in drop.items():
+        column = store.obs_column(name)
+        unknown = [value for value in values if value not in column.categories]
+        if unknown:
+            raise ValueError(
+                f"drop: got {name} = {', '.join(map(repr, unknown))}; values are: {', '.join(column.categories[:20])}"
+            )
+        dropped |= np.isin(column.codes, [column.categories.index(value) for value in values])
+    return dropped
+
+
+def weights_of(
+    store: Store, weights: npt.NDArray[np.floating] | str, rows: Rows, *, is_allowed: bool
+) -> npt.NDArray[np.float32]:
+    """(len(rows),) expected copies of each row in an epoch.
+
+    The name of an obs column stands for weights with which its categories come equally often in an epoch
+    as long as before; cells without a value form a category of their own.
+    """
+    if not is_allowed:
+        raise ValueError("weights: got weights for a fixed order; leave them out, or shuffle")
+    count = store.schema.num_cells
+    if isinstance(weights, str):
+        codes = store.obs_column(weights).codes[rows] + 1
+        sizes = np.bincount(codes)
+        return (len(rows) / np.count_nonzero(sizes) / np.maximum(sizes, 1)).astype(np.float32)[codes]
+    if weights.shape != (count,):
+        raise ValueError(f"weights: got shape {weights.shape}; give one number for each of {count} cells")
+    chosen = weights[rows].astype(np.float32)
+    if not np.isfinite(chosen).all() or (chosen < 0).any() or chosen.sum(dtype=np.float64) < 0.5:
+        raise ValueError("weights: got negative, infinite or only zero weights; give expected copies, such as 0.5 or 2")
+    return chosen

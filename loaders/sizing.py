@@ -1,0 +1,95 @@
+"""From one amount of memory to the sizes of blocks, windows and read-ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHUFFLED_WINDOW = 16_384
+"""Cells of all windows together where the store is shuffled: larger ones mix no better."""
+
+UNSHUFFLED_WINDOW = 65_536
+"""The same where cells stand in a meaningful order; with fewer, minibatches are visibly uneven (architecture.md)."""
+
+UNSHUFFLED_BLOCK = 64
+"""Cells of a block where cells stand in a meaningful order."""
+
+GROUP_BYTES = 24 << 20
+"""Output gathered in one go: large enough to hide the 0.3 ms a gather costs besides its cells, small enough for the
+cache."""
+
+GROUP_CELLS = 2_048
+"""The most cells gathered in one go, unless the minibatch is larger."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How the loader cuts the cells of a store.
+
+    Attributes
+    ----------
+    block_cells, window_cells
+        Cells read together, and cells of one stream shuffled together.
+    group_cells
+        Cells gathered in one go.
+    ahead
+        Gathered groups that may stand finished before the consumer asks.
+    is_small
+        Whether memory did not allow the windows this store should have.
+    """
+
+    block_cells: int
+    window_cells: int
+    group_cells: int
+    ahead: int
+    is_small: bool = False
+
+
+def choose_sizes(
+    *,
+    memory: int,
+    window_bytes_per_cell: float,
+    output_bytes_per_cell: float,
+    minibatch: int,
+    streams: int,
+    world: int,
+    is_shuffled: bool,
+    min_block: int = 1,
+) -> Sizes:
+    """Sizes whose memory stays below `memory` when one rank serves all streams.
+
+    Half is for the windows in use, and that half knows nothing of ranks and minibatch: the order of cells
+    must not change with them. The other half is for what is gathered ahead.
+
+    Parameters
+    ----------
+    memory
+        Bytes of windows and read-ahead of all modalities.
+    window_bytes_per_cell, output_bytes_per_cell
+        Mean bytes of a cell in a window and in a finished minibatch, over all modalities.
+    min_block
+        Smallest block the store reads well (a TileDB-SOMA tile).
+
+    Raises
+    ------
+    ValueError
+        Memory does not hold two minibatches and one block a stream.
+    """
+    half = memory / 2
+    share = -(-minibatch // world)
+    smallest = max(16, min_block)
+    # A group ahead stands finished, and its windows beside those in use; one more group is with the consumer.
+    per_cell = [(ahead + 1) * output_bytes_per_cell + ahead * window_bytes_per_cell for ahead in (1, 2, 3)]
+    # Partly used windows of streams that have just opened the next one: a quarter of all windows at most.
+    held = int(half / (1.25 * window_bytes_per_cell))
+    if share * per_cell[0] > half or held < streams * smallest:
+        needed = 2 * max(share * per_cell[0], streams * smallest * 1.25 * window_bytes_per_cell)
+        raise ValueError(
+            f"memory: got {memory / 2**20:.0f} MiB for minibatches of {minibatch} cells in {streams} streams, which"
+            f" need {needed / 2**20:.0f} MiB; give more memory, or fewer cells a minibatch"
+        )
+    ahead = max(k for k in (1, 2, 3) if share * per_cell[k - 1] <= half)
+    group = min(GROUP_CELLS, int(GROUP_BYTES / output_bytes_per_cell), int(half / per_cell[ahead - 1]))
+    wanted = SHUFFLED_WINDOW if is_shuffled else UNSHUFFLED_WINDOW
+    window = max(smallest, min(held, wanted) // streams)
+    block = window if is_shuffled else max(min_block, min(window, UNSHUFFLED_BLOCK))
+    return Sizes(block, window, max(share, group), ahead, is_small=held < wanted)

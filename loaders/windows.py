@@ -1,0 +1,244 @@
+"""A window in memory: the rows of some blocks of one modality, and where each cell's entries begin.
+
+Shapes: B cells of the window, R rows of the modality, N entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from loaders.buffers import Pool
+from loaders.csr import gather_rows
+from loaders.plan import Epoch, Rows, Window
+from loaders.stores.base import Store
+
+MAX_GAP = 32
+"""Rows not asked for that are read along rather than split a read: decoding 32 rows costs less than a seek."""
+
+PIECE_ROWS = 1024
+"""Rows read at a time where few of them are kept, so that those dropped never fill a window."""
+
+CHECKPOINT = 256
+"""Rows between stored offsets; offsets in between are summed from lengths."""
+
+
+class RowReader(Protocol):
+    """Reads rows of one modality's matrix; called from several threads at once."""
+
+    index_dtype: np.dtype[np.generic]
+    value_dtype: np.dtype[np.generic]
+
+    def read_into(
+        self,
+        start: int,
+        stop: int,
+        entry_start: int,
+        indices: npt.NDArray[np.generic],
+        values: npt.NDArray[np.generic],
+    ) -> None:
+        """Read rows [start, stop), whose entries begin at `entry_start`, into arrays of just their size."""
+        ...
+
+
+class RowOffsets:
+    """The indptr of a matrix in 2-4 bytes a row instead of 8.
+
+    Parameters
+    ----------
+    indptr
+        (R + 1,) offsets.
+    """
+
+    def __init__(self, indptr: npt.NDArray[np.int64]) -> None:
+        lengths = np.diff(indptr)
+        longest = int(lengths.max(initial=0))
+        self._lengths = lengths.astype(np.uint16 if longest < 1 << 16 else np.uint32)
+        self._checkpoints = np.ascontiguousarray(indptr[::CHECKPOINT]).astype(np.int64)
+        self.num_rows = len(lengths)
+        self.num_entries = int(indptr[-1])
+
+    def between(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """(stop - start + 1,) offsets of the rows [start, stop) and of their end."""
+        base = start // CHECKPOINT
+        offsets = np.empty(stop - start + 1, np.int64)
+        offsets[0] = self._checkpoints[base] + self._lengths[base * CHECKPOINT : start].sum(dtype=np.int64)
+        np.cumsum(self._lengths[start:stop], dtype=np.int64, out=offsets[1:])
+        offsets[1:] += offsets[0]
+        return offsets
+
+
+@dataclass(frozen=True)
+class WindowRows:
+    """One modality of a window.
+
+    Attributes
+    ----------
+    indices, values
+        (N,) entries as stored.
+    starts, lengths
+        (B,) int64: the entries of each cell, in the order of training; length 0 where the cell lacks the modality.
+    present
+        (B,) bool, or None where every cell has the modality.
+    """
+
+    indices: npt.NDArray[np.generic]
+    values: npt.NDArray[np.generic]
+    starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    present: npt.NDArray[np.bool_] | None
+
+
+@dataclass(frozen=True)
+class ModalitySource:
+    """Everything that reading one modality of a store needs.
+
+    Attributes
+    ----------
+    rows
+        (n,) int32 row of each cell in the matrix, -1 where it lacks the modality; None if every cell has it.
+    """
+
+    name: str
+    reader: RowReader
+    offsets: RowOffsets
+    rows: npt.NDArray[np.int32] | None
+    num_features: int
+    indices_pool: Pool
+    values_pool: Pool
+
+    @property
+    def bytes_per_cell(self) -> float:
+        """Mean bytes of a cell in a window."""
+        entry = self.reader.index_dtype.itemsize + self.reader.value_dtype.itemsize
+        return entry * self.nonzeros_per_cell + 24
+
+    @property
+    def nonzeros_per_cell(self) -> float:
+        cells = self.offsets.num_rows if self.rows is None else len(self.rows)
+        return self.offsets.num_entries / max(1, cells)
+
+
+@dataclass(frozen=True)
+class WindowCells:
+    """Cells of a window.
+
+    Attributes
+    ----------
+    read
+        (B,) rows of the store in the order of reading.
+    order
+        (B,) place in `read` of each cell in the order of training.
+    trained
+        (B,) rows of the store in the order of training.
+    """
+
+    read: Rows
+    order: npt.NDArray[np.int64]
+    trained: Rows
+
+
+def order_window(epoch: Epoch, window: Window) -> WindowCells:
+    """Cells of a window of the plan."""
+    rows, order = epoch.window_rows(window), epoch.window_order(window)
+    return WindowCells(rows, order, rows[order])
+
+
+def runs_of(rows: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Split (B,) rows into [begin, end) runs of ascending rows that one read serves.
+
+    A row may repeat. Runs whose rows stand far apart are cut so that no read spans more than `PIECE_ROWS` rows
+    of which few are wanted.
+    """
+    if not len(rows):
+        return []
+    steps = np.diff(rows)
+    cuts = np.flatnonzero((steps < 0) | (steps > MAX_GAP)) + 1
+    edges = [0, *cuts.tolist(), len(rows)]
+    runs = []
+    for begin, end in pairwise(edges):
+        while 2 * (end - begin) < rows[end - 1] + 1 - rows[begin] and rows[end - 1] - rows[begin] >= PIECE_ROWS:
+            middle = begin + int(np.searchsorted(rows[begin:end], rows[begin] + PIECE_ROWS))
+            runs.append((begin, middle))
+            begin = middle
+        runs.append((begin, end))
+    return runs
+
+
+def read_window(source: ModalitySource, cells: npt.NDArray[np.integer], order: npt.NDArray[np.int64]) -> WindowRows:
+    """Read the rows of a window's cells.
+
+    Parameters
+    ----------
+    cells
+        (B,) rows of the store in the order of reading.
+    order
+        (B,) place in `cells` of each cell in the order of training.
+    """
+    rows = cells.astype(np.int64) if source.rows is None else source.rows[cells].astype(np.int64)
+    present = None if source.rows is None else rows >= 0
+    wanted = rows if present is None else rows[present]
+    starts, lengths = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.int64)
+    runs = runs_of(wanted)
+    offsets = [source.offsets.between(int(wanted[a]), int(wanted[b - 1]) + 1) for a, b in runs]
+    is_sparse = [2 * (b - a) < len(edges) - 1 for (a, b), edges in zip(runs, offsets, strict=True)]
+    bases, total = [], 0
+    for (a, b), edges, sparse in zip(runs, offsets, is_sparse, strict=True):
+        inside = wanted[a:b] - wanted[a]
+        lengths[a:b] = edges[inside + 1] - edges[inside]
+        if sparse:
+            starts[a:b] = total + np.cumsum(lengths[a:b]) - lengths[a:b]
+            size = int(lengths[a:b].sum())
+        else:
+            starts[a:b] = total + edges[inside] - edges[0]
+            size = int(edges[-1] - edges[0])
+        bases.append((total, total + size))
+        total += size
+    indices = source.indices_pool.take(total, source.reader.index_dtype)
+    values = source.values_pool.take(total, source.reader.value_dtype)
+    for (a, b), edges, sparse, (low, high) in zip(runs, offsets, is_sparse, bases, strict=True):
+        first, last = int(wanted[a]), int(wanted[b - 1]) + 1
+        entry, into = int(edges[0]), (indices[low:high], values[low:high])
+        if not sparse:
+            source.reader.read_into(first, last, entry, *into)
+            continue
+        count = int(edges[-1]) - entry
+        whole = (np.empty(count, indices.dtype), np.empty(count, values.dtype))
+        source.reader.read_into(first, last, entry, *whole)
+        inside = wanted[a:b] - first
+        gather_rows(*whole, edges[inside] - entry, lengths[a:b], starts[a:b] - low, *into)
+    if present is None:
+        return WindowRows(indices, values, starts[order], lengths[order], None)
+    all_starts, all_lengths = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+    all_starts[present], all_lengths[present] = starts, lengths
+    return WindowRows(indices, values, all_starts[order], all_lengths[order], present[order])
+
+
+class StoreReader:
+    """Reads through a store's own `read_rows`: any format, with one copy more than a reader that knows the format."""
+
+    def __init__(self, store: Store, modality: str, num_features: int, value_dtype: npt.DTypeLike) -> None:
+        self._store, self._modality = store, modality
+        self.index_dtype = np.dtype(np.uint16 if num_features <= 1 << 16 else np.uint32)
+        self.value_dtype = np.dtype(value_dtype)
+
+    def read_into(
+        self,
+        start: int,
+        stop: int,
+        entry_start: int,
+        indices: npt.NDArray[np.generic],
+        values: npt.NDArray[np.generic],
+    ) -> None:
+        rows = self._store.read_rows(self._modality, start, stop)
+        if len(rows.indices) != len(indices):
+            raise RuntimeError(
+                f"store {self._store.uri}, {self._modality}: got {len(rows.indices)} entries in rows {start}:{stop}"
+                f" where its offsets say {len(indices)}; the store changed or is damaged: ingest again"
+            )
+        indices[:] = rows.indices
+        values[:] = rows.values
