@@ -1,0 +1,58 @@
+"""Sparse products in plain torch, for devices without kernels of their own (CUDA).
+
+`embedding_bag` sums weighted rows per bag: a bag per cell is counts @ table, a bag per feature is counts^T @ table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from loaders.minibatch import SparseCounts
+
+
+def with_values(counts: SparseCounts, dtype: torch.dtype, *, log1p: bool = False) -> SparseCounts:
+    """The counts in another dtype, or their log(1 + counts); with the transpose, which is made if it is missing."""
+
+    def changed(values: Tensor) -> Tensor:
+        return torch.log1p(values.to(dtype)) if log1p else values.to(dtype)
+
+    if counts.feature_values is None:
+        counts = _with_transpose(counts)
+    assert counts.feature_values is not None
+    return replace(counts, values=changed(counts.values), feature_values=changed(counts.feature_values))
+
+
+def gather_product(counts: SparseCounts, table: Tensor) -> Tensor:
+    """(B, O) = counts table, with a table of shape (F, O)."""
+    return _bags(counts.indptr, counts.indices, counts.values, table)
+
+
+def transposed_product(counts: SparseCounts, table: Tensor) -> Tensor:
+    """(F, O) = counts^T table, with a table of shape (B, O)."""
+    assert counts.feature_indptr is not None
+    assert counts.cells is not None
+    assert counts.feature_values is not None
+    return _bags(counts.feature_indptr, counts.cells, counts.feature_values, table)
+
+
+def _bags(indptr: Tensor, indices: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    if len(indices) == 0:
+        return torch.zeros(len(indptr) - 1, table.shape[1], dtype=table.dtype, device=table.device)
+    return functional.embedding_bag(
+        indices, table, indptr, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
+
+
+def _with_transpose(counts: SparseCounts) -> SparseCounts:
+    cells = torch.repeat_interleave(
+        torch.arange(counts.num_cells, device=counts.indices.device, dtype=torch.int32),
+        (counts.indptr[1:] - counts.indptr[:-1]).long(),
+    )
+    order = torch.argsort(counts.indices, stable=True)
+    sizes = torch.bincount(counts.indices, minlength=counts.num_features)
+    feature_indptr = functional.pad(torch.cumsum(sizes, 0), (1, 0)).to(torch.int32)
+    return replace(counts, feature_indptr=feature_indptr, cells=cells[order], feature_values=counts.values[order])

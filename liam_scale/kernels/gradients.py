@@ -1,0 +1,107 @@
+"""Gradients that a kernel forms itself: where they are written, and how autograd receives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Formed:
+    """A gradient formed in the forward pass.
+
+    Attributes
+    ----------
+    gradient
+        d loss / d parameter, in the parameter's shape.
+    is_buffer
+        It stands in a persistent buffer that becomes the parameter's `.grad`; else autograd takes it.
+    """
+
+    gradient: Tensor
+    is_buffer: bool = False
+
+
+def checked_buffer(buffers: Mapping[str, Tensor] | None, name: str, parameter: Tensor) -> Tensor | None:
+    """The persistent tensor for this parameter's gradient, or None where autograd shall have a fresh one."""
+    if buffers is None or name not in buffers or not parameter.requires_grad:
+        return None
+    buffer = buffers[name]
+    if not parameter.is_leaf:
+        raise ValueError(
+            f"grad_buffers[{name!r}]: its tensor is computed from others; give buffers for parameters only"
+        )
+    if (buffer.shape, buffer.dtype, buffer.device) != (parameter.shape, parameter.dtype, parameter.device):
+        raise ValueError(
+            f"grad_buffers[{name!r}]: got {tuple(buffer.shape)} {buffer.dtype} on {buffer.device}, the parameter is "
+            f"{tuple(parameter.shape)} {parameter.dtype} on {parameter.device}; make it with torch.empty_like"
+        )
+    if not buffer.is_contiguous():
+        raise ValueError(f"grad_buffers[{name!r}]: got strides {buffer.stride()}; make it contiguous")
+    if parameter.grad is not None and is_same_memory(parameter.grad, buffer):
+        raise RuntimeError(
+            f"grad_buffers[{name!r}]: the parameter's gradient of an earlier step still stands there; "
+            "call optimizer.zero_grad(set_to_none=True) before the next forward pass"
+        )
+    return buffer
+
+
+def is_same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.numel() > 0 and a.data_ptr() == b.data_ptr()
+
+
+def mark_written(buffer: Tensor) -> int:
+    """Tell torch that a kernel wrote into the buffer; returns its version, by which a later write is noticed."""
+    buffer[:0].zero_()
+    return buffer._version
+
+
+def adopt(parameter: Tensor, buffer: Tensor) -> None:
+    """Make a filled buffer the parameter's gradient, or add it to the gradient it has."""
+    if parameter.grad is None:
+        parameter.grad = buffer
+    else:
+        with torch.no_grad():
+            parameter.grad.add_(buffer)
+
+
+def attach(loss: Tensor, inputs: Sequence[Tensor], formed: Sequence[Formed | None]) -> Tensor:
+    """The loss as a function of its inputs, whose gradients are known already."""
+    return _Attached.apply(loss, tuple(formed), *inputs)
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, formed: tuple[Formed | None, ...], *inputs: Tensor) -> Tensor:
+        ctx.formed, ctx.inputs = formed, inputs
+        ctx.versions = [mark_written(f.gradient) if f is not None and f.is_buffer else None for f in formed]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        # on the CPU, where looking costs nothing, gradients are left alone if the factor is 1
+        is_one = upstream.device.type == "cpu" and upstream.item() == 1.0
+        formed, ctx.formed = ctx.formed, None
+        if formed is None:
+            raise RuntimeError("backward: called twice for one loss; its gradients were given away the first time")
+        results: list[Tensor | None] = []
+        for entry, parameter, version in zip(formed, ctx.inputs, ctx.versions, strict=True):
+            if entry is None or not parameter.requires_grad:
+                results.append(None)
+                continue
+            if version is not None and entry.gradient._version != version:
+                raise RuntimeError(
+                    "grad_buffers: a buffer was written again between forward and backward; "
+                    "call backward before the next forward pass, or leave grad_buffers out"
+                )
+            gradient = entry.gradient if is_one else entry.gradient.mul_(upstream)
+            if entry.is_buffer:
+                adopt(parameter, gradient)
+            results.append(None if entry.is_buffer else gradient)
+        return None, None, *results

@@ -1,0 +1,327 @@
+"""The fused negative multinomial on the CPU: two walks over tiles of features, logits never stored as a whole.
+
+First walk: logits of a tile (product 1), what the non-zeros need of them, maximum, exponentials, sum. Then L and all
+that hangs on it, per cell. Second walk: exponentials (kept, or made again), gradient of the tile's weights
+(product 2) with the softmax's scale folded into the small hidden matrix, gradient of the hidden state (product 3), and
+the non-zeros' part of both while the tile's rows are in cache.
+
+Shapes: B cells, C cells that count, F features, H hidden units, N non-zeros, T features of a tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from liam_scale.kernels import workers
+from liam_scale.kernels.products import has_bf16, multiply_transposed
+from liam_scale.kernels.reference import ORIGINAL_EPSILON
+from liam_scale.kernels.softmax_tiles import (
+    Cache,
+    as_array,
+    exponentiate,
+    make_cache,
+    merge,
+    probabilities,
+    tile_features,
+)
+from liam_scale.kernels.sparse_walk import ByFeature
+from liam_scale.kernels.vector_math import FAST_MATH, load
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder's output layer and the counts it explains.
+
+    Attributes
+    ----------
+    entries
+        Counts by feature; their cells are numbered 0..B-1.
+    column
+        (B,) int32 place of each cell among those that count, -1 for the others.
+    hidden
+        (C, H) contiguous.
+    weight, bias
+        (F, H), (F,) contiguous.
+    is_bf16
+        Products of the gradients in bfloat16. The logits stay float32: they reach hundreds (the size of a cell is an
+        input of the layer), where bfloat16 would be off by one.
+    """
+
+    entries: ByFeature
+    column: Any
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    is_bf16: bool
+
+    @property
+    def num_cells(self) -> int:
+        return len(self.hidden)
+
+    @functools.cached_property
+    def tile(self) -> int:
+        return tile_features(self.num_cells)
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-len(self.weight) // self.tile)
+
+    def features(self, tile: int) -> slice:
+        return slice(tile * self.tile, min((tile + 1) * self.tile, len(self.weight)))
+
+    def logits(self, features: slice) -> Tensor:
+        """(T, C), without the bias."""
+        return multiply_transposed(self.weight[features], self.hidden)
+
+    def scratch_bytes(self, num_workers: int) -> int:
+        """What the walks allocate beside the cache."""
+        width = self.weight.shape[1] + 1
+        elements = num_workers * (2 * self.tile * (self.num_cells + width) + 3 * self.num_cells * width)
+        return elements * self.weight.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Normalizers:
+    """First walk's result.
+
+    Attributes
+    ----------
+    normalizer
+        (C,) float64 L = log(1 + sum_f exp l_f).
+    fit
+        (C,) float64 sum_f y_f l_f.
+    at_entries
+        (N,) logit of each non-zero where asked for, else empty.
+    cache
+        Exponentials of the first tiles.
+    """
+
+    normalizer: Tensor
+    fit: Tensor
+    at_entries: Any
+    cache: Cache
+
+
+def first_walk(layer: Layer, *, cache_bytes: int, with_entries: bool) -> Normalizers:
+    """Normalisers of all cells; keeps the exponentials of as many tiles as fit into cache_bytes."""
+    dtype, cells = layer.weight.dtype, layer.num_cells
+    stored = torch.bfloat16 if layer.is_bf16 else dtype
+    cache = make_cache(layer.num_tiles, layer.tile, cells, dtype, stored, cache_bytes)
+    at_entries = np.empty(len(layer.entries.cells) if with_entries else 0, layer.entries.values.dtype)
+    num = max(1, min(workers.num_workers(), layer.num_tiles))
+    maxima, sums, fit = np.zeros((num, cells)), np.zeros((num, cells)), np.zeros((num, cells))
+    workers.run(
+        [
+            functools.partial(
+                _first_tiles, layer, range(k, layer.num_tiles, num), cache, at_entries, maxima[k], sums[k], fit[k]
+            )
+            for k in range(num)
+        ]
+    )
+    # the reference class has logit 0: maxima start at 0, and it adds exp(-maximum)
+    top = maxima.max(axis=0)
+    total = np.exp(-top) + (sums * np.exp(maxima - top)).sum(axis=0)
+    normalizer = torch.from_numpy(top + np.log(total))
+    return Normalizers(normalizer, torch.from_numpy(fit.sum(axis=0)), at_entries, cache)
+
+
+def _first_tiles(
+    layer: Layer, tiles: range, cache: Cache, at_entries: Any, total_maxima: Any, total_sums: Any, fit: Any
+) -> None:
+    sums, part, scratch = (np.empty(layer.num_cells, layer.entries.values.dtype) for _ in range(3))
+    entries, bias = layer.entries, layer.bias.numpy()
+    for tile in tiles:
+        features = layer.features(tile)
+        logits = layer.logits(features).numpy()
+        _read_entries(
+            logits, bias, entries.indptr, entries.cells, entries.values, layer.column, features.start, fit, at_entries
+        )
+        is_kept = tile < cache.num_tiles
+        kept = as_array(cache.exponentials[tile]) if is_kept else logits
+        maxima = cache.maxima[tile].numpy() if is_kept else scratch
+        exponentiate(logits, bias[features], kept, maxima, sums, part)
+        merge(maxima, sums, total_maxima, total_sums)
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+def _read_entries(
+    logits: Any, bias: Any, indptr: Any, cells: Any, values: Any, column: Any, first: int, fit: Any, at_entries: Any
+) -> None:
+    """Add a tile's part of sum_f y_f l_f; note the logits of its non-zeros where at_entries is not empty."""
+    is_noted = len(at_entries) > 0
+    for t in range(len(logits)):
+        f = np.uint64(first + t)
+        for j in range(np.uint64(indptr[f]), np.uint64(indptr[f + np.uint64(1)])):
+            place = column[np.uint64(cells[j])]
+            if place < 0:
+                continue
+            logit = logits[t, np.uint64(place)] + bias[f]
+            fit[np.uint64(place)] += np.float64(values[j]) * np.float64(logit)
+            if is_noted:
+                at_entries[j] = logit
+
+
+@numba.njit(nogil=True, cache=True)
+def original_fit(
+    cells: Any, values: Any, column: Any, at_entries: Any, normalizer: Any, fit: Any, fit_slope: Any
+) -> None:
+    """sum_f y_f log(p_f + eps), its slope, and per non-zero y p / (p + eps), which replaces the logit noted there."""
+    for j in range(len(cells)):
+        place = column[np.uint64(cells[j])]
+        if place < 0:
+            continue
+        p = np.exp(np.float64(at_entries[j]) - normalizer[place])
+        slope = values[j] * p / (p + ORIGINAL_EPSILON)
+        fit[place] += values[j] * np.log(p + ORIGINAL_EPSILON)
+        fit_slope[place] += slope
+        at_entries[j] = slope
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """What the second walk multiplies with.
+
+    Attributes
+    ----------
+    scale
+        (C,) d loss / d L.
+    coefficients
+        (N,) slope of the fit in the logit of each non-zero: the count itself, or the original's y p / (p + eps).
+    cell_weight
+        (C,) weight of each cell.
+    """
+
+    scale: Tensor
+    coefficients: Any
+    cell_weight: Tensor
+
+
+def second_walk(
+    layer: Layer, found: Normalizers, slopes: Slopes, *, weight_gradient: Tensor, bias_gradient: Tensor
+) -> Tensor:
+    """Fill the gradients of weight and bias; returns (C, H) that of the hidden state."""
+    width = layer.weight.shape[1]
+    num = max(1, min(workers.num_workers(), layer.num_tiles))
+    dense = torch.zeros(num, width, layer.num_cells, dtype=layer.weight.dtype)
+    sparse = torch.zeros(num, layer.num_cells, width, dtype=layer.weight.dtype)
+    workers.run(
+        [
+            functools.partial(
+                _second_tiles,
+                layer,
+                range(k, layer.num_tiles, num),
+                found,
+                slopes,
+                weight_gradient,
+                bias_gradient,
+                dense[k],
+                sparse[k],
+            )
+            for k in range(num)
+        ]
+    )
+    return dense.sum(dim=0).T + sparse.sum(dim=0)
+
+
+def _second_tiles(
+    layer: Layer,
+    tiles: range,
+    found: Normalizers,
+    slopes: Slopes,
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    dense: Tensor,
+    sparse: Tensor,
+) -> None:
+    dtype, entries = layer.weight.dtype, layer.entries
+    normalizer, weights = found.normalizer.to(dtype), slopes.cell_weight.to(dtype).numpy()
+    # an extra row of ones makes the gradient of the bias another column of the product
+    hidden_T = torch.cat([layer.hidden, torch.ones(layer.num_cells, 1, dtype=dtype)], dim=1).T.contiguous()
+    arrays = (layer.hidden.numpy(), sparse.numpy())
+    for tile in tiles:
+        features = layer.features(tile)
+        weight = layer.weight[features]
+        if tile < found.cache.num_tiles:
+            kept = found.cache.exponentials[tile, : len(weight)]
+            scale = slopes.scale * torch.exp(found.cache.maxima[tile].double() - found.normalizer)
+        else:
+            kept, scale = _made_again(layer, features, normalizer), slopes.scale
+        scale = scale.to(dtype)
+        product = _products(kept, hidden_T * scale, weight, scale, dense)
+        _write_tile(
+            as_array(product),
+            weight.numpy(),
+            entries.indptr,
+            entries.cells,
+            slopes.coefficients,
+            layer.column,
+            weights,
+            *arrays,
+            features.start,
+            weight_gradient[features].numpy(),
+            bias_gradient[features].numpy(),
+        )
+
+
+def _made_again(layer: Layer, features: slice, normalizer: Tensor) -> Tensor:
+    logits = layer.logits(features)
+    kept = torch.empty(logits.shape, dtype=torch.bfloat16) if layer.is_bf16 else logits
+    probabilities(logits.numpy(), layer.bias[features].numpy(), normalizer.numpy(), as_array(kept))
+    return kept
+
+
+def _products(kept: Tensor, scaled_hidden_T: Tensor, weight: Tensor, scale: Tensor, dense: Tensor) -> Tensor:
+    """(T, H + 1) gradients of a tile's weights and bias; adds the tile's part to the (H, C) of the hidden state."""
+    if kept.dtype == torch.bfloat16:
+        part = torch.mm(weight.to(torch.bfloat16).T, kept)
+        dense.addcmul_(part.to(dense.dtype), scale)
+        return torch.mm(kept, scaled_hidden_T.to(torch.bfloat16).T)
+    dense.addcmul_(multiply_transposed(weight.T, kept.T), scale)
+    return multiply_transposed(kept, scaled_hidden_T)
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+def _write_tile(
+    product: Any,
+    weight: Any,
+    indptr: Any,
+    cells: Any,
+    coefficients: Any,
+    column: Any,
+    cell_weight: Any,
+    hidden: Any,
+    hidden_gradient: Any,
+    first: int,
+    weight_gradient: Any,
+    bias_gradient: Any,
+) -> None:
+    """Gradients of a tile's weights and bias = product - counts^T (weights of the cells * hidden state)."""
+    width = weight.shape[1]
+    for t in range(len(weight)):
+        row, out = weight[t], weight_gradient[t]
+        for h in range(width):
+            out[h] = load(product, t, h)
+        bias_slope = load(product, t, width)
+        f = np.uint64(first + t)
+        for j in range(np.uint64(indptr[f]), np.uint64(indptr[f + np.uint64(1)])):
+            place = column[np.uint64(cells[j])]
+            if place < 0:
+                continue
+            source, target = hidden[np.uint64(place)], hidden_gradient[np.uint64(place)]
+            slope = coefficients[j] * cell_weight[np.uint64(place)]
+            for h in range(width):
+                out[h] -= slope * source[h]
+                target[h] -= slope * row[h]
+            bias_slope -= slope
+        bias_gradient[t] = bias_slope
+
+
+def allows_bf16(precision: str, dtype: torch.dtype) -> bool:
+    return precision == "bf16" and dtype == torch.float32 and has_bf16()

@@ -1,0 +1,115 @@
+"""Tiles of a softmax over all features, on the CPU: the exponentials are kept where they fit, else made again.
+
+Shapes: B cells, F features, H hidden units, T features of a tile. A tile is feature-major (T, B), so that sums over
+features run down columns and vectorise, and the walk over the non-zeros of a feature stays in one row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from liam_scale.kernels import workers
+from liam_scale.kernels.products import multiply_transposed
+from liam_scale.kernels.vector_math import FAST_MATH, exp, store
+
+TILE_ELEMENTS = 2**18
+"""Logits of a tile: 1 MiB in float32, which one core's L2 cache holds."""
+
+MIN_TILE, MAX_TILE = 64, 2048
+"""Features of a tile."""
+
+
+def tile_features(cells: int) -> int:
+    """Features of a tile, so that a tile has about TILE_ELEMENTS logits."""
+    return max(MIN_TILE, min(MAX_TILE, TILE_ELEMENTS // max(1, cells) // MIN_TILE * MIN_TILE))
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Exponentials of the first tiles, exp(logit - maximum of its cell in the tile).
+
+    Attributes
+    ----------
+    exponentials
+        (tiles, T, B) in the dtype of the products; bfloat16 for bf16.
+    maxima
+        (tiles, B).
+    """
+
+    exponentials: Tensor
+    maxima: Tensor
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.maxima)
+
+
+def make_cache(
+    num_tiles: int, tile: int, cells: int, dtype: torch.dtype, store_dtype: torch.dtype, num_bytes: int
+) -> Cache:
+    """As many tiles as fit into num_bytes, in memory that is kept from call to call."""
+    tile_bytes = cells * (tile * store_dtype.itemsize + dtype.itemsize)
+    fitting = max(0, min(num_tiles, num_bytes // max(1, tile_bytes)))
+    exponentials = workers.workspace("softmax tiles", (fitting, tile, cells), store_dtype)
+    return Cache(exponentials, workers.workspace("softmax maxima", (fitting, cells), dtype))
+
+
+def as_array(tensor: Tensor) -> Any:
+    """A NumPy view; bfloat16, which NumPy lacks, as uint16."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def logits_tile(weight: Tensor, hidden: Tensor) -> Tensor:
+    """(T, B) logits of a tile without their bias."""
+    return multiply_transposed(weight, hidden)
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+def exponentiate(logits: Any, bias: Any, kept: Any, maxima: Any, sums: Any, part: Any) -> None:
+    """Per cell the tile's maximum and sum of exponentials; kept[t, b] = exp(logit + bias - maximum)."""
+    features, cells = logits.shape
+    for b in range(cells):
+        maxima[b] = logits[0, b] + bias[0]
+        sums[b] = 0
+    for t in range(1, features):
+        shift = bias[t]
+        for b in range(cells):
+            logit = logits[t, b] + shift
+            maxima[b] = logit if logit > maxima[b] else maxima[b]
+    # 32 features are summed before they are added to the rest: a float32 sum of 2,048 would lose two digits more
+    for first in range(0, features, 32):
+        for b in range(cells):
+            part[b] = 0
+        for t in range(first, min(first + 32, features)):
+            shift = bias[t]
+            for b in range(cells):
+                value = exp(logits[t, b] + shift - maxima[b])
+                part[b] += value
+                store(kept, t, b, value)
+        for b in range(cells):
+            sums[b] += part[b]
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+def merge(maxima: Any, sums: Any, total_maxima: Any, total_sums: Any) -> None:
+    """Add a tile's sums, relative to its maxima, to running float64 sums relative to running maxima."""
+    for b in range(len(maxima)):
+        top = max(total_maxima[b], np.float64(maxima[b]))
+        total_sums[b] = total_sums[b] * np.exp(total_maxima[b] - top) + sums[b] * np.exp(maxima[b] - top)
+        total_maxima[b] = top
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+def probabilities(logits: Any, bias: Any, normalizer: Any, kept: Any) -> None:
+    """kept[t, b] = exp(logit + bias - normalizer of the cell): a tile that was not kept, made again."""
+    features, cells = logits.shape
+    for t in range(features):
+        shift = bias[t]
+        for b in range(cells):
+            store(kept, t, b, exp(logits[t, b] + shift - normalizer[b]))
