@@ -1,0 +1,473 @@
+"""The evaluate command: measures against other implementations, the baseline, the draw of cells, pictures, messages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import anndata
+import matplotlib.image
+import mudata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+import sklearn.metrics
+import sklearn.neighbors
+
+from liam_scale import metrics, plots
+from liam_scale.baseline import baseline_embedding, centred_log_ratio, log_normalised, principal_components
+from liam_scale.evaluate import BASELINE, EvaluateConfig, Evaluation, describe, evaluate, main
+from liam_scale.selection import Source, draw_rows, modalities_of_cells, read_in_memory
+from loaders.stores import ObsColumn, ZarrStore, open_store
+
+ROOT = Path(__file__).resolve().parents[2]
+PBMC = ROOT / "liam_scale" / "data" / "pbmc_mosaic.h5mu"
+SHARED = Path(os.environ.get("LIAM_SHARED", ROOT.parent / "shared")) / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_mudata() -> Iterator[None]:
+    """MuData asks on every copy whether to pull columns of the modalities; these tests have none there."""
+    with mudata.set_options(pull_on_update=False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def pbmc() -> mudata.MuData:
+    """The shipped mosaic with an embedding: its baseline, every donor centred."""
+    data = read_in_memory(PBMC)
+    source = Source.of_memory(data)
+    points = baseline_embedding({m: source.counts(m, np.arange(1600))[0] for m in source.modalities})
+    for donor in data.obs["donor"].cat.categories:
+        of_donor = np.asarray(data.obs["donor"] == donor)
+        points[of_donor] -= points[of_donor].mean(axis=0)
+    data.obsm["X_liam"] = points
+    return data
+
+
+@pytest.fixture(scope="module")
+def store(pbmc: mudata.MuData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "pbmc.zarr"
+    pbmc.write_zarr(path)
+    return path
+
+
+@pytest.fixture
+def clouds() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(points, labels, samples): three labels of unequal size, far from the origin and close together, two samples."""
+    rng = np.random.default_rng(0)
+    labels = rng.choice(3, 400, p=[0.6, 0.3, 0.1])
+    samples = rng.integers(0, 2, 400)
+    points = 50.0 + 1e-3 * (rng.normal(size=(400, 5)) + 2.0 * labels[:, None] + 0.8 * samples[:, None])
+    return points, labels, samples
+
+
+class TestMetrics:
+    @pytest.mark.parametrize("block_bytes", [1, 3 * 8 * 400, 2**26])
+    def test_nearest_are_those_of_sklearn(self, clouds, monkeypatch, block_bytes):
+        points, _, samples = clouds
+        monkeypatch.setattr(metrics, "_BLOCK_BYTES", block_bytes)
+        found, distances = metrics.nearest(points, k=7)
+        truth, expected = sklearn.neighbors.NearestNeighbors(n_neighbors=8).fit(points).kneighbors(points)[::-1]
+        np.testing.assert_array_equal(found, truth[:, 1:])
+        np.testing.assert_allclose(distances, expected[:, 1:], rtol=1e-6)
+        apart, _ = metrics.nearest(points, k=7, apart=samples)
+        for code in (0, 1):
+            other = np.flatnonzero(samples != code)
+            tree = sklearn.neighbors.NearestNeighbors(n_neighbors=7).fit(points[other])
+            np.testing.assert_array_equal(
+                apart[samples == code], other[tree.kneighbors(points[samples == code], return_distance=False)]
+            )
+
+    def test_fewer_candidates_than_neighbours_leave_holes(self):
+        points = np.arange(5.0)[:, None] ** 2
+        found, distances = metrics.nearest(points, k=3, apart=np.array([0, 0, 0, 0, 1]))
+        np.testing.assert_array_equal(found[:4], [[4, -1, -1]] * 4)
+        np.testing.assert_array_equal(found[4], [3, 2, 1])
+        assert np.isinf(distances[:4, 1:]).all()
+        alone, _ = metrics.nearest(points[:2], k=3)
+        np.testing.assert_array_equal(alone, [[1, -1, -1], [0, -1, -1]])
+
+    def test_accuracy_asks_the_other_samples_only(self):
+        # Sample 0: labels 0 at 0 and 1 at 10. Sample 1 has them the other way round: within a sample all is well.
+        points = np.array([0.0, 0.1, 0.2, 10.0, 10.1, 10.2] * 2)[:, None] + np.repeat([0.0, 0.01], 6)[:, None]
+        labels = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0])
+        samples = np.repeat([0, 1], 6)
+        assert metrics.label_accuracy(points, labels, samples, k=3).sum() == 0
+        labels[6:] = labels[:6]
+        assert metrics.label_accuracy(points, labels, samples, k=3).all()
+
+    def test_a_tie_goes_to_the_lowest_code(self):
+        points = np.array([0.0, 1.0, 1.1])[:, None]
+        right = metrics.label_accuracy(points, np.array([1, 2, 1]), np.array([0, 1, 1]), k=2)
+        assert right[0]
+        assert not metrics.label_accuracy(points, np.array([2, 2, 1]), np.array([0, 1, 1]), k=2)[0]
+
+    def test_same_sample_ratio_is_one_when_mixed_and_the_number_of_samples_when_apart(self):
+        rng = np.random.default_rng(1)
+        samples = rng.integers(0, 4, 3000)
+        mixed, _ = metrics.nearest(rng.normal(size=(3000, 4)), k=15)
+        assert metrics.same_sample_ratio(mixed, samples) == pytest.approx(1, abs=0.03)
+        apart, _ = metrics.nearest(rng.normal(size=(3000, 4)) + 100.0 * samples[:, None], k=15)
+        expected = 1 / np.square(np.bincount(samples) / 3000).sum()
+        assert metrics.same_sample_ratio(apart, samples) == pytest.approx(expected)
+
+    def test_silhouette_is_that_of_sklearn(self, clouds, monkeypatch):
+        points, labels, _ = clouds
+        monkeypatch.setattr(metrics, "_BLOCK_BYTES", 5 * 8 * 400)
+        expected = (sklearn.metrics.silhouette_score(points - 50.0, labels) + 1) / 2
+        assert metrics.label_asw(points, labels) == pytest.approx(expected, rel=1e-6)
+        labels[0] = 4  # alone with its label, and label 3 without cells
+        expected = (sklearn.metrics.silhouette_score(points - 50.0, labels) + 1) / 2
+        assert metrics.label_asw(points, labels) == pytest.approx(expected, rel=1e-6)
+
+    def test_nmi_and_ari_are_those_of_sklearn(self):
+        rng = np.random.default_rng(2)
+        first = rng.integers(0, 5, 300)
+        second = np.where(rng.random(300) < 0.7, first, rng.integers(0, 7, 300))
+        assert metrics.nmi(first, second) == pytest.approx(sklearn.metrics.normalized_mutual_info_score(first, second))
+        assert metrics.ari(first, second) == pytest.approx(sklearn.metrics.adjusted_rand_score(first, second))
+        assert metrics.nmi(first, first) == pytest.approx(1)
+        assert metrics.ari(first, first) == pytest.approx(1)
+
+    def test_kmeans_finds_clear_clusters_and_repeats_itself(self):
+        rng = np.random.default_rng(3)
+        truth = rng.integers(0, 6, 500)
+        points = rng.normal(size=(500, 3)) * 0.1 + rng.normal(size=(6, 3))[truth] * 5
+        codes = metrics.kmeans(points, 6, seed=0)
+        assert metrics.ari(codes, truth) == 1
+        np.testing.assert_array_equal(codes, metrics.kmeans(points, 6, seed=0))
+
+    def test_kmeans_of_equal_points_ends(self):
+        assert len(metrics.kmeans(np.zeros((10, 2)), 3, seed=0)) == 10
+
+
+class TestBaseline:
+    def test_components_are_those_of_a_dense_decomposition(self):
+        counts = scipy.sparse.random(120, 60, density=0.2, random_state=0, format="csr", dtype=np.float32)
+        scores = principal_components(counts, num_components=5)
+        dense = counts.toarray().astype(np.float64)
+        left, singular, _ = np.linalg.svd(dense - dense.mean(axis=0), full_matrices=False)
+        expected = left[:, :5] * singular[:5]
+        expected *= np.sign((expected * scores).sum(axis=0))
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+    def test_normalisation_leaves_absent_cells_at_zero(self):
+        counts = scipy.sparse.csr_matrix(np.array([[1, 3, 0], [0, 0, 0], [0, 0, 9]], np.float32))
+        np.testing.assert_allclose(
+            log_normalised(counts).toarray(), np.log1p([[250, 750, 0], [0, 0, 0], [0, 0, 1000]]), rtol=1e-6
+        )
+        ratio = centred_log_ratio(counts).toarray()
+        scale = np.exp((np.log1p(1) + np.log1p(3)) / 3)
+        np.testing.assert_allclose(ratio[0], np.log1p(np.array([1, 3, 0]) / scale), rtol=1e-6)
+        assert not ratio[1].any()
+
+    def test_two_cells_are_the_least(self):
+        assert baseline_embedding({"rna": scipy.sparse.eye(4, 3, format="csr", dtype=np.float32)}).shape == (4, 2)
+        with pytest.raises(ValueError, match=r"got 1 cells x 3 features; give at least 2 of each"):
+            principal_components(scipy.sparse.csr_matrix((1, 3), dtype=np.float32))
+
+
+class TestDraw:
+    def test_all_when_they_fit(self):
+        candidates = np.array([True, False, True])
+        np.testing.assert_array_equal(draw_rows(candidates, max_cells=2, seed=0, by_blocks=True), [0, 2])
+
+    @pytest.mark.parametrize("by_blocks", [False, True])
+    def test_seeded_and_of_candidates_only(self, by_blocks):
+        candidates = np.arange(50_000) % 3 > 0
+        rows = draw_rows(candidates, max_cells=5_000, seed=1, by_blocks=by_blocks)
+        assert len(np.unique(rows)) == 5_000
+        assert (np.diff(rows) > 0).all()
+        assert candidates[rows].all()
+        np.testing.assert_array_equal(rows, draw_rows(candidates, max_cells=5_000, seed=1, by_blocks=by_blocks))
+        assert not np.array_equal(rows, draw_rows(candidates, max_cells=5_000, seed=2, by_blocks=by_blocks))
+
+    def test_blocks_touch_few_chunks(self):
+        rows = draw_rows(np.ones(100_000, bool), max_cells=1_000, seed=0, by_blocks=True)
+        assert len(np.unique(rows // 256)) == 4
+        scattered = draw_rows(np.ones(100_000, bool), max_cells=1_000, seed=0, by_blocks=False)
+        assert len(np.unique(scattered // 256)) > 300
+
+    def test_modalities_of_cells(self):
+        column = modalities_of_cells({"rna": np.array([True, True, False]), "adt": np.array([False, True, True])})
+        assert [column.categories[c] for c in column.codes] == ["RNA", "RNA + ADT", "ADT"]
+
+
+class CountingStore:
+    """A store that remembers which rows of which matrix were read."""
+
+    def __init__(self, store: ZarrStore) -> None:
+        self._store = store
+        self.read: list[tuple[str, int, int]] = []
+
+    def __getattr__(self, name: str):
+        return getattr(self._store, name)
+
+    def read_rows(self, modality: str, start: int, stop: int):
+        self.read.append((modality, start, stop))
+        return self._store.read_rows(modality, start, stop)
+
+
+class TestSource:
+    def test_store_and_memory_give_the_same_cells(self, pbmc, store):
+        rows = np.sort(np.random.default_rng(0).choice(1600, 300, replace=False))
+        on_disk, in_memory = Source.of_store(open_store(store)), Source.of_memory(pbmc)
+        dense = {m: pbmc.mod[m].to_df() for m in ("rna", "adt")}
+        for modality in ("rna", "adt"):
+            found, present = on_disk.counts(modality, rows)
+            expected = dense[modality].reindex(pbmc.obs_names[rows])
+            np.testing.assert_array_equal(present, expected.notna().all(axis=1))
+            np.testing.assert_array_equal(found.toarray(), expected.fillna(0))
+            again, present_again = in_memory.counts(modality, rows)
+            np.testing.assert_array_equal(again.toarray(), found.toarray())
+            np.testing.assert_array_equal(present_again, present)
+            np.testing.assert_array_equal(on_disk.presence(modality, rows), present)
+            np.testing.assert_array_equal(in_memory.presence(modality, rows), present)
+        np.testing.assert_array_equal(on_disk.embedding("X_liam", rows), pbmc.obsm["X_liam"][rows])
+
+    def test_a_block_without_the_modality(self, store):
+        rows = np.arange(20)  # p1: RNA only
+        found, present = Source.of_store(open_store(store)).counts("adt", rows)
+        assert found.shape == (20, 224)
+        assert found.nnz == 0
+        assert not present.any()
+
+    def test_reads_little_beyond_the_drawn_cells(self, store):
+        counting = CountingStore(open_store(store))
+        source = Source(str(store), 1600, ("rna", "adt"), True, store=counting)
+        rows = draw_rows(np.ones(1600, bool), max_cells=200, seed=0, by_blocks=True)
+        source.counts("rna", rows)
+        assert sum(stop - start for _, start, stop in counting.read) <= 200
+
+    def test_an_anndata_is_rna_unless_it_is_empty(self):
+        adata = anndata.AnnData(
+            scipy.sparse.eye(5, 4, format="csr"), obs=pd.DataFrame({"donor": list("aabbb")}, index=list("12345"))
+        )
+        source = Source.of_memory(adata)
+        assert source.modalities == ("rna",)
+        assert source.obs_column("donor", "--batch-key").categories == ("a", "b")
+        assert Source.of_memory(anndata.AnnData(obs=adata.obs)).modalities == ()
+
+
+def config(store: Path | str = "pbmc", **options) -> EvaluateConfig:
+    return EvaluateConfig(
+        store=str(store), **{"batch_key": "donor", "label_key": "cell_type", "scib": "none"} | options
+    )
+
+
+class TestEvaluate:
+    def test_the_baseline_that_the_bar_was_measured_beside(self, pbmc):
+        """Known from elsewhere for the same counts: 0.789 (randomised PCA; exact PCA: 0.791), 3.33, 0.548."""
+        scores = evaluate(config(), data=pbmc).table[BASELINE]
+        assert scores["label_accuracy"] == pytest.approx(0.79, abs=0.002)
+        assert scores["same_sample_ratio"] == pytest.approx(3.33, abs=0.005)
+        assert scores["label_asw"] == pytest.approx(0.548, abs=0.0005)
+
+    @pytest.mark.skipif(not (SHARED / "pbmc_wnn_mosaic.h5mu").exists(), reason="no shared/data beside the checkout")
+    def test_shipped_mosaic_is_the_shared_one(self, pbmc):
+        shared = read_in_memory(SHARED / "pbmc_wnn_mosaic.h5mu")
+        for modality in ("rna", "adt"):
+            ours, theirs = pbmc.mod[modality], shared.mod[modality]
+            assert (ours.X != theirs.X).nnz == 0
+            assert list(ours.obs_names) == list(theirs.obs_names)
+            assert list(ours.var_names) == list(theirs.var_names)
+        assert list(pbmc.obs["cell_type"]) == list(shared.obs["cell_type"])
+
+    def test_store_and_memory_score_the_same(self, pbmc, store):
+        from_store, from_memory = evaluate(config(store)), evaluate(config(), data=pbmc)
+        np.testing.assert_allclose(from_store.table, from_memory.table, rtol=1e-5)
+        assert list(from_store.table.columns) == [BASELINE, "X_liam"]
+        assert from_store.table.loc["label_asw", "X_liam"] > from_store.table.loc["label_asw", BASELINE]
+        assert from_store.by_modalities.cells.to_dict() == {"ADT": 400, "RNA": 400, "RNA + ADT": 800}
+        weighted = np.average(from_store.by_modalities["X_liam"], weights=from_store.by_modalities.cells)
+        assert weighted == pytest.approx(from_store.table.loc["label_accuracy", "X_liam"])
+
+    def test_a_file_in_memory_and_an_embedding_elsewhere(self, pbmc, store, tmp_path):
+        beside = anndata.AnnData(obs=pbmc.obs, obsm={"X_new": pbmc.obsm["X_liam"]})
+        with anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
+            beside.write_zarr(tmp_path / "x.zarr")
+        found = evaluate(config(store, embedding_file=str(tmp_path / "x.zarr"), embedding="X_new"))
+        np.testing.assert_allclose(found.table["X_new"], evaluate(config(), data=pbmc).table["X_liam"], rtol=1e-5)
+        beside.write_h5ad(tmp_path / "x.h5ad")
+        alone = evaluate(config(tmp_path / "x.h5ad", embedding="X_new"))
+        assert list(alone.table.columns) == ["X_new"]
+        beside[:-1].write_h5ad(tmp_path / "short.h5ad")
+        with pytest.raises(ValueError, match=r"--embedding-file: got 1,599 cells .* has 1,600"):
+            evaluate(config(store, embedding_file=str(tmp_path / "short.h5ad"), embedding="X_new"))
+
+    def test_a_draw_of_cells_and_cells_without_labels(self, pbmc):
+        data = pbmc.copy()
+        data.obs["cell_type"] = data.obs["cell_type"].cat.remove_categories(["Mono"])
+        found = evaluate(config(max_cells=500), data=data)
+        assert len(found.rows) == 500
+        assert (pbmc.obs["cell_type"].iloc[found.rows] != "Mono").all()
+        assert "500 cells of 1,600" in describe(found)
+
+    def test_only_what_the_columns_allow(self, pbmc):
+        assert list(evaluate(config(label_key=None), data=pbmc).table.index) == ["same_sample_ratio"]
+        labels_only = evaluate(config(batch_key=None), data=pbmc).table.index
+        assert "label_asw" in labels_only
+        assert "label_accuracy" not in labels_only
+        one = pbmc[np.asarray(pbmc.obs["donor"] == "p3")].copy()
+        assert "same_sample_ratio" not in evaluate(config(), data=one).table.index
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"batch_key": "doner"}, r"--batch-key: got 'doner', which .* does not have; its columns are: .*donor"),
+            ({"label_key": "type"}, r"--label-key: got 'type'"),
+            ({"embedding": "X_lima"}, r"--embedding: got 'X_lima', but obsm of .* holds .*X_liam"),
+            (
+                {"embedding": "X_half"},
+                r"obsm\['X_half'\] of .* is not finite in 100 of 1600 cells .* run the same embed",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("from_store", [False, True])
+    def test_what_is_not_there(self, pbmc, store, options, message, from_store):
+        half = np.array(pbmc.obsm["X_liam"][:, :3])
+        half[:100] = np.nan
+        if from_store:
+            opened = open_store(store)
+            opened.drop_embedding("X_half")
+            opened.write_embedding("X_half", 0, half, 1600)
+            evaluated = {"config": config(store, **options)}
+        else:
+            data = pbmc.copy()
+            data.obsm["X_half"] = half
+            evaluated = {"config": config(**options), "data": data}
+        with pytest.raises(ValueError, match=message):
+            evaluate(**evaluated)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"max_cells": 2}, "--max-cells: got 2"),
+            ({"neighbors": 0}, "--neighbors: got 0"),
+            ({"components": 0}, "--components: got 0"),
+            ({"target_sum": 0.0}, "--target-sum: got 0"),
+            ({"batch_key": None, "label_key": None}, "--batch-key, --label-key: got neither"),
+            ({"run": Path("runs/a")}, "--run: got a run but no --out"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            config(**options)
+
+    def test_a_column_without_values(self, pbmc):
+        data = pbmc.copy()
+        data.obs["cell_type"] = pd.Categorical([None] * 1600, categories=["a"])
+        with pytest.raises(ValueError, match=r"donor and cell_type: got values in 0 of 1600 cells"):
+            evaluate(config(), data=data)
+
+
+def history(modalities: tuple[str, ...] = ("rna", "adt"), *, epochs: int = 12) -> pd.DataFrame:
+    epoch = np.arange(epochs)
+    columns = {"epoch": epoch, "step": 10 * epoch, "kl_weight": 0.1}
+    names = ["elbo", "reconstruction_loss", *(f"reconstruction_loss_{m}" for m in modalities), "kl_local"]
+    for i, name in enumerate([*names, "adversarial_loss"]):
+        for subset in ("train", "validation"):
+            columns[f"{name}_{subset}"] = 100.0 * (i + 1) + np.exp(-epoch / 3)
+    columns |= {"train_loss": columns["elbo_train"], "validation_loss": np.abs(epoch - 7) + 100.0}
+    return pd.DataFrame(columns)
+
+
+def has_colour(image: np.ndarray, colour: str) -> bool:
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return bool((np.abs(image[..., :3] - wanted).max(axis=-1) < 0.02).any())
+
+
+class TestPictures:
+    @pytest.mark.parametrize("num", [1, 8, 9, 20, 21, 45, 120])
+    def test_colours_differ(self, num):
+        assert len(set(plots.colours(num))) == num
+
+    @pytest.mark.parametrize("num", [3, 17, 120])
+    def test_umaps_show_every_colour(self, tmp_path, num):
+        rng = np.random.default_rng(0)
+        many = ObsColumn(np.arange(600, dtype=np.int32) % num, tuple(f"type {i}" for i in range(num)))
+        gaps = ObsColumn(np.arange(600, dtype=np.int32) % 3 - 1, ("a", "b"))
+        panels = [
+            plots.Panel("Before", rng.normal(size=(600, 2)), "note"),
+            plots.Panel("After", rng.normal(size=(600, 2))),
+        ]
+        plots.draw_umaps(tmp_path / "umap.png", panels=panels, columns=[("type", many), ("gaps", gaps)], title="title")
+        image = matplotlib.image.imread(tmp_path / "umap.png")
+        assert image.shape[0] > 1000
+        assert all(has_colour(image, colour) for colour in plots.colours(min(num, 44)))
+        assert has_colour(image, "#D9D9D9")
+
+    def test_losses(self, tmp_path):
+        plots.draw_losses(tmp_path / "loss.png", history(), title="Training")
+        assert matplotlib.image.imread(tmp_path / "loss.png").shape[0] > 500
+        plots.draw_losses(tmp_path / "one.png", history(())[["epoch", "elbo_train"]], title="Training")
+        assert (tmp_path / "one.png").exists()
+        with pytest.raises(ValueError, match=r"history: got columns epoch, step"):
+            plots.draw_losses(tmp_path / "none.png", history()[["epoch", "step"]], title="Training")
+
+    def test_the_terms_that_are_drawn(self):
+        assert plots._terms(history()) == [
+            *("loss", "elbo", "reconstruction_loss_rna", "reconstruction_loss_adt", "kl_local", "adversarial_loss")
+        ]
+        assert plots._best_epoch(history()) == 7
+
+
+class TestCommand:
+    def test_table(self, store, tmp_path, capsys):
+        arguments = [str(store), "--batch-key", "donor", "--label-key", "cell_type", "--scib", "none", "--no-plots"]
+        assert main([*arguments, "--out", str(tmp_path), "--max-cells", "300"]) == 0
+        printed = capsys.readouterr().out
+        assert "label predicted from other samples (accuracy)" in printed
+        table = pd.read_csv(tmp_path / "metrics.csv", index_col=0)
+        assert list(table.columns) == [BASELINE, "X_liam"]
+        assert f"{table.loc['label_asw', 'X_liam']:.3f}" in printed
+        assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+    @pytest.mark.slow
+    def test_pictures(self, store, tmp_path):
+        (tmp_path / "run").mkdir()
+        history().to_csv(tmp_path / "run" / "history.csv", index=False)
+        arguments = [str(store), "--batch-key", "donor", "--label-key", "cell_type", "--scib", "none"]
+        arguments += ["--out", str(tmp_path / "out"), "--run", str(tmp_path / "run"), "--max-cells", "300"]
+        assert main(arguments) == 0
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"umap.png", "loss.png", "metrics.csv"}
+        image = matplotlib.image.imread(tmp_path / "out" / "umap.png")
+        assert all(has_colour(image, colour) for colour in plots.colours(8))
+
+    def test_an_error_is_one_block(self, store, capsys):
+        assert main([str(store), "--batch-key", "doner"]) == 2
+        assert capsys.readouterr().err.startswith("error: --batch-key: got 'doner'")
+
+    def test_measures_without_the_extra(self, store, tmp_path):
+        """With nothing of `[evaluate]` importable the table stands, and the missing pictures are explained."""
+        code = (
+            "import sys\n"
+            "for name in ('scanpy', 'sklearn', 'umap', 'matplotlib', 'scib_metrics', 'jax'): sys.modules[name] = None\n"
+            "from liam_scale.evaluate import main\n"
+            "sys.exit(main(sys.argv[1:]))\n"
+        )
+        options = ["--batch-key", "donor", "--label-key", "cell_type", "--max-cells", "300", "--out", str(tmp_path)]
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(store), *options], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "label silhouette" in done.stdout
+        assert "pip install 'liam-scale[evaluate]'" in done.stderr
+        assert not (tmp_path / "umap.png").exists()
+
+
+@pytest.mark.slow
+def test_scib_agrees_where_both_measure(pbmc):
+    scib_metrics = pytest.importorskip("scib_metrics")
+    found: Evaluation = evaluate(config(scib="all"), data=pbmc)
+    labels = found.columns["cell_type"].codes
+    theirs = scib_metrics.silhouette_label(found.embeddings["X_liam"], labels)
+    assert found.table.loc["label_asw", "X_liam"] == pytest.approx(theirs, abs=1e-4)
+    scib = [key for key in found.table.index if key.startswith("scib_")]
+    assert len(scib) == 7
+    assert found.table.loc[scib].notna().all(axis=None)
