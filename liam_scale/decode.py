@@ -20,7 +20,7 @@ from torch import Tensor
 from liam_scale.command import parse, run
 from liam_scale.model import Liam
 from liam_scale.model.decoders import NegativeMultinomialDecoder
-from liam_scale.preparation import open_stores, sample_codes_for
+from liam_scale.preparation import open_stores, sample_column, sample_table
 from liam_scale.run_directory import RunDirectory, RunRecord
 from loaders.stores import Store
 
@@ -146,7 +146,8 @@ def _target_codes(config: DecodeConfig, store: Store, record: RunRecord) -> list
     """Sample code of every cell to decode as; several arrays are averaged over."""
     samples, num_cells = record.data.samples, store.schema.num_cells
     if config.target_sample == "own":
-        return [sample_codes_for(store, record)]
+        table = sample_table(store, record.batch_key, samples)
+        return [table[sample_column(store, record.batch_key)[0]]]
     if config.target_sample == "mean":
         return [np.full(num_cells, code) for code in range(len(samples))]
     if config.target_sample not in samples:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
-from loaders.loader import Loader
 
 from liam_scale.embed import check_features
 from liam_scale.model import Liam
 from liam_scale.model.noise import Noise
-from liam_scale.preparation import open_stores, sample_codes_for
+from liam_scale.preparation import RecodedSamples, open_stores, sample_table
 from liam_scale.run_directory import RunDirectory
+from loaders.loader import Loader
 from loaders.minibatch import Minibatch
 
 CELLS_PER_STEP = 512
@@ -57,11 +56,12 @@ def elbo(
     model = directory.load_model()
     opened = open_stores(store or record.stores)
     check_features(opened, record)
-    codes = sample_codes_for(opened, record)
+    table = sample_table(opened, record.batch_key, record.data.samples)
     frames = []
     loader = Loader(
         opened,
         minibatch=CELLS_PER_STEP,
+        sample_key=record.batch_key,
         modalities=record.model.modalities,
         streams=1,
         memory=memory,
@@ -71,9 +71,8 @@ def elbo(
         transforms=directory.loader_config().transforms,
     )
     with loader, torch.no_grad():
-        for minibatch in loader:
-            own = replace(minibatch, sample=torch.from_numpy(codes[minibatch.rows.numpy()]).long())
-            frames.append(_terms(model, own, draws=draws, seed=seed))
+        for minibatch in RecodedSamples(loader, table):
+            frames.append(_terms(model, minibatch, draws=draws, seed=seed))
     frame = pd.concat(frames).sort_index()
     frame.index = pd.Index(opened.cell_ids(0, opened.schema.num_cells), name="cell")
     return frame

@@ -14,16 +14,17 @@ import anndata
 import numpy as np
 import torch
 import tyro
-from loaders.loader import Loader
 from tqdm import tqdm
 
 from liam_scale.command import parse, run
 from liam_scale.model import Liam, logistic_normal_mean
 from liam_scale.model.layers import Gaussian
 from liam_scale.model.noise import Noise
-from liam_scale.preparation import open_stores, sample_column
+from liam_scale.preparation import RecodedSamples, open_stores, sample_table
 from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.training.checkpoint import sha256_of
 from liam_scale.training.distributed import Device, World, join_world, launched_ranks
+from loaders.loader import Loader
 from loaders.minibatch import Minibatch
 from loaders.stores import Store
 
@@ -94,10 +95,14 @@ def embed(config: EmbedConfig) -> str:
     ValueError
         The run is not finished, the store has other features or samples, or `out` exists.
     """
+    record = RunDirectory(config.run).record()
+    return embed_store(config, open_stores(config.store or record.stores))
+
+
+def embed_store(config: EmbedConfig, store: Store) -> str:
+    """`embed` for a store that is already open."""
     directory = RunDirectory(config.run)
-    record = directory.record()
     models = [part.load_model() for part in directory.parts()]
-    store = open_stores(config.store or record.stores)
     for part in directory.parts():
         check_features(store, part.record())
     if config.out is not None and config.out.exists():
@@ -106,7 +111,7 @@ def embed(config: EmbedConfig) -> str:
         pieces = directory.path / f"embedding-{_fingerprint(config, directory, store)}"
         pieces.mkdir(exist_ok=True)
         for index, (part, model) in enumerate(zip(directory.parts(), models, strict=True)):
-            _embed_part(config, part.record(), model.to(world.device), store, world, pieces / str(index))
+            _embed_part(config, part, model.to(world.device), store, world, pieces / str(index))
         world.barrier()
         if world.is_main:
             _write(config, store, pieces, len(models))
@@ -134,16 +139,33 @@ def check_features(store: Store, record: RunRecord) -> None:
 def _fingerprint(config: EmbedConfig, directory: RunDirectory, store: Store) -> str:
     digest = hashlib.sha256(f"{store.schema.fingerprint} {config.kind} {config.seed}".encode())
     for part in directory.parts():
-        digest.update(hashlib.sha256(part.weights.read_bytes()).digest())
+        digest.update(sha256_of(part.weights).encode())
     return digest.hexdigest()[:16]
 
 
-def _embed_part(config: EmbedConfig, record: RunRecord, model: Liam, store: Store, world: World, pieces: Path) -> None:
-    """Embed this rank's cells in pieces; a piece is a file that stands whole or not at all."""
-    pieces.mkdir(exist_ok=True)
+def compute(config: EmbedConfig) -> np.ndarray:
+    """The embedding in memory, (cells, latent) float32 in the order of the store's cells; writes nothing."""
+    directory = RunDirectory(config.run)
+    store = open_stores(config.store or directory.record().stores)
+    columns = []
+    for part in directory.parts():
+        check_features(store, part.record())
+        model = part.load_model()
+        whole = np.empty((store.schema.num_cells, model.num_latent), dtype=np.float32)
+        loader = _loader(config, part, store, World())
+        with torch.no_grad():
+            for minibatch in loader:
+                rows, values = _embed_minibatch(config, model, minibatch)
+                whole[rows] = values
+        columns.append(whole)
+    return np.concatenate(columns, axis=1)
+
+
+def _loader(config: EmbedConfig, part: RunDirectory, store: Store, world: World) -> RecodedSamples:
+    """This rank's range of all cells, in disk order. Only an encoder that sees the sample needs to know it."""
+    record = part.record()
     batch_key = record.batch_key if record.model.conditional_encoder else None
-    if batch_key is not None:
-        check_samples(store, record)
+    table = np.zeros(1, dtype=np.int64) if batch_key is None else sample_table(store, batch_key, record.data.samples)
     loader = Loader(
         store,
         minibatch=CELLS_PER_STEP,
@@ -156,11 +178,19 @@ def _embed_part(config: EmbedConfig, record: RunRecord, model: Liam, store: Stor
         subset="all",
         shuffle=False,
         transpose=False,
-        transforms=directory_transforms(config.run),
+        transforms=part.loader_config().transforms,
         threads=config.threads,
     )
+    return RecodedSamples(loader, table)
+
+
+def _embed_part(config: EmbedConfig, part: RunDirectory, model: Liam, store: Store, world: World, pieces: Path) -> None:
+    """Embed this rank's cells in pieces; a piece is a file that stands whole or not at all."""
+    pieces.mkdir(exist_ok=True)
+    loader = _loader(config, part, store, world)
     steps = loader.steps_per_epoch
-    with loader, torch.no_grad(), tqdm(total=steps, unit="step", disable=not _shows_bar(world)) as bar:
+    shows_bar = world.is_main and sys.stderr.isatty()
+    with torch.no_grad(), tqdm(total=steps, unit="step", disable=not shows_bar) as bar:
         for start in range(0, steps, STEPS_PER_PIECE):
             stop = min(steps, start + STEPS_PER_PIECE)
             file = pieces / f"{world.size:04d}-{world.rank:04d}-{start:08d}.npz"
@@ -174,29 +204,10 @@ def _embed_part(config: EmbedConfig, record: RunRecord, model: Liam, store: Stor
             bar.update(stop - start)
 
 
-def _first(loader: Loader, count: int) -> Iterator[Minibatch]:
+def _first(loader: RecodedSamples, count: int) -> Iterator[Minibatch]:
     iterator = iter(loader)
     for _ in range(count):
         yield next(iterator)
-
-
-def directory_transforms(run_path: Path) -> dict[str, str]:
-    return RunDirectory(run_path).loader_config().transforms
-
-
-def _shows_bar(world: World) -> bool:
-    return world.is_main and sys.stderr.isatty()
-
-
-def check_samples(store: Store, record: RunRecord) -> None:
-    """Refuse samples that an encoder which sees the sample was not trained on."""
-    _, categories = sample_column(store, record.batch_key)
-    if categories != record.data.samples:
-        raise ValueError(
-            f"store: {record.batch_key} of {store.uri} holds {', '.join(categories[:8])}, the model "
-            f"{record.model.model} was trained on {', '.join(record.data.samples[:8])} and its encoder sees the "
-            "sample; use a model whose encoder does not (bavae)"
-        )
 
 
 def _embed_minibatch(config: EmbedConfig, model: Liam, minibatch: Minibatch) -> tuple[np.ndarray, np.ndarray]:

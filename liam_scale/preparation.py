@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from loaders.loader import Loader, cell_totals
+import torch
 
 from liam_scale.command import flag_of, to_table, to_toml
 from liam_scale.config import LOCKED, TrainConfig
 from liam_scale.model import ModelConfig, ModelData, library_priors, resolve
 from liam_scale.run_directory import RunDirectory, RunRecord
+from loaders.loader import Loader
+from loaders.minibatch import Minibatch
 from loaders.options import LoaderConfig
 from loaders.stores import Store, open_store
+from loaders.totals import cell_totals
 
 
 def open_stores(uris: Sequence[str]) -> Store:
@@ -107,7 +110,7 @@ def build_loader(
         transpose=subset == "train",
         transforms=config.transforms,
         threads=config.threads,
-        balance=config.balance if subset == "train" else None,
+        weights=config.balance if subset == "train" else None,
     )
 
 
@@ -198,20 +201,34 @@ def options_table(config: TrainConfig) -> dict[str, Any]:
     return to_table(config)
 
 
-def sample_codes_for(store: Store, record: RunRecord) -> np.ndarray:
-    """(n,) code of each cell's sample among the samples of a trained model.
+def sample_table(store: Store, batch_key: str | None, samples: Sequence[str]) -> np.ndarray:
+    """(categories of the store,) int64 code of each among the samples of a trained model.
 
     Raises
     ------
     ValueError
         The store has samples that the model was not trained on.
     """
-    codes, categories = sample_column(store, record.batch_key)
-    known = {name: code for code, name in enumerate(record.data.samples)}
+    _, categories = sample_column(store, batch_key)
+    known = {name: code for code, name in enumerate(samples)}
     unknown = [name for name in categories if name not in known]
     if unknown:
         raise ValueError(
-            f"store: {record.batch_key} of {store.uri} holds {', '.join(unknown[:8])}, which the model was not trained "
+            f"store: {batch_key} of {store.uri} holds {', '.join(unknown[:8])}, which the model was not trained "
             "on; `liam-scale map` places new samples into a trained model"
         )
-    return np.array([known[name] for name in categories], dtype=np.int64)[codes]
+    return np.array([known[name] for name in categories], dtype=np.int64)
+
+
+class RecodedSamples:
+    """A loader whose minibatches carry the sample codes of a trained model instead of the store's."""
+
+    def __init__(self, loader: Loader, table: np.ndarray) -> None:
+        self._loader, self._table = loader, torch.from_numpy(table)
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        for minibatch in self._loader:
+            yield replace(minibatch, sample=self._table[minibatch.sample])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)

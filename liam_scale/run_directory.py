@@ -91,9 +91,7 @@ class RunDirectory:
         try:
             return RunRecord.from_json(json.loads((self.path / RUN_FILE).read_text()))
         except FileNotFoundError:
-            raise ValueError(
-                f"run: {self.path} holds no run (no {RUN_FILE}); name the --out of a training"
-            ) from None
+            raise ValueError(f"run: {self.path} holds no run (no {RUN_FILE}); name the --out of a training") from None
 
     def parts(self) -> list[RunDirectory]:
         """The run itself, or the runs of a late integration, in the order of their embeddings."""

@@ -80,7 +80,9 @@ class SparseCounts:
         def tensor(array: np.ndarray, kind: type) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array, dtype=kind))
 
-        counts = cls(tensor(rows.indptr, np.int32), tensor(rows.indices, np.int32), tensor(rows.data, dtype), rows.shape[1])
+        counts = cls(
+            tensor(rows.indptr, np.int32), tensor(rows.indices, np.int32), tensor(rows.data, dtype), rows.shape[1]
+        )
         if not transpose:
             return counts
         return replace(

@@ -29,9 +29,7 @@ class LoaderConfig:
         if self.minibatch < 1:
             raise ValueError(f"--loader.minibatch: got {self.minibatch}; give at least 1 cell")
         if not 0 <= self.validation_share < 1:
-            raise ValueError(
-                f"--loader.validation-share: got {self.validation_share}; give a share from 0 to below 1"
-            )
+            raise ValueError(f"--loader.validation-share: got {self.validation_share}; give a share from 0 to below 1")
         if self.streams is not None and self.streams < 1:
             raise ValueError(f"--loader.streams: got {self.streams}; give at least 1")
 

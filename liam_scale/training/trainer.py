@@ -63,7 +63,7 @@ class TrainingConfig:
 
 
 class MinibatchSource(Protocol):
-    """What the trainer needs of a loader."""
+    """What the trainer needs of a loader. Iterating yields the rest of the current epoch, then moves to the next."""
 
     @property
     def steps_per_epoch(self) -> int: ...
@@ -75,8 +75,6 @@ class MinibatchSource(Protocol):
     def waited_seconds(self) -> float: ...
 
     def __iter__(self) -> Iterator[Minibatch]: ...
-
-    def set_epoch(self, epoch: int) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -235,9 +233,6 @@ class Trainer:
                     return "interrupted"
                 if self.at.global_step >= self.max_steps or self._has_converged():
                     break
-            else:
-                self.at.epoch += 1
-                self.train_source.set_epoch(self.at.epoch)
         if self._cells_seen:
             self._evaluate()
         self.save()
@@ -245,6 +240,7 @@ class Trainer:
 
     def _step(self, minibatch: Minibatch) -> None:
         minibatch = minibatch.to(self.world.device, non_blocking=True)
+        self.at.epoch = minibatch.epoch
         cell_weight = self.world.size / minibatch.num_global
         objective = self._module(
             minibatch,

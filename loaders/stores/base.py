@@ -70,6 +70,10 @@ class Store(Protocol):
         """Put (m, d) values into obsm[name] at the cells [start, start + m); creates the array when it is missing."""
         ...
 
+    def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """(stop - start, d) rows of obsm[name]; ValueError where there is no such embedding."""
+        ...
+
     def obs_frame(self) -> pd.DataFrame:
         """All obs columns, indexed by cell id. Memory grows with the number of cells."""
         ...

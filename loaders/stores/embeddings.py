@@ -52,6 +52,23 @@ def write(root: zarr.Group, uri: str, name: str, start: int, values: npt.NDArray
         array[start:stop] = np.ascontiguousarray(values, np.float32)
 
 
+def read(root: zarr.Group, uri: str, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+    """Rows [start, stop) of obsm[name].
+
+    Raises
+    ------
+    ValueError
+        There is no such array.
+    """
+    held = root["obsm"] if "obsm" in root else {}
+    if name not in held:
+        raise ValueError(
+            f"obsm of {uri}: got {name!r}, it holds {', '.join(sorted(held)) or 'nothing'};"
+            " write the embedding first: python -m liam_scale.embed RUN"
+        )
+    return np.asarray(held[name][start:stop], dtype=np.float32)
+
+
 def drop(root: zarr.Group, name: str) -> None:
     """Remove obsm[name] where it exists."""
     if "obsm" in root and name in root["obsm"]:

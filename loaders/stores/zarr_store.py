@@ -139,6 +139,9 @@ class ZarrStore:
             except Exception as error:  # a backend's own: no permission, a server that takes no writes, a full disk
                 raise self._unwritable(error) from error
 
+    def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        return embeddings.read(open_root(self._source, storage_options=self._storage_options), self.uri, name, start, stop)
+
     def drop_embedding(self, name: str) -> None:
         """Remove obsm[name], if it is there; for one process, before others write an embedding of another width."""
         with self._write_lock:

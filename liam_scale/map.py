@@ -1,0 +1,206 @@
+"""Map: place the cells of new samples into a trained model (`liam-scale map runs/a new.zarr`).
+
+As scArches does (Lotfollahi et al., Nature Biotechnology 2022): all weights stay, and only what belongs to the new
+samples is trained: their rows in the decoders and library encoders, their dispersions. liam's encoder of z sees no
+sample (except in models with a conditional encoder), so the place of a new cell does not depend on that training;
+decoding and likelihoods of the new samples do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor
+
+from liam_scale.command import parse, run, to_toml
+from liam_scale.config import TrainConfig
+from liam_scale.embed import EmbedConfig, embed_store
+from liam_scale.model import Liam, ModelData
+from liam_scale.preparation import RecodedSamples, build_loader, model_data, open_stores, sample_table
+from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.training.distributed import World
+from liam_scale.training.history import History
+from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer
+from liam_scale.training.trainer import Trainer, TrainingConfig
+from loaders.stores import MatchedStore, Store
+
+
+@dataclass(frozen=True)
+class MapConfig:
+    """Place the cells of new samples into a trained model and write their embedding."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a finished run."""
+    store: Annotated[str, tyro.conf.Positional]
+    """Store with the new cells; its features are matched by name, missing ones count as zero."""
+    out: Path | None = None
+    """Folder of the extended run; default: `mapped-<store>` in the run's folder."""
+    batch_key: str | None = None
+    """Obs column with the sample; default: that of the run."""
+    max_epochs: int = 20
+    """Epochs of training the parameters of the new samples."""
+    key: str = "X_liam"
+    """Name of the embedding in obsm."""
+    memory: str = "512MiB"
+    """Memory of the loader."""
+    seed: int = 0
+    """Seed of the order of cells and of the noise."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(MapConfig, argv, prog="liam-scale map", description="New samples into a trained model.")
+    return run(lambda: _map_and_tell(config), debug=config.debug)
+
+
+def _map_and_tell(config: MapConfig) -> None:
+    directory = map_store(config)
+    print(f'wrote obsm["{config.key}"] to {config.store}; the extended model is in {directory.path}')
+
+
+def map_store(config: MapConfig) -> RunDirectory:
+    """Extend a trained model by the samples of a store, and embed its cells.
+
+    Returns
+    -------
+    Folder of the extended run, which knows old and new samples.
+
+    Raises
+    ------
+    ValueError
+        The run has several models or has not finished, `out` exists, or the store shares no features with the model.
+    """
+    source = RunDirectory(config.run)
+    record = source.record()
+    if record.parts:
+        raise ValueError(f"run: {config.run} is a late integration; map into one of {', '.join(record.parts)} in it")
+    out = config.out or config.run / f"mapped-{Path(config.store).stem}"
+    if out.exists():
+        raise ValueError(f"--out: {out} exists; name a new folder")
+    model = source.load_model()
+    store = MatchedStore(open_stores([config.store]), source.features())
+    batch_key = config.batch_key or record.batch_key
+    loader_config = replace(source.loader_config(), streams=16, memory=config.memory)
+    own = model_data(store, record.model, batch_key, loader_config.transforms)
+    data = united_samples(record.data, own)
+    extended, masks = extend(model, data)
+    training = TrainConfig(
+        store=(config.store,),
+        out=out,
+        batch_key=batch_key,
+        seed=config.seed,
+        model=extended.config,
+        loader=loader_config,
+        optim=OptimConfig(weight_decay=0.0),
+        training=TrainingConfig(max_epochs=config.max_epochs),
+    )
+    directory = RunDirectory(out)
+    new_record = replace(
+        record,
+        stores=training.store,
+        batch_key=batch_key,
+        model=extended.config,
+        data=data,
+        fingerprint=store.schema.fingerprint,
+    )
+    directory.create(new_record, to_toml(training), source.features())
+    if masks:
+        _train(extended, masks, training, store, new_record, directory)
+    directory.save_weights(extended.state_dict())
+    embed_store(EmbedConfig(run=out, key=config.key, memory=config.memory), store)
+    return directory
+
+
+def united_samples(old: ModelData, new: ModelData) -> ModelData:
+    """Samples and priors of a model, followed by those that only the new data have."""
+    added = [i for i, name in enumerate(new.samples) if name not in old.samples]
+    return replace(
+        old,
+        samples=(*old.samples, *(new.samples[i] for i in added)),
+        prior_mean={m: (*v, *(new.prior_mean[m][i] for i in added)) for m, v in old.prior_mean.items()},
+        prior_variance={m: (*v, *(new.prior_variance[m][i] for i in added)) for m, v in old.prior_variance.items()},
+    )
+
+
+def extend(model: Liam, data: ModelData) -> tuple[Liam, dict[str, Tensor]]:
+    """A copy of a model with more samples; what belongs to a new one starts as the mean of the old ones.
+
+    Returns
+    -------
+    The copy, with all else frozen, and for every parameter that grew a mask that is 1 where it is new.
+    """
+    extended = Liam(replace(model.config, alpha=0.0), data)
+    old = model.state_dict()
+    masks: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in extended.named_parameters():
+            before = old.get(name)
+            if before is None:
+                # A model of one sample has no table of samples; a row of zeros changes nothing.
+                parameter.zero_()
+                masks[name] = torch.ones_like(parameter)
+            elif before.shape == parameter.shape:
+                parameter.copy_(before)
+                parameter.requires_grad_(False)
+            else:
+                masks[name] = _grow(parameter, before)
+    return extended, masks
+
+
+def _grow(parameter: Tensor, before: Tensor) -> Tensor:
+    """Copy the old samples into a larger table in place; the mask of what is new."""
+    axis = next(i for i, (a, b) in enumerate(zip(parameter.shape, before.shape, strict=True)) if a != b)
+    count = before.shape[axis]
+    mask = torch.ones_like(parameter)
+    parameter.copy_(before.mean(dim=axis, keepdim=True).expand_as(parameter))
+    parameter.narrow(axis, 0, count).copy_(before)
+    mask.narrow(axis, 0, count).zero_()
+    return mask
+
+
+def _train(
+    model: Liam,
+    masks: dict[str, Tensor],
+    config: TrainConfig,
+    store: Store,
+    record: RunRecord,
+    directory: RunDirectory,
+) -> None:
+    """Train what is new. Adam without weight decay leaves a parameter whose gradient is always zero as it is."""
+    for name, parameter in model.named_parameters():
+        if name in masks:
+            parameter.register_hook(lambda gradient, mask=masks[name]: gradient * mask)
+    options = {"modalities": record.model.modalities, "batch_key": config.batch_key, "seed": config.seed}
+    table = sample_table(store, config.batch_key, record.data.samples)
+    with (
+        build_loader(store, config.loader, subset="train", rank=0, world=1, **options) as train_loader,
+        build_loader(store, config.loader, subset="validation", rank=0, world=1, **options) as validation_loader,
+    ):
+        assert config.training.max_epochs is not None
+        trainer = Trainer(
+            model,
+            build_optimizer(model, config.optim),
+            train=RecodedSamples(train_loader, table),
+            validation=RecodedSamples(validation_loader, table) if validation_loader.num_cells else None,
+            world=World(),
+            config=config.training,
+            kl=KLSchedule("epochs", 0.0, 1.0),
+            max_epochs=config.training.max_epochs,
+            seed=config.seed,
+            directory=directory.checkpoints,
+            history=History(directory.history),
+            couples_cells=record.model.likelihood == "original",
+        )
+        trainer.fit()
+        model.load_state_dict(trainer.best_weights())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Small simulated stores, and commands run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loaders.synthetic import simulate
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {"num_genes": 60, "num_peaks": 150, "genes_per_cell": 20, "peaks_per_cell": 40, "num_samples": 3, "num_types": 4}
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def multiome(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 cells, RNA and ATAC, three samples in the column `sample`."""
+    path = tmp_path_factory.mktemp("stores") / "multiome.zarr"
+    simulate(path, num_cells=600, **TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trimodal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mosaic: one sample with everything, one RNA and ADT, one ATAC alone."""
+    path = tmp_path_factory.mktemp("stores") / "trimodal.zarr"
+    simulate(path, num_cells=400, num_proteins=12, mosaic=[("rna", "atac", "adt"), ("rna", "adt"), ("atac",)], **TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """Environment of a command: this checkout, one thread."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+
+
+@pytest.fixture(scope="session")
+def launch(environment: dict[str, str]) -> Command:
+    """Run a module on some ranks: `python -m` for one, torchrun for more."""
+
+    def start(module: str, *arguments: object, ranks: int = 1, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m"]
+        if ranks > 1:
+            command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        return subprocess.run(
+            [*command, module, *map(str, arguments)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            **options,  # type: ignore[call-overload]
+        )
+
+    return start
