@@ -287,6 +287,7 @@ class TestEvaluate:
         weighted = np.average(from_store.by_modalities["X_liam"], weights=from_store.by_modalities.cells)
         assert weighted == pytest.approx(from_store.table.loc["label_accuracy", "X_liam"])
 
+    @pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part")
     def test_a_file_in_memory_and_an_embedding_elsewhere(self, pbmc, store, tmp_path):
         beside = anndata.AnnData(obs=pbmc.obs, obsm={"X_new": pbmc.obsm["X_liam"]})
         with anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):

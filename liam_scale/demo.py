@@ -1,0 +1,186 @@
+"""Demo: `liam-scale demo` runs every step on a small data set that comes with the package, and shows the commands."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from liam_scale.command import parse, run
+
+MULTIOME_CELLS = 3_000
+"""Cells that `--multiome` simulates: RNA of 2,000 genes and ATAC of 8,000 peaks, 3 samples, 6 cell types."""
+
+_RESULTS = ("metrics.csv", "umap.png", "loss.png")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Ingest, train, embed and evaluate a small data set with the commands that one would use on one's own."""
+
+    out: Annotated[Path, tyro.conf.Positional] = Path("liam-demo")
+    """Folder for everything the demo makes. A demo that was interrupted goes on when started again."""
+    multiome: bool = False
+    """Simulated RNA + ATAC, whose cell types are known, instead of the CITE-seq mosaic of human blood cells."""
+    ranks: int = 2
+    """Processes that train together."""
+    max_epochs: int | None = None
+    """Train at most so many epochs; default: until the validation loss stops improving."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise ValueError(f"--ranks: got {self.ranks}; give at least 1")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo."""
+
+    title: str
+    command: tuple[str, ...]
+    makes: Path | None = None
+    """What the command makes; where it is there already, the step is left out."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(
+        DemoConfig,
+        argv,
+        prog="liam-scale demo",
+        description="All of it on a small data set that comes with the package.",
+        positional="out",
+    )
+    return run(lambda: demo(config), debug=config.debug)
+
+
+def demo(config: DemoConfig) -> None:
+    """Run every step, printing its command first.
+
+    Raises
+    ------
+    ValueError
+        The folder holds what no such demo wrote.
+    RuntimeError
+        A command failed.
+    """
+    _check_folder(config)
+    config.out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    steps = demo_steps(config)
+    for number, step in enumerate(steps, start=1):
+        _run_step(step, f"[{number}/{len(steps)}]")
+    pictures = [str(config.out / name) for name in _RESULTS if (config.out / name).exists()]
+    print(f"\nDone in {time.monotonic() - began:.0f} s. Look at {', '.join(pictures)}.")
+    reader = f'mudata.read_zarr("{_store(config)}")'
+    print(
+        f'The embedding is obsm["X_liam"] of {reader}; scanpy.pp.neighbors(adata, use_rep="X_liam") goes on from there.'
+    )
+
+
+def demo_steps(config: DemoConfig) -> list[Step]:
+    """The commands of the demo in their order, as a user would type them."""
+    store, trained = _store(config), config.out / "run"
+    ranks = [*_torchrun(), "--standalone", f"--nproc-per-node={config.ranks}", "-m"]
+    source, steps = _source(config)
+    epochs = ["--max-epochs", str(config.max_epochs)] if config.max_epochs is not None else []
+    columns = ["--batch-key", "donor", "--label-key", "cell_type"]
+    commands = {
+        "Ingest: source file -> one shuffled, checked store": [*_liam_scale(), "ingest", source, "--out", store],
+        f"Train: {config.ranks} processes, samples are the donors": [
+            *(*ranks, "liam_scale.train", store, "--batch-key", "donor", "--out", trained, *epochs)
+        ],
+        "Embed: one vector per cell into the store": [*ranks, "liam_scale.embed", trained],
+        "Evaluate: before (PCA) and after": [
+            *(*_liam_scale(), "evaluate", store, *columns, "--out", config.out, "--run", trained)
+        ],
+    }
+    makes = [store, trained / "model.safetensors", None, None]
+    for (title, command), made in zip(commands.items(), makes, strict=True):
+        steps.append(Step(title, tuple(map(str, command)), made))
+    return steps
+
+
+def _source(config: DemoConfig) -> tuple[Path, list[Step]]:
+    """The source file, and the step that makes it where it does not come with the package."""
+    if not config.multiome:
+        return Path(str(resources.files("liam_scale") / "data" / "pbmc_mosaic.h5mu")), []
+    file = config.out / "multiome.h5mu"
+    code = "from loaders.synthetic import simulate_mudata; "
+    code += f"simulate_mudata(num_cells={MULTIOME_CELLS}).write({str(file)!r})"
+    return file, [Step("Simulate: RNA + ATAC with known cell types", (*_python(), "-c", code), file)]
+
+
+def _store(config: DemoConfig) -> Path:
+    return config.out / ("multiome.zarr" if config.multiome else "pbmc.zarr")
+
+
+def _check_folder(config: DemoConfig) -> None:
+    if not config.out.exists():
+        return
+    if not config.out.is_dir():
+        raise ValueError(f"OUT: got {config.out}, which is a file; name a folder that does not exist yet")
+    ours = {_store(config).name, "run", *_RESULTS} | ({"multiome.h5mu"} if config.multiome else set())
+    others = sorted(path.name for path in config.out.iterdir() if path.name not in ours and path.name[0] != ".")
+    if others:
+        listed = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        raise ValueError(
+            f"OUT: got {config.out}, which holds {listed}, not written by this demo;"
+            f" name a new folder: liam-scale demo NAME{' --multiome' if config.multiome else ''}"
+        )
+
+
+def _run_step(step: Step, number: str) -> None:
+    shown = shlex.join(step.command)
+    print(f"\n{number} {step.title}\n$ {shown}", flush=True)
+    if step.makes is not None and step.makes.exists():
+        print(f"  left out: {step.makes} is there from an earlier demo", flush=True)
+        return
+    began = time.monotonic()
+    done = subprocess.run(step.command, env=_environment(), check=False)
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"demo: the command above ended with exit code {done.returncode}; its own message says why."
+            " Started again, the demo goes on at this step"
+        )
+    print(f"  {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _environment() -> dict[str, str]:
+    """torchrun asks for a number of threads per process and takes 1, with a warning, where none is set."""
+    return {"OMP_NUM_THREADS": "1", **os.environ}
+
+
+def _python() -> list[str]:
+    """`python` where that is the interpreter that runs this, else its full path: what is printed is what runs."""
+    found = shutil.which("python")
+    return ["python" if found and Path(found).samefile(sys.executable) else sys.executable]
+
+
+def _liam_scale() -> list[str]:
+    return ["liam-scale"] if _is_ours("liam-scale") else [*_python(), "-m", "liam_scale.cli"]
+
+
+def _torchrun() -> list[str]:
+    return ["torchrun"] if _is_ours("torchrun") else [*_python(), "-m", "torch.distributed.run"]
+
+
+def _is_ours(script: str) -> bool:
+    """Whether the script on PATH is that of this interpreter's environment."""
+    found = shutil.which(script)
+    return found is not None and Path(found).parent.resolve() == Path(sys.executable).parent.resolve()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
