@@ -1,0 +1,6 @@
+"""Source files -> one shuffled, checked store."""
+
+from loaders.ingest.run import ingest
+from loaders.ingest.writer import ModalityLayout, StoreWriter
+
+__all__ = ["ModalityLayout", "StoreWriter", "ingest"]

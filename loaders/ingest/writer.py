@@ -104,21 +104,26 @@ class StoreWriter:
         threads: int | None = None,
         staging: Staging | None = None,
     ) -> None:
-        for name in modalities:
-            if name not in MODALITIES:
-                raise ValueError(f"modality: got {name!r}, this package knows {', '.join(MODALITIES)}; rename it")
         self.out = Path(out)
-        self._layouts = {name: modalities[name] for name in MODALITIES if name in modalities}
+        for name in modalities:
+            _check_modality(name)
+        self._layouts: dict[str, ModalityLayout] = {}
+        self._streams: dict[str, _MatrixWriter] = {}
         self._owns_staging = staging is None
         self._staging = staging or Staging(self.out, overwrite=overwrite)
         self._pool = ThreadPoolExecutor(threads or min(4, len(os.sched_getaffinity(0))), thread_name_prefix="encode")
         with explain_disk_errors(self.out):
             self._root = zarr.open_group(str(self._staging.store), mode="w", zarr_format=3)
-            self._streams = {name: self._open_stream(name) for name in self._layouts}
+        for name, layout in modalities.items():
+            self.add_modality(name, layout)
 
-    def _open_stream(self, name: str) -> _MatrixWriter:
-        group = self._root.require_group(f"mod/{name}/X")
-        return _MatrixWriter(group, self._layouts[name], self._pool)
+    def add_modality(self, name: str, layout: ModalityLayout) -> None:
+        """Add a modality whose layout was not known at the start."""
+        _check_modality(name)
+        with explain_disk_errors(self.out):
+            group = self._root.require_group(f"mod/{name}/X")
+        self._layouts[name] = layout
+        self._streams[name] = _MatrixWriter(group, layout, self._pool)
 
     def append(self, modality: str, rows: SparseRows) -> None:
         """Add rows at the end of a modality: columns ascending within each, values within the layout's dtype."""
@@ -154,6 +159,7 @@ class StoreWriter:
         """
         present = present or {}
         columns = ((str(name), obs[name]) for name in obs) if isinstance(obs, pd.DataFrame) else obs
+        self._layouts = {name: self._layouts[name] for name in MODALITIES if name in self._layouts}
         masks = {name: present.get(name) for name in self._layouts}
         with explain_disk_errors(self.out), _quiet_anndata():
             matrices = {name: self._streams[name].close() for name in self._layouts}
@@ -230,6 +236,11 @@ class StoreWriter:
                 row = np.where(belongs, np.cumsum(belongs), 0).astype(np.uint32)
                 write_elem(root[f"{axis}map"], name, row)
         return names
+
+
+def _check_modality(name: str) -> None:
+    if name not in MODALITIES:
+        raise ValueError(f"modality: got {name!r}, this package knows {', '.join(MODALITIES)}; rename it")
 
 
 class _MatrixWriter:

@@ -1,0 +1,189 @@
+"""The cells of all sources together: their samples, unique ids and obs columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from loaders.ingest.frames import join_columns, take
+from loaders.ingest.parts import Say, Source
+
+SAMPLE = "sample"
+"""Obs column of the store that holds the sample."""
+
+_KEPT_SAMPLE = "source_sample"
+
+
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """A short distinct name per source: the file's stem, or as many folders above it as tell the sources apart."""
+    tails = [(*(part for part in source.paths[0].resolve().parent.parts), _stem(source.paths[0])) for source in sources]
+    for depth in range(1, max(map(len, tails)) + 1):
+        names = ["_".join(tail[-depth:]) for tail in tails]
+        if len(set(names)) == len(names):
+            break
+    else:
+        raise ValueError(f"sources: {_first_repeated(names)} is given twice; give every file once")
+    if depth == 1:
+        return names
+    # What all have in common (outs/filtered_feature_bc_matrix) tells nothing.
+    columns = [level for level in range(-depth, 0) if len({tail[level] for tail in tails}) > 1]
+    short = ["_".join(tail[level] for level in columns) for tail in tails]
+    return short if len(set(short)) == len(short) else names
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    for suffix in (".h5ad", ".h5mu", ".h5", ".zarr"):
+        name = name.removesuffix(suffix)
+    return name or path.name
+
+
+def _first_repeated(names: Sequence[str]) -> str:
+    return next(name for place, name in enumerate(names) if name in names[:place])
+
+
+@dataclass(frozen=True)
+class Cells:
+    """All cells in the order of the sources.
+
+    Attributes
+    ----------
+    ids
+        (n,) unique ids as compact strings.
+    sample
+        (n,) categorical without missing values.
+    sample_from
+        Obs column the sample was taken from, or None where it is the source's name.
+    starts
+        (sources + 1,) first cell of each source.
+    """
+
+    ids: npt.NDArray[Any]
+    sample: pd.Categorical
+    sample_from: str | None
+    starts: npt.NDArray[np.int64]
+
+    @property
+    def num_cells(self) -> int:
+        return len(self.ids)
+
+
+def gather_cells(sources: Sequence[Source], sample_key: str | None, say: Say) -> Cells:
+    """Unique ids and the sample of every cell.
+
+    Raises
+    ------
+    ValueError
+        `sample_key` is in none or not in all of the sources, or has missing values; there are no cells.
+    """
+    names = source_names(sources)
+    starts = np.cumsum([0, *(len(source.cell_ids) for source in sources)]).astype(np.int64)
+    if not starts[-1]:
+        raise ValueError(f"sources: got no cells in {', '.join(source.label for source in sources)}; give other files")
+    if sample_key is None and any(SAMPLE in source.obs.columns for source in sources):
+        sample_key = SAMPLE
+        say(f"the obs column {SAMPLE!r} of the sources is the sample; name another with --sample-key")
+    if sample_key is None:
+        sizes = [len(source.cell_ids) for source in sources]
+        sample = pd.Categorical.from_codes(np.repeat(np.arange(len(names)), sizes), pd.Index(names, dtype=object))
+        say(f"sample = the name of the file: {', '.join(names)}; name an obs column with --sample-key to change that")
+    else:
+        sample = _sample_column(sources, sample_key)
+    return Cells(_unique_ids(sources, names, say), sample, sample_key, starts)
+
+
+def _sample_column(sources: Sequence[Source], key: str) -> pd.Categorical:
+    for source in sources:
+        if key not in source.obs.columns:
+            raise ValueError(
+                f"--sample-key: {source.label} has no obs column {key!r}; it has "
+                f"{', '.join(source.obs.columns) or 'none'}: "
+                "name a column that all sources have, or leave the option out to take the files' names"
+            )
+    column = join_columns([source.obs.column(key) for source in sources])
+    missing = column.isna().to_numpy()
+    if missing.any():
+        start = 0
+        for source in sources:
+            own = missing[start : start + len(source.cell_ids)]
+            if own.any():
+                cell = str(source.cell_ids[int(np.flatnonzero(own)[0])])
+                raise ValueError(
+                    f"--sample-key: {key!r} of {source.label} is missing in {int(own.sum())} cells, for example "
+                    f"{cell!r}; "
+                    "fill it in, remove the cells, or name another column"
+                )
+            start += len(source.cell_ids)
+    if not isinstance(column.dtype, pd.CategoricalDtype):
+        column = column.astype(str)
+    return pd.Categorical(column).remove_unused_categories()
+
+
+def _unique_ids(sources: Sequence[Source], names: Sequence[str], say: Say) -> npt.NDArray[Any]:
+    ids = np.concatenate([source.cell_ids for source in sources])
+    if len(sources) == 1:
+        return ids
+    hashes = pd.util.hash_array(ids[:0].astype(object)) if not len(ids) else _hash(ids)
+    if len(np.unique(hashes)) == len(hashes):
+        return ids
+    strings = np.dtypes.StringDType()
+    prefixed = [
+        np.strings.add(np.full(len(source.cell_ids), f"{name}_", dtype=strings), source.cell_ids)
+        for source, name in zip(sources, names, strict=True)
+    ]
+    collisions = len(hashes) - len(np.unique(hashes))
+    say(
+        f"{collisions} cell ids stand in more than one source: every id is prefixed by its source's name "
+        f"({names[0]}_...)"
+    )
+    together = np.concatenate(prefixed)
+    assert len(np.unique(_hash(together))) == len(together), "prefixed cell ids are not unique"
+    return together
+
+
+def _hash(ids: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """(n,) 64-bit hashes, piece by piece: a million cells collide with a probability of 3e-8."""
+    pieces = [pd.util.hash_array(ids[start : start + 100_000].astype(object)) for start in range(0, len(ids), 100_000)]
+    return np.concatenate(pieces)
+
+
+def obs_columns(
+    sources: Sequence[Source], cells: Cells, order: npt.NDArray[np.int64], say: Say
+) -> Iterator[tuple[str, Any]]:
+    """The store's obs, one column at a time: `sample`, then those of the sources; order[i] is the cell at place i."""
+    yield SAMPLE, pd.Categorical.from_codes(cells.sample.codes[order], cells.sample.categories)
+    apart = {name for source in sources for name in source.obs.disagreeing}
+    for name in dict.fromkeys(name for source in sources for name in source.obs.columns):
+        if name in apart or (name == SAMPLE and cells.sample_from == SAMPLE):
+            continue
+        stored = name
+        if name == SAMPLE:
+            stored = _KEPT_SAMPLE
+            say(f"the sources' obs column {SAMPLE!r} is kept as {stored!r}: {SAMPLE!r} holds {cells.sample_from!r}")
+        parts: list[pd.Series | int] = [
+            source.obs.column(name) if name in source.obs.columns else len(source.cell_ids) for source in sources
+        ]
+        yield stored, take(join_columns(parts), order)
+
+
+def modality_columns(
+    sources: Sequence[Source], modality: str, order: npt.NDArray[np.int64]
+) -> Iterator[tuple[str, Any]]:
+    """Columns in which modalities disagree, for a modality's own obs; order[i] is the cell of its row i."""
+    apart = dict.fromkeys(name for source in sources for name in sorted(source.obs.disagreeing))
+    for name in apart:
+        if name == "total_counts":
+            # Counted anew from what is stored.
+            continue
+        parts: list[pd.Series | int] = []
+        for source in sources:
+            column = source.obs.modality_column(modality, name)
+            parts.append(len(source.cell_ids) if column is None else column)
+        if any(not isinstance(part, int) for part in parts):
+            yield name, take(join_columns(parts), order)

@@ -1,0 +1,93 @@
+"""A source of cells: its modalities and what is known of the cells, whatever file they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from loaders.ingest.frames import ObsTable
+from loaders.ingest.matrices import Matrix
+from loaders.schema import MODALITIES
+
+Say = Callable[[str], None]
+
+_SPELLINGS = {
+    "rna": ("rna", "gex", "gene expression", "genes", "gene"),
+    "atac": ("atac", "peaks", "peak", "chromatin accessibility"),
+    "adt": ("adt", "antibody capture", "protein", "proteins", "prot", "antibodies"),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One modality of a source.
+
+    Attributes
+    ----------
+    modality
+        rna, atac or adt.
+    matrix
+        Its counts.
+    var
+        Its features, those of other modalities in the same matrix left out.
+    columns
+        (features of the matrix,) int64 row of `var` each belongs to, -1 for other modalities; None: column i is row i.
+    rows
+        (cells of the source,) int64 row of the matrix, -1 where the cell lacks the modality; None: cell i is row i.
+    layers
+        Other layers of the file, to name in messages.
+    """
+
+    modality: str
+    matrix: Matrix
+    var: pd.DataFrame
+    columns: npt.NDArray[np.int64] | None = None
+    rows: npt.NDArray[np.int64] | None = None
+    layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Cells with their modalities and obs columns, from one file or from one file per modality."""
+
+    label: str
+    """The path as given, for messages."""
+    paths: tuple[Path, ...]
+    cell_ids: npt.NDArray[Any]
+    parts: Mapping[str, Part]
+    obs: ObsTable
+
+
+def modality_of(name: str) -> str | None:
+    """The modality a feature type or a name in a file means; None if this package does not know it."""
+    plain = name.strip().lower()
+    return next((modality for modality, spellings in _SPELLINGS.items() if plain in spellings), None)
+
+
+def split_by_type(
+    path: Path, matrix: Matrix, var: pd.DataFrame, types: npt.NDArray[Any], layers: tuple[str, ...], say: Say
+) -> dict[str, Part]:
+    """One part per modality of a matrix whose features have types."""
+    of_feature = {name: modality_of(name) for name in set(types.tolist())}
+    unknown = sorted(name for name, modality in of_feature.items() if modality is None)
+    if unknown:
+        say(f"{path}: features of the type {', '.join(unknown)} are left out; known are {', '.join(MODALITIES)}")
+    parts = {}
+    for modality in MODALITIES:
+        chosen = np.array([of_feature[name] == modality for name in types.tolist()], bool)
+        if chosen.any():
+            columns = np.where(chosen, np.cumsum(chosen) - 1, -1).astype(np.int64)
+            parts[modality] = Part(modality, matrix, var[chosen], None if chosen.all() else columns, layers=layers)
+    if not parts:
+        raise ValueError(
+            f"{path}: var['feature_types'] has {', '.join(sorted(of_feature)) or 'nothing'}, expected 'Gene "
+            "Expression', 'Peaks' or "
+            "'Antibody Capture'; correct it, or write rna=, atac= or adt= before the path"
+        )
+    return parts

@@ -1,0 +1,269 @@
+"""Ingest, in order: open, join, look, shuffle each modality through the disk, write what is known of the cells."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from loaders.ingest.cells import Cells, gather_cells, modality_columns, obs_columns
+from loaders.ingest.checks import Counted, Place, check_and_map
+from loaders.ingest.features import Join, Joined, join_features
+from loaders.ingest.matrices import RawRows
+from loaders.ingest.parts import Part, Source
+from loaders.ingest.report import Report
+from loaders.ingest.shuffle import Shuffle, destinations
+from loaders.ingest.sources import open_source
+from loaders.ingest.staging import Staging, check_out, explain_disk_errors
+from loaders.ingest.writer import ModalityLayout, StoreWriter, narrowest_dtype
+from loaders.memory import parse_memory
+from loaders.schema import MODALITIES, Schema
+
+_LEAST_MEMORY = 2**25
+"""32 MiB: below it chunks are so small that the passes crawl."""
+
+
+def ingest(
+    sources: Sequence[str | Path] | str | Path,
+    *,
+    out: str | Path,
+    sample_key: str | None = None,
+    join: Join = "inner",
+    layer: str | None = None,
+    memory: str | int = "1GiB",
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Schema:
+    """Read source files, check their counts, shuffle the cells globally, write one store.
+
+    Parameters
+    ----------
+    sources
+        Paths of .h5ad, .h5mu, 10x .h5 files and AnnData or MuData Zarr folders, with different cells each. Before a
+        path, `rna=`, `atac=` or `adt=` says which modality it is; several of these joined by commas
+        (`rna=a.h5ad,atac=b.h5ad`) are one source whose cells are paired by their ids.
+    out
+        Path of the store.
+    sample_key
+        Obs column that becomes `sample`; default the column `sample` where there is one, else each file's name.
+    join
+        Features kept where sources differ: "inner" those of all, "outer" those of any (zero where a source lacks one).
+    layer
+        Layer that holds the counts ("raw" also means `.raw`); default X.
+    memory
+        Bytes or a text such as "512MiB" for chunks and shuffling. Beside it the process needs its base (0.3 GB), a
+        table of the features and about 150 bytes a cell for ids and one obs column at a time.
+    seed
+        Seed of the shuffle.
+    overwrite
+        Replace a store that exists.
+    progress
+        Show progress and remarks on stderr.
+
+    Raises
+    ------
+    ValueError
+        A source, an option or a count is not what it must be; nothing is left behind.
+    RuntimeError
+        The disk is full.
+    """
+    texts = [str(sources)] if isinstance(sources, str | Path) else [str(source) for source in sources]
+    if not texts:
+        raise ValueError("sources: got none; name at least one file, for example a.h5mu")
+    if join not in ("inner", "outer"):
+        raise ValueError(f"--join: got {join!r}; choose inner or outer")
+    budget = max(_LEAST_MEMORY, parse_memory(memory))
+    out = Path(out)
+    check_out(out, overwrite=overwrite)
+    report = Report(is_shown=progress)
+    with ExitStack() as files, explain_disk_errors(out):
+        opened = [open_source(text, layer=layer, files=files, say=report.say) for text in texts]
+        cells = gather_cells(opened, sample_key, report.say)
+        joined = _join_all(opened, join, report)
+        _look(opened)
+        staging = Staging(out, overwrite=overwrite)
+        files.callback(staging.discard)
+        order = np.argsort(destinations(cells.num_cells, seed))
+        provenance = {"sources": texts, "seed": seed, "join": join, "layer": layer or "X"}
+        with StoreWriter(out, modalities={}, staging=staging) as writer:
+            job = _Job(opened, cells, joined, order, budget, staging, report)
+            for modality in joined:
+                _shuffle_modality(job, modality, writer)
+            report.stop()
+            return _finish(job, writer, provenance)
+
+
+@dataclass(frozen=True)
+class _Job:
+    sources: Sequence[Source]
+    cells: Cells
+    joined: Mapping[str, Joined]
+    order: npt.NDArray[np.int64]
+    """(n,) cell at each place of the store."""
+    memory: int
+    staging: Staging
+    report: Report
+
+    def with_modality(self, modality: str) -> list[tuple[int, Source, Part]]:
+        """First cell, source and part of the sources that have a modality."""
+        pairs = zip(self.cells.starts[:-1].tolist(), self.sources, strict=True)
+        return [(start, source, source.parts[modality]) for start, source in pairs if modality in source.parts]
+
+    def present(self, modality: str) -> npt.NDArray[np.bool_]:
+        """(n,) whether the cell at each place of the store has the modality."""
+        has = np.zeros(self.cells.num_cells, bool)
+        for start, source, part in self.with_modality(modality):
+            has[start : start + len(source.cell_ids)] = True if part.rows is None else part.rows >= 0
+        return has[self.order]
+
+
+def _join_all(sources: Sequence[Source], join: Join, report: Report) -> dict[str, Joined]:
+    joined = {}
+    for modality in MODALITIES:
+        having = [source for source in sources if modality in source.parts]
+        if not having:
+            continue
+        parts = [source.parts[modality] for source in having]
+        result = join_features(modality, [(s.label, p.var) for s, p in zip(having, parts, strict=True)], join)
+        columns = tuple(
+            own if part.columns is None else np.where(part.columns >= 0, own[part.columns], -1)
+            for own, part in zip(result.columns, parts, strict=True)
+        )
+        joined[modality] = Joined(result.var, columns)
+        largest = max(len(part.var) for part in parts)
+        if join == "inner" and len(result.var) < largest:
+            report.say(f"{modality}: {len(result.var)} of up to {largest} features are in all sources and are kept")
+    return joined
+
+
+def _look(sources: Sequence[Source]) -> None:
+    """Look at the first rows of every source, so that a wrong last file is known at once and not after hours."""
+    for source in sources:
+        for part in source.parts.values():
+            raw = part.matrix.peek()
+            if raw is not None:
+                columns = np.arange(part.matrix.num_features) if part.columns is None else part.columns
+                check_and_map(raw, columns, len(part.var), _place(source, part))
+
+
+def _place(source: Source, part: Part) -> Place:
+    def cell_name(row: int) -> str:
+        cell = row if part.rows is None else int(np.flatnonzero(part.rows == row)[0])
+        return str(source.cell_ids[cell])
+
+    def feature_name(column: int) -> str:
+        place = column if part.columns is None else int(part.columns[column])
+        return str(part.var.index[place]) if place >= 0 else f"number {column}"
+
+    return Place(part.matrix.where, cell_name, feature_name, part.layers)
+
+
+def _shuffle_modality(job: _Job, modality: str, writer: StoreWriter) -> None:
+    joined = job.joined[modality]
+    having = job.with_modality(modality)
+    present = job.present(modality)
+    num_rows = int(present.sum())
+    # Row in the store's matrix of each cell in the order of the sources; only read where the cell is present.
+    row_of_cell = np.empty(job.cells.num_cells, np.int64)
+    row_of_cell[job.order] = np.cumsum(present) - 1
+    shuffle = Shuffle(
+        job.staging.spill / modality,
+        num_rows=num_rows,
+        num_features=len(joined.var),
+        num_nonzeros=sum(part.matrix.estimated_nonzeros() for _, _, part in having),
+        memory=job.memory // 2,
+    )
+    seen = _Seen()
+    job.report.start(f"{modality}: read and check", num_rows)
+    for (start, source, part), columns in zip(having, joined.columns, strict=True):
+        cell_of_row = _cell_of_row(source, part)
+        for first, counted in _checked(job, source, part, columns, len(joined.var)):
+            of_rows = cell_of_row[first : first + counted.rows.num_rows]
+            shuffle.add(row_of_cell[start + of_rows], counted.rows)
+            seen.add(counted)
+            job.report.advance(counted.rows.num_rows)
+    for remark in seen.remarks(modality):
+        job.report.say(remark)
+    dtype = narrowest_dtype(seen.maximum)
+    writer.add_modality(modality, ModalityLayout(joined.var, dtype, seen.num_nonzeros / max(1, num_rows)))
+    job.report.start(f"{modality}: shuffle and write", num_rows)
+    for rows in shuffle.in_order(dtype):
+        writer.append(modality, rows)
+        job.report.advance(rows.num_rows)
+    shuffle.close()
+
+
+def _cell_of_row(source: Source, part: Part) -> npt.NDArray[np.int64]:
+    """(rows of the matrix,) cell of the source each row belongs to."""
+    if part.rows is None:
+        return np.arange(len(source.cell_ids))
+    cells = np.full(part.matrix.num_rows, -1, np.int64)
+    has = np.flatnonzero(part.rows >= 0)
+    cells[part.rows[has]] = has
+    assert (cells >= 0).all(), "a row without a cell"
+    return cells
+
+
+def _checked(
+    job: _Job, source: Source, part: Part, columns: npt.NDArray[np.int64], num_features: int
+) -> Iterator[tuple[int, Counted]]:
+    """Checked chunks of a matrix in order; threads check while the next chunk is read."""
+    place = _place(source, part)
+    workers = min(4, len(os.sched_getaffinity(0)))
+    # Chunks in flight share an eighth of the memory: those being checked, one being read, one being added.
+    chunk = job.memory // 8 // (workers + 2)
+    waiting: deque[tuple[RawRows, Future[Counted]]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
+        for raw in part.matrix.chunks(memory=chunk, spill=job.staging.spill):
+            waiting.append((raw, pool.submit(check_and_map, raw, columns, num_features, place)))
+            if len(waiting) > workers:
+                first, done = waiting.popleft()
+                yield first.start, done.result()
+        while waiting:
+            first, done = waiting.popleft()
+            yield first.start, done.result()
+
+
+@dataclass
+class _Seen:
+    """Sums over the chunks of a modality."""
+
+    num_nonzeros: int = 0
+    maximum: int = 0
+    num_empty: int = 0
+    num_duplicates: int = 0
+
+    def add(self, counted: Counted) -> None:
+        self.num_nonzeros += len(counted.rows.indices)
+        self.maximum = max(self.maximum, counted.maximum)
+        self.num_empty += counted.num_empty
+        self.num_duplicates += counted.num_duplicates
+
+    def remarks(self, modality: str) -> Iterator[str]:
+        if self.num_empty:
+            yield f"{modality}: {self.num_empty} cells have no counts in the features kept; they stay as empty rows"
+        if self.num_duplicates:
+            yield f"{modality}: {self.num_duplicates} entries stood twice in a row of the matrix and were added up"
+
+
+def _finish(job: _Job, writer: StoreWriter, provenance: dict[str, object]) -> Schema:
+    masks = {modality: job.present(modality) for modality in job.joined}
+    nowhere = int((~np.any(list(masks.values()), axis=0)).sum())
+    if nowhere:
+        job.report.say(f"{nowhere} cells have none of the modalities {', '.join(masks)}; they stay, empty")
+    return writer.finish(
+        cell_ids=job.cells.ids[job.order],
+        obs=obs_columns(job.sources, job.cells, job.order, job.report.say),
+        present={name: mask for name, mask in masks.items() if not mask.all()},
+        modality_obs={name: modality_columns(job.sources, name, job.order[mask]) for name, mask in masks.items()},
+        is_shuffled=True,
+        provenance={**provenance, "remarks": job.report.remarks},
+    )
