@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from liam_scale.api import Run, ingest, load_run
-    from liam_scale.api import train as train
+    from liam_scale.api import Run, ingest, load_run, train
 
 __all__ = ["Run", "ingest", "load_run", "train"]
+
+
+class _Package(ModuleType):
+    """`liam_scale.train` is the function, also after the module of that name was imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
@@ -18,5 +30,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'liam_scale' has no attribute {name!r}")
     from liam_scale import api
 
-    globals().update({own: getattr(api, own) for own in __all__})
-    return globals()[name]
+    return getattr(api, name)

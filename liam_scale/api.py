@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from liam_scale import decode as _decode
-from liam_scale import elbo as _elbo
-from liam_scale import embed as _embed
-from liam_scale import map as _map
-from liam_scale import train as _train
 from liam_scale.config import TrainConfig
+from liam_scale.decode import DecodeConfig, decode
+from liam_scale.elbo import elbo
+from liam_scale.embed import EmbedConfig, compute, embed
+from liam_scale.map import MapConfig, map_store
 from liam_scale.model import Liam
 from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.train import train as train_run
 from loaders.ingest import ingest
 
 __all__ = ["Run", "ingest", "load_run", "train"]
@@ -59,23 +59,23 @@ class Run:
 
     def embed(self, store: str | Path | None = None, **options: Any) -> str:
         """Write `obsm["X_liam"]`; options are the fields of `liam_scale.embed.EmbedConfig`. Returns where it stands."""
-        return _embed.embed(_embed.EmbedConfig(run=self.path, store=_uris(store), **_paths(options)))
+        return embed(EmbedConfig(run=self.path, store=_uris(store), **_paths(options)))
 
     def decode(self, out: str | Path, **options: Any) -> Path:
         """Write decoded values; options are the fields of `liam_scale.decode.DecodeConfig`."""
-        return _decode.decode(_decode.DecodeConfig(run=self.path, out=Path(out), **_paths(options)))
+        return decode(DecodeConfig(run=self.path, out=Path(out), **_paths(options)))
 
     def map(self, store: str | Path, **options: Any) -> Run:
         """Place the cells of new samples into this model; options are the fields of `liam_scale.map.MapConfig`."""
-        return Run(_map.map_store(_map.MapConfig(run=self.path, store=str(store), **_paths(options))))
+        return Run(map_store(MapConfig(run=self.path, store=str(store), **_paths(options))))
 
     def elbo(self, store: str | Path | None = None, **options: Any) -> pd.DataFrame:
         """Per-cell loss terms (nats), indexed by cell id; options are the keywords of `liam_scale.elbo.elbo`."""
-        return _elbo.elbo(self.directory, store=_uris(store), **options)
+        return elbo(self.directory, store=_uris(store), **options)
 
     def embedding(self, store: str | Path | None = None) -> npt.NDArray[np.float32]:
         """(cells, latent) embedding in memory, computed here and written nowhere."""
-        return _embed.compute(_embed.EmbedConfig(run=self.path, store=_uris(store)))
+        return compute(EmbedConfig(run=self.path, store=_uris(store)))
 
 
 def _uris(store: str | Path | None) -> tuple[str, ...]:
@@ -123,7 +123,7 @@ def train(
     """
     stores = [store] if isinstance(store, str | Path) else list(store)
     config = TrainConfig(store=tuple(map(str, stores)), out=Path(out), batch_key=batch_key)
-    directory, _ = _train.train(_with_options(config, options))
+    directory, _ = train_run(_with_options(config, options))
     return Run(directory)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -140,8 +141,11 @@ class Trainer:
         self._module: nn.Module = model
         if world.size > 1:
             devices = [world.device.index] if world.device.type == "cuda" else None
+            # Buffers (priors) never change, so no forward pass need send them; torch 2.13 renamed the switch.
+            known = inspect.signature(DistributedDataParallel).parameters
+            switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             self._module = DistributedDataParallel(
-                model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+                model, device_ids=devices, gradient_as_bucket_view=True, **{switch: False}
             )
         self.max_steps = max_epochs * train.steps_per_epoch
         if config.max_steps is not None:
