@@ -47,8 +47,10 @@ class SparseCounts:
 
     def totals(self) -> Tensor:
         """(B,) sum of the values of each cell, float32 or the values' wider dtype."""
+        if self.num_cells == 0:
+            return self.values.new_zeros(0)
         lengths = (self.indptr[1:] - self.indptr[:-1]).long()
-        return torch.segment_reduce(self.values, "sum", lengths=lengths, initial=0.0)
+        return torch.segment_reduce(self.values, "sum", lengths=lengths, initial=0.0, unsafe=True)
 
     def to_dense(self) -> Tensor:
         """(B, F) dense counts. For tests and small data: training never makes them."""
