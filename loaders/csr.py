@@ -120,6 +120,29 @@ def transpose_rows(indptr, indices, values, feature_indptr, cells, feature_value
             feature_values[np.uint64(place)] = values[k]
 
 
+SORTED, UNSORTED, OUT_OF_RANGE = 0, 1, 2
+
+
+@compiled
+def inspect_columns(indptr, indices, num_features):  # type: ignore[no-untyped-def]
+    """First row whose columns are not ascending or not within 0..F - 1, and which of the two it is.
+
+    Returns (number of rows, SORTED) for sound rows. A column outside the range stops the search; a row that is only
+    unsorted is reported when no column is.
+    """
+    found, state = len(indptr) - 1, SORTED
+    for row in range(len(indptr) - 1):
+        previous = np.int64(-1)
+        for k in range(np.uint64(indptr[row] - indptr[0]), np.uint64(indptr[row + 1] - indptr[0])):
+            column = np.int64(indices[k])
+            if column < 0 or column >= num_features:
+                return row, OUT_OF_RANGE
+            if column <= previous and state == SORTED:
+                found, state = row, UNSORTED
+            previous = column
+    return found, state
+
+
 @compiled
 def centred_log_ratio(indptr, values, num_features):  # type: ignore[no-untyped-def]
     """Replace the values x of each row by log1p(x / exp(sum_{x > 0} log1p(x) / F)), in place.

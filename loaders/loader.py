@@ -23,7 +23,10 @@ from loaders.selection import encode_column, select_rows, weights_of
 from loaders.sizing import Sizes, choose_sizes
 from loaders.sources import open_sources
 from loaders.stores.base import Store
+from loaders.totals import cell_totals
 from loaders.windows import ModalitySource, WindowCells, WindowRows, order_window, read_window
+
+__all__ = ["Loader", "cell_totals"]
 
 _log = logging.getLogger(__name__)
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from loaders.buffers import Pool
+from loaders.readers import open_reader
 from loaders.stores.base import Store
-from loaders.windows import ModalitySource, RowOffsets, StoreReader
+from loaders.windows import ModalitySource
 
 
 def open_sources(store: Store, modalities: Sequence[str] | None = None) -> dict[str, ModalitySource]:
@@ -28,14 +29,15 @@ def open_sources(store: Store, modalities: Sequence[str] | None = None) -> dict[
 
 def open_source(store: Store, modality: str) -> ModalitySource:
     """Source of one modality, by the fastest reader that knows its format."""
-    schema = store.schema.modalities[modality]
     rows = store.modality_rows(modality)
+    cells = None if rows is None else rows.astype(np.int32)
+    reader, offsets = open_reader(store, modality, cells=cells)
     return ModalitySource(
         name=modality,
-        reader=StoreReader(store, modality, schema.num_features, schema.value_dtype),
-        offsets=RowOffsets(store.row_nonzeros(modality)),
-        rows=None if rows is None else rows.astype(np.int32),
-        num_features=schema.num_features,
+        reader=reader,
+        offsets=offsets,
+        rows=cells,
+        num_features=store.schema.modalities[modality].num_features,
         indices_pool=Pool(),
         values_pool=Pool(),
     )

@@ -1,31 +1,38 @@
-"""Totals of cells, as the likelihoods see them: after the loader's transform."""
+"""Sum of the counts of every cell, as the model's library-size priors need them."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
+from loaders.csr import centred_log_ratio
 from loaders.stores.base import Store
 
-ROWS_PER_READ = 4_096
+CELLS_PER_READ = 4_096
 
 
 def cell_totals(store: Store, modality: str, transform: str | None = None) -> npt.NDArray[np.float64]:
-    """(rows of the modality,) sum of the transformed values of each row.
+    """(rows of the modality,) sum of the values of each cell that has the modality.
 
-    Untransformed totals stand in the store; those of the centred log-ratio take one pass over the modality.
+    Parameters
+    ----------
+    transform
+        None or "none": the stored totals. "clr": sums after the centred log-ratio of each cell, computed in one pass
+        over the matrix, 4,096 cells at a time.
     """
+    if modality not in store.schema.modalities:
+        raise ValueError(f"modality: got {modality!r}; {store.uri} holds {', '.join(store.schema.modalities)}")
     if transform in (None, "none"):
         return store.totals(modality)
     if transform != "clr":
-        raise ValueError(f"transform of {modality}: got {transform!r}; use clr or none")
-    num_features = store.schema.modalities[modality].num_features
-    num_rows = store.schema.modalities[modality].num_cells
-    sums = [np.zeros(0)]
-    for start in range(0, num_rows, ROWS_PER_READ):
-        rows = store.read_rows(modality, start, min(num_rows, start + ROWS_PER_READ))
-        values = rows.values.astype(np.float64)
-        row = np.repeat(np.arange(rows.num_rows), np.diff(rows.indptr))
-        scale = np.exp(np.bincount(row, np.log1p(values), minlength=rows.num_rows) / num_features)
-        sums.append(np.bincount(row, np.log1p(values / scale[row]), minlength=rows.num_rows))
-    return np.concatenate(sums)
+        raise ValueError(f"transform: got {transform!r} for {modality}; choose clr or none")
+    count = store.schema.modalities[modality].num_cells
+    totals = np.zeros(count, np.float64)
+    for start in range(0, count, CELLS_PER_READ):
+        stop = min(count, start + CELLS_PER_READ)
+        rows = store.read_rows(modality, start, stop)
+        values = rows.values.astype(np.float32)
+        centred_log_ratio(rows.indptr, values, rows.num_features)
+        running = np.concatenate(([0.0], np.cumsum(values, dtype=np.float64)))
+        totals[start:stop] = running[rows.indptr[1:]] - running[rows.indptr[:-1]]
+    return totals

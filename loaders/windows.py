@@ -5,6 +5,7 @@ Shapes: B cells of the window, R rows of the modality, N entries.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -15,7 +16,6 @@ import numpy.typing as npt
 from loaders.buffers import Pool
 from loaders.csr import gather_rows
 from loaders.plan import Epoch, Rows, Window
-from loaders.stores.base import Store
 
 MAX_GAP = 32
 """Rows not asked for that are read along rather than split a read: decoding 32 rows costs less than a seek."""
@@ -50,17 +50,24 @@ class RowOffsets:
 
     Parameters
     ----------
-    indptr
-        (R + 1,) offsets.
+    pieces
+        Consecutive parts of the (R + 1,) offsets, in order; none but the last shorter than `CHECKPOINT` or of a length
+        that is not a multiple of it.
     """
 
-    def __init__(self, indptr: npt.NDArray[np.int64]) -> None:
-        lengths = np.diff(indptr)
-        longest = int(lengths.max(initial=0))
-        self._lengths = lengths.astype(np.uint16 if longest < 1 << 16 else np.uint32)
-        self._checkpoints = np.ascontiguousarray(indptr[::CHECKPOINT]).astype(np.int64)
-        self.num_rows = len(lengths)
-        self.num_entries = int(indptr[-1])
+    def __init__(self, pieces: Iterable[npt.NDArray[np.int64]]) -> None:
+        lengths, checkpoints = [], []
+        previous: np.int64 | None = None
+        for piece in pieces:
+            steps = np.diff(piece) if previous is None else np.diff(piece, prepend=previous)
+            longest = int(steps.max(initial=0))
+            lengths.append(steps.astype(np.uint16 if longest < 1 << 16 else np.uint32))
+            checkpoints.append(np.ascontiguousarray(piece[::CHECKPOINT]).astype(np.int64))
+            previous = piece[-1]
+        self._lengths = np.concatenate(lengths)
+        self._checkpoints = np.concatenate(checkpoints)
+        self.num_rows = len(self._lengths)
+        self.num_entries = 0 if previous is None else int(previous)
 
     def between(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """(stop - start + 1,) offsets of the rows [start, stop) and of their end."""
@@ -70,6 +77,16 @@ class RowOffsets:
         np.cumsum(self._lengths[start:stop], dtype=np.int64, out=offsets[1:])
         offsets[1:] += offsets[0]
         return offsets
+
+    def rows_of(self, first: int, last: int) -> tuple[int, int]:
+        """Rows [start, stop) that the entries [first, last) belong to."""
+        low, high = (
+            max(0, int(np.searchsorted(self._checkpoints, entry, side="right")) - 1) for entry in (first, last)
+        )
+        begin, end = low * CHECKPOINT, min(self.num_rows, (high + 1) * CHECKPOINT)
+        edges = self.between(begin, end)
+        start = begin + int(np.searchsorted(edges, first, side="right")) - 1
+        return start, min(end, begin + int(np.searchsorted(edges, last, side="left")))
 
 
 @dataclass(frozen=True)
@@ -216,29 +233,3 @@ def read_window(source: ModalitySource, cells: npt.NDArray[np.integer], order: n
     all_starts, all_lengths = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
     all_starts[present], all_lengths[present] = starts, lengths
     return WindowRows(indices, values, all_starts[order], all_lengths[order], present[order])
-
-
-class StoreReader:
-    """Reads through a store's own `read_rows`: any format, with one copy more than a reader that knows the format."""
-
-    def __init__(self, store: Store, modality: str, num_features: int, value_dtype: npt.DTypeLike) -> None:
-        self._store, self._modality = store, modality
-        self.index_dtype = np.dtype(np.uint16 if num_features <= 1 << 16 else np.uint32)
-        self.value_dtype = np.dtype(value_dtype)
-
-    def read_into(
-        self,
-        start: int,
-        stop: int,
-        entry_start: int,
-        indices: npt.NDArray[np.generic],
-        values: npt.NDArray[np.generic],
-    ) -> None:
-        rows = self._store.read_rows(self._modality, start, stop)
-        if len(rows.indices) != len(indices):
-            raise RuntimeError(
-                f"store {self._store.uri}, {self._modality}: got {len(rows.indices)} entries in rows {start}:{stop}"
-                f" where its offsets say {len(indices)}; the store changed or is damaged: ingest again"
-            )
-        indices[:] = rows.indices
-        values[:] = rows.values

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from loaders.csr import SparseRows, centred_log_ratio, gather_rows, transpose_rows
+from loaders.csr import (
+    OUT_OF_RANGE,
+    SORTED,
+    UNSORTED,
+    SparseRows,
+    centred_log_ratio,
+    gather_rows,
+    inspect_columns,
+    transpose_rows,
+)
 
 
 def random_rows(num_rows, num_features, density, *, indices=np.int32, values=np.float32, seed=0):
@@ -56,3 +65,18 @@ def test_centred_log_ratio_is_the_formula_on_dense_rows():
     expected = np.log1p(dense / scale[:, None])
     got = scipy.sparse.csr_matrix((values, rows.indices, rows.indptr), shape=dense.shape).toarray()
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_columns_are_inspected_row_by_row():
+    rows = random_rows(20, 60, 0.3)
+    assert inspect_columns(rows.indptr, rows.indices, 60) == (20, SORTED)
+    assert inspect_columns(rows.indptr[4:9], rows.indices[rows.indptr[4] :], 60) == (4, SORTED)
+    swapped = rows.indices.copy()
+    begin = rows.indptr[5]
+    swapped[begin : begin + 2] = swapped[begin : begin + 2][::-1]
+    assert inspect_columns(rows.indptr, swapped, 60) == (5, UNSORTED)
+    for wrong in (60, -1):
+        swapped[rows.indptr[7]] = wrong
+        assert inspect_columns(rows.indptr, swapped, 60) == (7, OUT_OF_RANGE)
+    repeated = np.array([3, 3])
+    assert inspect_columns(np.array([0, 2]), repeated, 60) == (0, UNSORTED)

@@ -23,7 +23,7 @@ def test_totals_are_sums_of_the_rows(tmp_path):
 def test_unknown_names_are_refused(tmp_path):
     identifying_store(tmp_path / "cells.zarr", num_cells=30, num_features={"rna": 40})
     store = open_store(tmp_path / "cells.zarr")
-    with pytest.raises(ValueError, match="modality: got 'adt'.*holds rna"):
+    with pytest.raises(ValueError, match=r"modality: got 'adt'.*holds rna"):
         cell_totals(store, "adt")
     with pytest.raises(ValueError, match="transform: got 'log'"):
         cell_totals(store, "rna", "log")
