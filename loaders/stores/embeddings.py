@@ -60,7 +60,7 @@ def read(root: zarr.Group, uri: str, name: str, start: int, stop: int) -> npt.ND
     ValueError
         There is no such array.
     """
-    held = root["obsm"] if "obsm" in root else {}
+    held = root.get("obsm", {})
     if name not in held:
         raise ValueError(
             f"obsm of {uri}: got {name!r}, it holds {', '.join(sorted(held)) or 'nothing'};"

@@ -118,10 +118,10 @@ class CsrMatrix:
         values = self._read_array("data", self._read_data, first, last, where)
         indices = self._read_array("indices", self._read_indices, first, last, where)
         rows = SparseRows(offsets - first, _narrow_indices(indices), values, self.num_features)
-        is_ascending = _is_ascending(rows.indptr, rows.indices)
-        if self._is_ours and not (is_ascending and values.all()):
+        ascending = is_ascending(rows.indptr, rows.indices)
+        if self._is_ours and not (ascending and values.all()):
             self._check_files(first, last, where)
-        return rows if is_ascending else sort_rows(rows)
+        return rows if ascending else sort_rows(rows)
 
     def _read_array(self, name: str, reader: ArrayReader, first: int, last: int, where: str) -> npt.NDArray[np.generic]:
         try:
@@ -268,13 +268,20 @@ def select_columns(rows: SparseRows, target: npt.NDArray[np.int32], num_features
     """
     indptr, indices, values = _select(rows.indptr, rows.indices, rows.values, target)
     selected = SparseRows(indptr, indices, values, num_features)
-    return selected if _is_ascending(indptr, indices) else sort_rows(selected)
+    return selected if is_ascending(indptr, indices) else sort_rows(selected)
 
 
 def sort_rows(rows: SparseRows) -> SparseRows:
     """The same rows with ascending columns: transposed twice by counting, linear in the entries."""
     indices, values = _sort(rows.indptr, rows.indices, rows.values, rows.num_features)
     return SparseRows(rows.indptr, indices, values, rows.num_features)
+
+
+def slice_rows(rows: SparseRows, start: int, stop: int) -> SparseRows:
+    """Rows [start, stop), sharing memory with the whole."""
+    offsets = rows.indptr[start : stop + 1]
+    first, last = int(offsets[0]), int(offsets[-1])
+    return SparseRows(offsets - first, rows.indices[first:last], rows.values[first:last], rows.num_features)
 
 
 def concat_rows(parts: list[SparseRows]) -> SparseRows:
@@ -300,7 +307,8 @@ def _narrow_indices(indices: npt.NDArray[np.generic]) -> npt.NDArray[np.integer]
 
 
 @numba.njit(nogil=True, cache=True)
-def _is_ascending(indptr, indices):  # type: ignore[no-untyped-def]
+def is_ascending(indptr, indices):  # type: ignore[no-untyped-def]
+    """Whether columns ascend within every row."""
     for row in range(len(indptr) - 1):
         for k in range(indptr[row] + 1, indptr[row + 1]):
             if indices[k] <= indices[k - 1]:

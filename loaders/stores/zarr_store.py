@@ -140,7 +140,9 @@ class ZarrStore:
                 raise self._unwritable(error) from error
 
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        return embeddings.read(open_root(self._source, storage_options=self._storage_options), self.uri, name, start, stop)
+        return embeddings.read(
+            open_root(self._source, storage_options=self._storage_options), self.uri, name, start, stop
+        )
 
     def drop_embedding(self, name: str) -> None:
         """Remove obsm[name], if it is there; for one process, before others write an embedding of another width."""

@@ -1,0 +1,95 @@
+"""Embeddings in obsm of a measurement of a TileDB-SOMA experiment: sparse arrays (joinid, dimension) of every value."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def write(
+    soma: Any,
+    context: Any,
+    measurement: str,
+    name: str,
+    joinids: npt.NDArray[np.int64],
+    values: npt.NDArray[np.float32],
+) -> None:
+    """Put (m, d) values at the cells of (m,) joinids; the array is made when it is missing.
+
+    Parameters
+    ----------
+    soma, context
+        The module tiledbsoma and the context of the store.
+    measurement
+        Address of the measurement.
+
+    Raises
+    ------
+    ValueError
+        obsm[name] exists with another width, or for fewer cells.
+    """
+    import pyarrow
+
+    width = values.shape[1]
+    uri = _open_or_create(soma, context, measurement, name, width)
+    with soma.open(uri, context=context) as array:
+        shape = array.shape
+    if len(joinids) and (shape[0] <= joinids[-1] or shape[1] != width):
+        raise ValueError(
+            f"{measurement}/obsm[{name!r}]: got an embedding of width {width} for joinids up to {joinids[-1]}, where"
+            f" one of shape {shape} stands; use another name"
+        )
+    entries = {
+        "soma_dim_0": np.repeat(joinids, width),
+        "soma_dim_1": np.tile(np.arange(width, dtype=np.int64), len(values)),
+        "soma_data": np.ascontiguousarray(values, np.float32).ravel(),
+    }
+    with soma.open(uri, "w", context=context) as array:
+        array.write(pyarrow.table(entries))
+
+
+def read(
+    soma: Any, context: Any, measurement: str, name: str, joinids: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float32]:
+    """(m, d) values at ascending joinids; a cell that was never written is NaN.
+
+    Raises
+    ------
+    ValueError
+        There is no such embedding.
+    """
+    with soma.open(measurement, context=context) as group:
+        held = list(group["obsm"].keys()) if "obsm" in group else []
+        if name not in held:
+            raise ValueError(
+                f"{measurement}/obsm: got {name!r}, it holds {', '.join(sorted(held)) or 'nothing'};"
+                f" write the embedding first: python -m liam_scale.embed RUN"
+            )
+        array = group["obsm"][name]
+        values = np.full((len(joinids), array.shape[1]), np.nan, np.float32)
+        if not len(joinids):
+            return values
+        for table in array.read((slice(int(joinids[0]), int(joinids[-1])),)).tables():
+            cells, dimensions = table["soma_dim_0"].to_numpy(), table["soma_dim_1"].to_numpy()
+            rows = np.searchsorted(joinids, cells)
+            wanted = joinids[rows] == cells
+            values[rows[wanted], dimensions[wanted]] = table["soma_data"].to_numpy()[wanted]
+    return values
+
+
+def _open_or_create(soma: Any, context: Any, measurement: str, name: str, width: int) -> str:
+    """Address of the array obsm[name]."""
+    import pyarrow
+
+    with soma.open(measurement, context=context) as group:
+        if "obsm" in group and name in group["obsm"]:
+            return str(group["obsm"][name].uri)
+        num_rows = max(int(group["X"][layer].shape[0]) for layer in group["X"])
+    with contextlib.suppress(soma.AlreadyExistsError), soma.open(measurement, "w", context=context) as group:
+        obsm = group["obsm"] if "obsm" in group else group.add_new_collection("obsm")
+        obsm.add_new_sparse_ndarray(name, type=pyarrow.float32(), shape=(num_rows, width))
+    with soma.open(measurement, context=context) as group:
+        return str(group["obsm"][name].uri)

@@ -1,0 +1,185 @@
+"""X of one measurement of a TileDB-SOMA experiment, read by whole rows of tiles.
+
+Shapes: n cells chosen of obs, F features, N non-zeros read.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from loaders.csr import SparseRows
+from loaders.stores.matrices import (
+    concat_rows,
+    is_ascending,
+    narrow,
+    once,
+    row_sums,
+    slice_rows,
+    sort_rows,
+    stored_dtype,
+)
+
+MIN_ROWS_PER_READ = 2048
+MAX_ROWS_PER_READ = 8192
+"""Bounds of one read, in cells: tiles are 2,048 x 2,048 by default and are decoded as a whole."""
+
+_KEPT_GROUPS = 4
+"""Groups kept decoded, for readers that ask for fewer cells than a tile has: about 20 MB of RNA each."""
+
+_SCAN_THREADS = 2
+"""Threads of the pass that counts: TileDB keeps one core busy per read, and each read holds 50 to 150 MB."""
+
+
+class SomaMatrix:
+    """Counts of the chosen cells in one measurement. Methods may be called from several threads at once.
+
+    Parameters
+    ----------
+    array
+        The open SparseNDArray.
+    joinids
+        (n,) int64 ascending ids of the chosen cells; may have gaps.
+    feature_joinids, feature_names
+        (F,) ids and names of the columns, ids ascending.
+    label
+        What messages call it.
+    """
+
+    def __init__(
+        self,
+        array: Any,
+        *,
+        joinids: npt.NDArray[np.int64],
+        feature_joinids: npt.NDArray[np.int64],
+        feature_names: npt.NDArray[np.str_],
+        label: str,
+    ) -> None:
+        self._array = array
+        self._joinids = joinids
+        self._label = label
+        self.feature_names = feature_names
+        self.num_features = len(feature_names)
+        self.value_dtype = stored_dtype(np.dtype(array.schema.field("soma_data").type.to_pandas_dtype()))
+        self._columns = _place_of(feature_joinids)
+        tile = _tile_rows(array)
+        self.rows_per_read = max(tile, min(MAX_ROWS_PER_READ, tile * -(-MIN_ROWS_PER_READ // tile)))
+        group = joinids // self.rows_per_read
+        self._edges = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1, [len(joinids)]])
+        self._kept: OrderedDict[int, SparseRows] = OrderedDict()
+        self._lock = threading.Lock()
+        self._scan = once(self._count)
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """(n,) non-zeros of each cell; the first call passes over the matrix."""
+        return self._scan()[0]
+
+    def totals(self) -> npt.NDArray[np.float64]:
+        """(n,) sum of each cell; the first call passes over the matrix."""
+        return self._scan()[1]
+
+    def read(self, start: int, stop: int) -> SparseRows:
+        """Cells [start, stop) of the chosen ones."""
+        first = int(np.searchsorted(self._edges, start, side="right")) - 1
+        parts = []
+        for group in range(first, len(self._edges) - 1):
+            low, high = int(self._edges[group]), int(self._edges[group + 1])
+            if low >= stop:
+                break
+            whole = self._decode(group) if start <= low and high <= stop else self._keep(group)
+            parts.append(slice_rows(whole, max(0, start - low), min(high, stop) - low))
+        if not parts:
+            empty = np.zeros(0, self.value_dtype)
+            return SparseRows(np.zeros(1, np.int64), np.zeros(0, np.int32), empty, self.num_features)
+        return parts[0] if len(parts) == 1 else concat_rows(parts)
+
+    def _keep(self, group: int) -> SparseRows:
+        """A group of which only a part is wanted: the rest may be wanted next."""
+        with self._lock:
+            if group in self._kept:
+                self._kept.move_to_end(group)
+                return self._kept[group]
+        rows = self._decode(group)
+        with self._lock:
+            self._kept[group] = rows
+            while len(self._kept) > _KEPT_GROUPS:
+                self._kept.popitem(last=False)
+        return rows
+
+    def _decode(self, group: int) -> SparseRows:
+        joinids = self._joinids[self._edges[group] : self._edges[group + 1]]
+        first, last = int(joinids[0]), int(joinids[-1])
+        where = f"{self._label}: cells of joinid {first} to {last}"
+        try:
+            tables = list(self._array.read((slice(first, last),)).tables())
+        except Exception as error:  # TileDB's own: a damaged tile, a lost connection
+            raise RuntimeError(f"{where} cannot be read: {error}; check or copy the experiment") from error
+        row_ids, column_ids, values = (
+            np.concatenate([table[name].to_numpy() for table in tables])
+            if len(tables) != 1
+            else tables[0][name].to_numpy()
+            for name in ("soma_dim_0", "soma_dim_1", "soma_data")
+        )
+        try:
+            values = narrow(values)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        places = np.full(last - first + 1, -1, np.int32)
+        places[joinids - first] = np.arange(len(joinids), dtype=np.int32)
+        indptr, indices, kept = _compress(row_ids, column_ids, values, first, places, self._columns, len(joinids))
+        rows = SparseRows(indptr, indices, kept, self.num_features)
+        return rows if is_ascending(rows.indptr, rows.indices) else sort_rows(rows)
+
+    def _count(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        def count(group: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+            rows = self._decode(group)
+            return np.diff(rows.indptr), row_sums(rows)
+
+        with ThreadPoolExecutor(_SCAN_THREADS, thread_name_prefix="count") as pool:
+            parts = list(pool.map(count, range(len(self._edges) - 1)))
+        counts, totals = (list(column) for column in zip(*parts, strict=True))
+        return np.concatenate(counts), np.concatenate(totals)
+
+
+def _place_of(joinids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """(largest id + 1,) place of each id, -1 where there is none."""
+    places = np.full(int(joinids[-1]) + 1 if len(joinids) else 0, -1, np.int32)
+    places[joinids] = np.arange(len(joinids), dtype=np.int32)
+    return places
+
+
+def _tile_rows(array: Any) -> int:
+    """Extent of the tiles along the cells."""
+    dimensions = json.loads(array.schema_config_options().dims)
+    return max(1, int(dimensions.get("soma_dim_0", {}).get("tile", MIN_ROWS_PER_READ)))
+
+
+@numba.njit(nogil=True, cache=True)
+def _compress(row_ids, column_ids, values, first, places, columns, num_rows):  # type: ignore[no-untyped-def]
+    """Entries in any order, to rows; entries of one row keep their order. Ids without a place and zeros are dropped."""
+    indptr = np.zeros(num_rows + 1, np.int64)
+    for k in range(len(row_ids)):
+        row = places[row_ids[k] - first]
+        if row >= 0 and values[k] != 0 and columns[column_ids[k]] >= 0:
+            indptr[row + 1] += 1
+    for row in range(num_rows):
+        indptr[row + 1] += indptr[row]
+    following = indptr[:-1].copy()
+    indices = np.empty(indptr[-1], np.int32)
+    kept = np.empty(indptr[-1], values.dtype)
+    for k in range(len(row_ids)):
+        row = places[row_ids[k] - first]
+        if row >= 0 and values[k] != 0:
+            column = columns[column_ids[k]]
+            if column >= 0:
+                indices[following[row]] = column
+                kept[following[row]] = values[k]
+                following[row] += 1
+    return indptr, indices, kept
