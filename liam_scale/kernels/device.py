@@ -39,6 +39,21 @@ def transposed_product(counts: SparseCounts, table: Tensor) -> Tensor:
     return _bags(counts.feature_indptr, counts.cells, counts.feature_values, table)
 
 
+def subtract_transposed_product(result: Tensor, counts: SparseCounts, table: Tensor, max_bytes: int) -> None:
+    """result (F, O) -= counts^T table, by so many columns at a time that the temporary stays below max_bytes."""
+    columns = max(1, max_bytes // max(1, result.shape[0] * result.element_size()))
+    for first in range(0, table.shape[1], columns):
+        part = table[:, first : first + columns].contiguous()
+        result[:, first : first + columns] -= transposed_product(counts, part)
+
+
+def cell_of_entries(counts: SparseCounts) -> Tensor:
+    """(N,) cell of each entry of the counts by cell."""
+    sizes = (counts.indptr[1:] - counts.indptr[:-1]).long()
+    cells = torch.arange(counts.num_cells, device=sizes.device)
+    return torch.repeat_interleave(cells, sizes, output_size=len(counts.indices))
+
+
 def _bags(indptr: Tensor, indices: Tensor, values: Tensor, table: Tensor) -> Tensor:
     if len(indices) == 0:
         return torch.zeros(len(indptr) - 1, table.shape[1], dtype=table.dtype, device=table.device)

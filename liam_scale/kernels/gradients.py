@@ -51,6 +51,26 @@ def checked_buffer(buffers: Mapping[str, Tensor] | None, name: str, parameter: T
     return buffer
 
 
+@dataclass(frozen=True)
+class Targets:
+    """Where the gradients of some parameters are written: their buffers, or fresh memory."""
+
+    tensors: tuple[Tensor, ...]
+    are_buffers: tuple[bool, ...]
+
+    def formed(self) -> list[Formed]:
+        return [Formed(t, b) for t, b in zip(self.tensors, self.are_buffers, strict=True)]
+
+
+def make_targets(buffers: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Targets:
+    """Uninitialised memory for the gradients of the parameters."""
+    tensors = tuple(
+        torch.empty_like(parameter, memory_format=torch.contiguous_format) if buffer is None else buffer.detach()
+        for buffer, parameter in zip(buffers, parameters, strict=True)
+    )
+    return Targets(tensors, tuple(buffer is not None for buffer in buffers))
+
+
 def is_same_memory(a: Tensor, b: Tensor) -> bool:
     return a.numel() > 0 and a.data_ptr() == b.data_ptr()
 
@@ -87,9 +107,12 @@ class _Attached(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         # on the CPU, where looking costs nothing, gradients are left alone if the factor is 1
         is_one = upstream.device.type == "cpu" and upstream.item() == 1.0
-        formed, ctx.formed = ctx.formed, None
+        is_kept = _keeps_graph()
+        formed = ctx.formed
         if formed is None:
-            raise RuntimeError("backward: called twice for one loss; its gradients were given away the first time")
+            raise RuntimeError("backward: called twice; call it with retain_graph=True the first time")
+        if not is_kept:
+            ctx.formed = None  # autograd takes a gradient over without copying it only if nobody else holds it
         results: list[Tensor | None] = []
         for entry, parameter, version in zip(formed, ctx.inputs, ctx.versions, strict=True):
             if entry is None or not parameter.requires_grad:
@@ -100,8 +123,17 @@ class _Attached(torch.autograd.Function):
                     "grad_buffers: a buffer was written again between forward and backward; "
                     "call backward before the next forward pass, or leave grad_buffers out"
                 )
+            if is_kept:
+                results.append(entry.gradient * upstream)
+                continue
             gradient = entry.gradient if is_one else entry.gradient.mul_(upstream)
             if entry.is_buffer:
                 adopt(parameter, gradient)
             results.append(None if entry.is_buffer else gradient)
         return None, None, *results
+
+
+def _keeps_graph() -> bool:
+    """Whether this backward pass was called with retain_graph=True; True where torch does not tell."""
+    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if tell is None else bool(tell())

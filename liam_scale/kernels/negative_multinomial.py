@@ -9,18 +9,23 @@ import torch
 from torch import Tensor
 
 from liam_scale.kernels import negative_multinomial_cpu as cpu
+from liam_scale.kernels import negative_multinomial_device as device
 from liam_scale.kernels import reference, workers
-from liam_scale.kernels.gradients import Formed, attach, checked_buffer
-from liam_scale.kernels.negative_multinomial_terms import Cells, Coupling, coupled_terms, per_cell_terms
+from liam_scale.kernels.device import with_values
+from liam_scale.kernels.gradients import Formed, Targets, attach, checked_buffer, make_targets
+from liam_scale.kernels.negative_multinomial_terms import Cells, Coupling, Terms, coupled_terms, per_cell_terms
 from liam_scale.kernels.options import (
     TILE_BYTES,
     Impl,
     Likelihood,
+    OutputLayer,
     Precision,
     check_choice,
     check_output_layer,
     check_shape,
+    product_precision,
 )
+from liam_scale.kernels.products import has_bf16
 from liam_scale.kernels.sparse_walk import by_feature
 from loaders.minibatch import SparseCounts
 
@@ -91,9 +96,21 @@ def negative_multinomial(
     if likelihood == "original":
         share = 1.0 if num_global is None else counts.num_cells / num_global
         coupling = Coupling(_coupling_weight(cell_weight, num_global_with, cell_scale), share)
+    layer = OutputLayer(counts, hidden, weight, bias, cell_weight)
     if impl == "reference":
-        return _reference(counts, hidden, weight, bias, r, cell_weight, coupling)
-    return _fused_cpu(counts, hidden, weight, bias, r, cell_weight, coupling, precision, tile_bytes, grad_buffers)
+        return _reference(layer, r, coupling)
+    inputs = (hidden, weight, bias, r)
+    with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    buffers = [checked_buffer(grad_buffers, "weight", weight), checked_buffer(grad_buffers, "bias", bias)]
+    evaluate = _evaluate_cpu if weight.device.type == "cpu" else _evaluate_device
+    with torch.no_grad(), product_precision(precision, weight.device):
+        targets = make_targets(buffers, (weight, bias)) if with_gradients else None
+        terms, hidden_gradient = evaluate(layer, r.detach(), coupling, precision, tile_bytes, targets)
+        loss, log_likelihood = terms.loss.to(weight.dtype), terms.log_likelihood.to(weight.dtype)
+    if targets is None:
+        return loss, log_likelihood
+    formed = [Formed(hidden_gradient), *targets.formed(), Formed(terms.r_gradient.to(r.dtype))]
+    return attach(loss, inputs, formed), log_likelihood
 
 
 def _coupling_weight(cell_weight: Tensor, num_global_with: int | None, cell_scale: float | None) -> Tensor:
@@ -105,94 +122,82 @@ def _coupling_weight(cell_weight: Tensor, num_global_with: int | None, cell_scal
     return num_global_with * cell_weight.amax() if len(cell_weight) else cell_weight.sum()
 
 
-def _reference(
-    counts: SparseCounts,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    r: Tensor,
-    cell_weight: Tensor,
-    coupling: Coupling | None,
-) -> tuple[Tensor, Tensor]:
-    dense = counts.to_dense().to(weight.dtype)
-    logits = reference.linear_logits(hidden, weight, bias)
+def _reference(layer: OutputLayer, r: Tensor, coupling: Coupling | None) -> tuple[Tensor, Tensor]:
+    dense = layer.counts.to_dense().to(layer.weight.dtype)
+    logits = reference.linear_logits(layer.hidden, layer.weight, layer.bias)
     if coupling is None:
         log_likelihood = reference.negative_multinomial(dense, logits, r)
-        loss = -(cell_weight * log_likelihood).sum()
+        loss = -(layer.cell_weight * log_likelihood).sum()
     else:
         own, zero, gamma = reference.original_terms(dense, logits, r)
         share = 1.0 if r.dim() > 0 else coupling.share
-        loss = -(cell_weight * own).sum() - coupling.weight * (zero.sum() - share * gamma.sum())
+        loss = -(layer.cell_weight * own).sum() - coupling.weight * (zero.sum() - share * gamma.sum())
         log_likelihood = own + zero.sum() - gamma.sum()
-    return loss, torch.where(cell_weight != 0, log_likelihood.detach(), 0)
+    return loss, torch.where(layer.cell_weight != 0, log_likelihood.detach(), 0)
 
 
-def _fused_cpu(
-    counts: SparseCounts,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+def _evaluate_cpu(
+    layer: OutputLayer,
     r: Tensor,
-    cell_weight: Tensor,
     coupling: Coupling | None,
     precision: Precision,
     tile_bytes: int,
-    grad_buffers: Mapping[str, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    inputs = (hidden, weight, bias, r)
-    with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    buffers = [checked_buffer(grad_buffers, "weight", weight), checked_buffer(grad_buffers, "bias", bias)]
-    with torch.no_grad():
-        # cells of weight 0 need no logits, except that the original's sums run over all cells
-        chosen = torch.arange(counts.num_cells) if coupling is not None else cell_weight.nonzero()[:, 0]
-        column = np.full(counts.num_cells, -1, np.int32)
-        column[chosen.numpy()] = np.arange(len(chosen), dtype=np.int32)
-        layer = cpu.Layer(
-            entries=by_feature(counts, weight.dtype),
-            column=column,
-            hidden=hidden.detach()[chosen],
-            weight=weight.detach().contiguous(),
-            bias=bias.detach().contiguous(),
-            is_bf16=cpu.allows_bf16(precision, weight.dtype),
-        )
-        cells = Cells(
-            total=counts.totals().double()[chosen],
-            r=r.detach().double()[chosen] if r.dim() else r.detach().double(),
-            weight=cell_weight.detach().double()[chosen],
-        )
-        cache_bytes = tile_bytes - layer.scratch_bytes(workers.num_workers()) if with_gradients else 0
-        found = cpu.first_walk(layer, cache_bytes=cache_bytes, with_entries=coupling is not None)
-        if coupling is None:
-            terms, coefficients = per_cell_terms(cells, found.fit, found.normalizer), layer.entries.values
-        else:
-            fit, slope = np.zeros(len(chosen)), np.zeros(len(chosen))
-            entries, coefficients = layer.entries, found.at_entries
-            cpu.original_fit(entries.cells, entries.values, column, coefficients, found.normalizer.numpy(), fit, slope)
-            terms = coupled_terms(cells, torch.from_numpy(fit), torch.from_numpy(slope), found.normalizer, coupling)
-        loss = terms.loss.to(weight.dtype)
-        log_likelihood = torch.zeros_like(cell_weight)
-        log_likelihood[chosen] = terms.log_likelihood.to(weight.dtype)
-        if coupling is not None:
-            log_likelihood[cell_weight == 0] = 0
-        if not with_gradients:
-            return loss, log_likelihood
-        weight_gradient, bias_gradient = (
-            torch.empty_like(t, memory_format=torch.contiguous_format) if b is None else b.detach()
-            for t, b in zip((weight, bias), buffers, strict=True)
-        )
+    targets: Targets | None,
+) -> tuple[Terms, Tensor]:
+    """Terms of all cells, and the gradient of the hidden state; fills the targets."""
+    num_cells, dtype = layer.counts.num_cells, layer.weight.dtype
+    # cells of weight 0 need no logits, except that the original's sums run over all cells
+    chosen = torch.arange(num_cells) if coupling is not None else layer.cell_weight.nonzero()[:, 0]
+    column = np.full(num_cells, -1, np.int32)
+    column[chosen.numpy()] = np.arange(len(chosen), dtype=np.int32)
+    walk = cpu.Layer(
+        entries=by_feature(layer.counts, dtype),
+        column=column,
+        hidden=layer.hidden.detach()[chosen].contiguous(),
+        weight=layer.weight.detach().contiguous(),
+        bias=layer.bias.detach().contiguous(),
+        is_bf16=precision == "bf16" and dtype == torch.float32 and has_bf16(),
+    )
+    cells = Cells(
+        total=layer.counts.totals().double()[chosen],
+        r=r.double()[chosen] if r.dim() else r.double(),
+        weight=layer.cell_weight.detach().double()[chosen],
+    )
+    cache_bytes = tile_bytes - walk.scratch_bytes(workers.num_workers()) if targets is not None else 0
+    found = cpu.first_walk(walk, cache_bytes=cache_bytes, with_entries=coupling is not None)
+    coefficients = walk.entries.values
+    if coupling is None:
+        terms = per_cell_terms(cells, found.fit, found.normalizer)
+    else:
+        fit, slope, coefficients = cpu.original_fit(walk, found)
+        terms = coupled_terms(cells, fit, slope, found.normalizer, coupling)
+    hidden_gradient = torch.zeros_like(layer.hidden)
+    if targets is not None:
         slopes = cpu.Slopes(terms.scale, coefficients, cells.weight)
-        part = cpu.second_walk(layer, found, slopes, weight_gradient=weight_gradient, bias_gradient=bias_gradient)
-        hidden_gradient = torch.zeros_like(hidden)
-        hidden_gradient[chosen] = part
-        r_gradient = torch.zeros_like(r)
-        if r.dim():
-            r_gradient[chosen] = terms.r_gradient.to(r.dtype)
-        else:
-            r_gradient = terms.r_gradient.to(r.dtype)
-    formed = [
-        Formed(hidden_gradient),
-        Formed(weight_gradient, buffers[0] is not None),
-        Formed(bias_gradient, buffers[1] is not None),
-        Formed(r_gradient),
-    ]
-    return attach(loss, inputs, formed), log_likelihood
+        hidden_gradient[chosen] = cpu.second_walk(walk, found, slopes, *targets.tensors)
+    return terms.placed(chosen, num_cells), hidden_gradient
+
+
+def _evaluate_device(
+    layer: OutputLayer,
+    r: Tensor,
+    coupling: Coupling | None,
+    precision: Precision,
+    tile_bytes: int,
+    targets: Targets | None,
+) -> tuple[Terms, Tensor]:
+    """The same in plain torch on any device."""
+    counts, dtype = with_values(layer.counts, layer.weight.dtype), layer.weight.dtype
+    tensors = (t.detach() for t in (layer.hidden, layer.weight, layer.bias, layer.cell_weight))
+    walker = device.Walker(OutputLayer(counts, *tensors), tile_bytes, precision == "bf16" and dtype == torch.float32)
+    cells = Cells(counts.totals().double(), r.double(), layer.cell_weight.detach().double())
+    normalizer = device.normalizer(walker)
+    if coupling is None:
+        slopes, terms = counts, per_cell_terms(cells, device.linear_fit(walker), normalizer)
+    else:
+        fit, slope, slopes = device.original_fit(walker, normalizer)
+        terms = coupled_terms(cells, fit, slope, normalizer, coupling)
+    hidden_gradient = torch.zeros_like(layer.hidden)
+    if targets is not None:
+        hidden_gradient = device.second_walk(walker, normalizer, terms.scale, slopes, *targets.tensors)
+    return terms, hidden_gradient

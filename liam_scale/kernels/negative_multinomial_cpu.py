@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from liam_scale.kernels import workers
-from liam_scale.kernels.products import has_bf16, multiply_transposed
+from liam_scale.kernels.products import multiply_transposed
 from liam_scale.kernels.reference import ORIGINAL_EPSILON
 from liam_scale.kernels.softmax_tiles import (
     Cache,
@@ -125,10 +125,9 @@ def first_walk(layer: Layer, *, cache_bytes: int, with_entries: bool) -> Normali
             for k in range(num)
         ]
     )
-    # the reference class has logit 0: maxima start at 0, and it adds exp(-maximum)
-    top = maxima.max(axis=0)
-    total = np.exp(-top) + (sums * np.exp(maxima - top)).sum(axis=0)
-    normalizer = torch.from_numpy(top + np.log(total))
+    # the reference class has logit 0
+    by_worker = torch.from_numpy(maxima) + torch.from_numpy(sums).log()
+    normalizer = torch.logsumexp(torch.cat([by_worker, by_worker.new_zeros(1, cells)]), dim=0)
     return Normalizers(normalizer, torch.from_numpy(fit.sum(axis=0)), at_entries, cache)
 
 
@@ -170,8 +169,16 @@ def _read_entries(
                 at_entries[j] = logit
 
 
+def original_fit(layer: Layer, found: Normalizers) -> tuple[Tensor, Tensor, Any]:
+    """(C,) sum_f y_f log(p_f + eps), (C,) its slope, and (N,) y p / (p + eps) of each non-zero."""
+    fit, fit_slope = np.zeros(layer.num_cells), np.zeros(layer.num_cells)
+    entries, normalizer = layer.entries, found.normalizer.numpy()
+    _fit_original(entries.cells, entries.values, layer.column, found.at_entries, normalizer, fit, fit_slope)
+    return torch.from_numpy(fit), torch.from_numpy(fit_slope), found.at_entries
+
+
 @numba.njit(nogil=True, cache=True)
-def original_fit(
+def _fit_original(
     cells: Any, values: Any, column: Any, at_entries: Any, normalizer: Any, fit: Any, fit_slope: Any
 ) -> None:
     """sum_f y_f log(p_f + eps), its slope, and per non-zero y p / (p + eps), which replaces the logit noted there."""
@@ -206,7 +213,7 @@ class Slopes:
 
 
 def second_walk(
-    layer: Layer, found: Normalizers, slopes: Slopes, *, weight_gradient: Tensor, bias_gradient: Tensor
+    layer: Layer, found: Normalizers, slopes: Slopes, weight_gradient: Tensor, bias_gradient: Tensor
 ) -> Tensor:
     """Fill the gradients of weight and bias; returns (C, H) that of the hidden state."""
     width = layer.weight.shape[1]
@@ -323,7 +330,3 @@ def _write_tile(
                 target[h] -= slope * row[h]
             bias_slope -= slope
         bias_gradient[t] = bias_slope
-
-
-def allows_bf16(precision: str, dtype: torch.dtype) -> bool:
-    return precision == "bf16" and dtype == torch.float32 and has_bf16()

@@ -69,6 +69,15 @@ class Terms:
     scale: Tensor
     r_gradient: Tensor
 
+    def placed(self, chosen: Tensor, num_cells: int) -> Terms:
+        """The same for all cells, 0 for those that were not chosen."""
+
+        def place(values: Tensor) -> Tensor:
+            return values.new_zeros(num_cells).index_copy_(0, chosen, values)
+
+        r_gradient = place(self.r_gradient) if self.r_gradient.dim() else self.r_gradient
+        return Terms(self.loss, place(self.log_likelihood), place(self.scale), r_gradient)
+
 
 def per_cell_terms(cells: Cells, fit: Tensor, normalizer: Tensor) -> Terms:
     """From fit = sum_f y_f l_f and L = log(1 + sum_f exp l_f): log NM = fit - (n + r) L + lgamma(n + r) - lgamma(r)."""
@@ -77,7 +86,7 @@ def per_cell_terms(cells: Cells, fit: Tensor, normalizer: Tensor) -> Terms:
     r_gradient = -cells.weight * (torch.digamma(sum_) - torch.digamma(cells.r) - normalizer)
     return Terms(
         loss=-(cells.weight * log_likelihood).sum(),
-        log_likelihood=log_likelihood,
+        log_likelihood=torch.where(cells.weight != 0, log_likelihood, 0),
         scale=cells.weight * sum_,
         r_gradient=r_gradient if cells.r.dim() else r_gradient.sum(),
     )
@@ -95,7 +104,7 @@ def coupled_terms(cells: Cells, fit: Tensor, fit_slope: Tensor, normalizer: Tens
     own_r = own_r if cells.r.dim() else own_r.sum()
     return Terms(
         loss=-(cells.weight * own).sum() - coupling.weight * (zero.sum() - (share * gamma).sum()),
-        log_likelihood=own + zero.sum() - gamma.sum(),
+        log_likelihood=torch.where(cells.weight != 0, own + zero.sum() - gamma.sum(), 0),
         scale=cells.weight * fit_slope + coupling.weight * zero_slope,
         r_gradient=own_r + coupling.weight * share * torch.digamma(cells.r),
     )

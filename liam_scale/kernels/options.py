@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -46,3 +49,38 @@ def check_output_layer(counts: SparseCounts, hidden: Tensor, weight: Tensor, bia
         raise ValueError(
             f"weight: got {weight.dtype}; keep weights in float32 (or float64) and choose precision='bf16'"
         )
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """A decoder's output layer, the counts it explains, and what a cell weighs in the loss.
+
+    Attributes
+    ----------
+    counts
+        B cells, F features.
+    hidden, weight, bias
+        (B, H), (F, H), (F,).
+    cell_weight
+        (B,).
+    """
+
+    counts: SparseCounts
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    cell_weight: Tensor
+
+
+@contextmanager
+def product_precision(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Let CUDA multiply float32 in tf32 inside the block where `precision` allows it; elsewhere nothing changes."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,341 @@
+import importlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+
+from liam_scale.kernels import negative_multinomial, reference
+from liam_scale.kernels.products import has_bf16
+from loaders.minibatch import SparseCounts
+
+op = importlib.import_module("liam_scale.kernels.negative_multinomial")
+SHARED = Path(os.environ.get("LIAM_SHARED", Path(__file__).resolve().parents[4] / "shared"))
+GOLDEN = SHARED / "reference" / "golden" / "nm_likelihood.npz"
+NAMES = ("loss", "log_likelihood", "hidden", "weight", "bias", "r")
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["cpu", "device"])
+def evaluator(request, monkeypatch):
+    """Both implementations: the CPU's, and the one for other devices (run on the CPU)."""
+    if request.param == "device":
+        monkeypatch.setattr(op, "_evaluate_cpu", op._evaluate_device)
+    return request.param
+
+
+def make_counts(cells, features, *, density=0.1, seed=0, top=5, transpose=True):
+    rng = np.random.default_rng(seed)
+    matrix = scipy.sparse.random(cells, features, density=density, random_state=rng, format="csr")
+    matrix.data = np.ceil(matrix.data * top)
+    matrix = matrix.tolil()
+    matrix[cells // 2] = 0  # a cell without counts
+    return SparseCounts.from_scipy(matrix.tocsr().astype(np.float32), transpose=transpose)
+
+
+def make_inputs(cells, features, hidden, *, spread=0.3, r=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    r = torch.rand(cells, generator=generator) * 5 + 0.1 if r is None else r
+    weights = torch.rand(cells, generator=generator) + 0.1
+    weights[: cells // 5] = 0  # cells without the modality
+    return [normal(cells, hidden), normal(features, hidden) * spread, normal(features), r], weights
+
+
+def run(counts, inputs, cell_weight, *, dtype, factor=1.0, **options):
+    parameters = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+    loss, log_likelihood = negative_multinomial(counts, *parameters, cell_weight=cell_weight.to(dtype), **options)
+    (loss * factor).backward()
+    return [loss.detach(), log_likelihood, *[p.grad for p in parameters]]
+
+
+def assert_within_envelope(counts, inputs, cell_weight, *, slack=1e-6, **options):
+    """Fused float32 errs no more than the plain formula in float32 plus slack; fused float64 agrees to 1e-11."""
+    truth = run(counts, inputs, cell_weight, dtype=torch.float64, impl="reference", **_plain(options))
+    plain = run(counts, inputs, cell_weight, dtype=torch.float32, impl="reference", **_plain(options))
+    fused = run(counts, inputs, cell_weight, dtype=torch.float32, impl="fused", **options)
+    exact = run(counts, inputs, cell_weight, dtype=torch.float64, impl="fused", **options)
+    for name, t, p, f, e in zip(NAMES, truth, plain, fused, exact, strict=True):
+        if not t.numel():
+            continue
+        scale = t.abs().max().item()
+        error = (p - t).abs().max().item()
+        assert torch.isfinite(f).all(), name
+        allowed = slack * scale + 1e-7 + (error if np.isfinite(error) else 0.0)
+        assert (f - t).abs().max().item() <= allowed, name
+        torch.testing.assert_close(e, t, rtol=0, atol=1e-11 * (scale + 1), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _plain(options):
+    return {k: v for k, v in options.items() if k not in ("tile_bytes", "precision")}
+
+
+@pytest.mark.parametrize("likelihood", ["per-cell", "original"])
+@pytest.mark.parametrize(
+    ("cells", "features", "hidden"),
+    [(13, 301, 9), (128, 4099, 33), (5, 1, 3), (1, 77, 129), (3, 2049, 1), (2, 4096, 16)],
+)
+def test_shapes(evaluator, likelihood, cells, features, hidden):
+    counts = make_counts(cells, features)
+    assert_within_envelope(counts, *make_inputs(cells, features, hidden), likelihood=likelihood)
+
+
+@pytest.mark.parametrize("tile_bytes", [0, 40_000, 300_000])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("likelihood", ["per-cell", "original"])
+def test_any_memory_and_number_of_threads(tile_bytes, threads, likelihood):
+    torch.set_num_threads(threads)
+    counts = make_counts(16, 7001, density=0.02)
+    assert_within_envelope(counts, *make_inputs(16, 7001, 9), tile_bytes=tile_bytes, likelihood=likelihood)
+
+
+@pytest.mark.parametrize("likelihood", ["per-cell", "original"])
+@pytest.mark.parametrize("peak", [100.0, 178.0, 788.0])
+def test_extreme_logits(evaluator, peak, likelihood):
+    """The published code turns NaN once a logit exceeds 177."""
+    counts = make_counts(8, 300)
+    (hidden, weight, bias, r), cell_weight = make_inputs(8, 300, 5)
+    bias[::7], bias[3::7] = peak, -peak
+    assert_within_envelope(counts, [hidden, weight, bias, r], cell_weight, likelihood=likelihood)
+
+
+@pytest.mark.parametrize("likelihood", ["per-cell", "original"])
+@pytest.mark.parametrize("top", [1, 2**20])
+def test_extreme_dispersions_and_counts(evaluator, top, likelihood):
+    r = torch.logspace(-10, 5, 16)
+    counts = make_counts(16, 200, top=top)
+    assert_within_envelope(counts, *make_inputs(16, 200, 5, r=r), likelihood=likelihood)
+
+
+def test_one_dispersion_for_all_cells(evaluator):
+    counts = make_counts(12, 90)
+    for likelihood in ("per-cell", "original"):
+        assert_within_envelope(counts, *make_inputs(12, 90, 5, r=torch.tensor(2.5)), likelihood=likelihood)
+
+
+@pytest.mark.parametrize("likelihood", ["per-cell", "original"])
+def test_no_cell_has_the_modality(evaluator, likelihood):
+    counts = make_counts(4, 60, density=0.0)
+    inputs, _ = make_inputs(4, 60, 5)
+    results = run(counts, inputs, torch.zeros(4), dtype=torch.float32, likelihood=likelihood)
+    assert all((result == 0).all() for result in results)
+
+
+def test_no_cells(evaluator):
+    counts = SparseCounts.from_scipy(scipy.sparse.csr_matrix((0, 60), dtype=np.float32))
+    inputs, _ = make_inputs(1, 60, 5)
+    inputs[0], inputs[3] = inputs[0][:0], inputs[3][:0]
+    loss, log_likelihood, hidden, weight, bias, r = run(counts, inputs, torch.zeros(0), dtype=torch.float32)
+    assert loss == 0
+    assert (len(log_likelihood), len(hidden), len(r)) == (0, 0, 0)
+    assert (weight == 0).all()
+    assert (bias == 0).all()
+
+
+def test_counts_without_their_transpose(evaluator):
+    counts = make_counts(13, 301, transpose=False)
+    assert_within_envelope(counts, *make_inputs(13, 301, 9))
+
+
+def test_gradients_follow_the_upstream_factor(evaluator):
+    counts = make_counts(6, 50)
+    inputs, cell_weight = make_inputs(6, 50, 4)
+    once = run(counts, inputs, cell_weight, dtype=torch.float64)
+    twice = run(counts, inputs, cell_weight, dtype=torch.float64, factor=-2.0)
+    for a, b in zip(once[2:], twice[2:], strict=True):
+        torch.testing.assert_close(-2 * a, b)
+
+
+@pytest.mark.parametrize("likelihood", ["per-cell", "original"])
+def test_gradcheck(evaluator, likelihood):
+    counts = make_counts(4, 9, density=0.4)
+    inputs, cell_weight = make_inputs(4, 9, 3)
+    parameters = [x.double().requires_grad_() for x in inputs]
+
+    def loss(*parameters):
+        options = {"cell_weight": cell_weight.double(), "likelihood": likelihood}
+        return negative_multinomial(counts, *parameters, **options)[0]
+
+    assert torch.autograd.gradcheck(loss, parameters)
+
+
+def test_a_broken_weight_makes_the_loss_nan(evaluator):
+    counts = make_counts(6, 50)
+    inputs, cell_weight = make_inputs(6, 50, 4)
+    for value in (torch.nan, torch.inf):
+        inputs[1][17, 2] = value
+        loss, _ = negative_multinomial(counts, *inputs, cell_weight=cell_weight)
+        assert not torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_the_original_on_ranks_adds_up_to_the_whole_minibatch(evaluator, constant):
+    counts = make_counts(10, 40, density=0.3)
+    r = torch.tensor(1.7) if constant else torch.rand(10) + 0.5
+    inputs, _ = make_inputs(10, 40, 4, r=r)
+    scale, present = 0.125, torch.tensor([0, 0, 0, 1, 1, 0, 1, 1, 1, 1])  # the first rank has no cell with ATAC
+    whole = run(counts, inputs, scale * present, dtype=torch.float64, likelihood="original")
+    sums = [torch.zeros(()).double(), *[torch.zeros_like(x).double() for x in inputs]]
+    for cells in (slice(0, 3), slice(3, 10)):
+        part = SparseCounts.from_scipy(counts.to_scipy()[cells])
+        share = [inputs[0][cells], inputs[1], inputs[2], r if constant else r[cells]]
+        found = run(
+            part, share, scale * present[cells], dtype=torch.float64, likelihood="original",
+            num_global_with=int(present.sum()), num_global=10, cell_scale=scale,
+        )  # fmt: skip
+        sums[0] += found[0]
+        for total, gradient, is_cells in zip(sums[1:], found[2:], (True, False, False, not constant), strict=True):
+            total[cells if is_cells else ...] += gradient
+    torch.testing.assert_close(sums[0], whole[0])
+    for total, gradient in zip(sums[1:], whole[2:], strict=True):
+        torch.testing.assert_close(total, gradient)
+
+
+def test_bf16_leaves_the_loss_alone_and_errs_little_in_the_gradients():
+    if not has_bf16():
+        pytest.skip("this processor has no bfloat16 products; precision='bf16' computes in float32 here")
+    counts = make_counts(64, 5000)
+    inputs, cell_weight = make_inputs(64, 5000, 33)
+    for tile_bytes in (0, 2**26):
+        single = run(counts, inputs, cell_weight, dtype=torch.float32, tile_bytes=tile_bytes)
+        half = run(counts, inputs, cell_weight, dtype=torch.float32, precision="bf16", tile_bytes=tile_bytes)
+        for name, a, b in zip(NAMES, single, half, strict=True):
+            if name in ("loss", "log_likelihood", "r"):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+            else:
+                assert (a - b).norm() <= 2**-8 * a.norm(), name
+                assert not torch.equal(a, b), name
+
+
+def test_buffers_become_the_gradients():
+    counts = make_counts(6, 50)
+    inputs, cell_weight = make_inputs(6, 50, 4)
+    wanted = run(counts, inputs, cell_weight, dtype=torch.float32, factor=3.0)
+    parameters = [x.clone().requires_grad_() for x in inputs]
+    buffers = {"weight": torch.full_like(inputs[1], torch.nan), "bias": torch.full_like(inputs[2], torch.nan)}
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = None
+        loss, _ = negative_multinomial(counts, *parameters, cell_weight=cell_weight, grad_buffers=buffers)
+        (3 * loss).backward()
+        assert parameters[1].grad.data_ptr() == buffers["weight"].data_ptr()
+        assert parameters[2].grad.data_ptr() == buffers["bias"].data_ptr()
+        for parameter, gradient in zip(parameters, wanted[2:], strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        negative_multinomial(counts, *parameters, cell_weight=cell_weight, grad_buffers=buffers)
+
+
+def test_a_buffer_overwritten_before_backward_is_noticed():
+    counts = make_counts(6, 50)
+    inputs, cell_weight = make_inputs(6, 50, 4)
+    parameters = [x.clone().requires_grad_() for x in inputs]
+    buffers = {"weight": torch.empty_like(inputs[1])}
+    first, _ = negative_multinomial(counts, *parameters, cell_weight=cell_weight, grad_buffers=buffers)
+    negative_multinomial(counts, *parameters, cell_weight=cell_weight, grad_buffers=buffers)
+    with pytest.raises(RuntimeError, match="written again"):
+        first.backward()
+
+
+def test_without_gradients_nothing_is_formed():
+    counts = make_counts(6, 50)
+    inputs, cell_weight = make_inputs(6, 50, 4)
+    parameters = [x.clone().requires_grad_() for x in inputs]
+    with torch.no_grad():
+        loss, log_likelihood = negative_multinomial(counts, *parameters, cell_weight=cell_weight)
+    wanted = run(counts, inputs, cell_weight, dtype=torch.float32)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, wanted[0])
+    torch.testing.assert_close(log_likelihood, wanted[1])
+
+
+def test_wrong_arguments_are_refused():
+    counts = make_counts(6, 50)
+    (hidden, weight, bias, r), cell_weight = make_inputs(6, 50, 4)
+    with pytest.raises(ValueError, match=r"hidden.*\(6, 4\)"):
+        negative_multinomial(counts, hidden.T, weight, bias, r, cell_weight=cell_weight)
+    with pytest.raises(ValueError, match=r"^r: "):
+        negative_multinomial(counts, hidden, weight, bias, r[:1], cell_weight=cell_weight)
+    with pytest.raises(ValueError, match="likelihood"):
+        negative_multinomial(counts, hidden, weight, bias, r, cell_weight=cell_weight, likelihood="coupled")
+    with pytest.raises(ValueError, match="precision"):
+        halves = [x.bfloat16() for x in (hidden, weight, bias)]
+        negative_multinomial(counts, *halves, r, cell_weight=cell_weight)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    if not GOLDEN.exists():
+        pytest.skip(f"golden values not found at {GOLDEN}")
+    return np.load(GOLDEN)
+
+
+def golden_run(golden, rows, r, *, likelihood, impl, dtype=torch.float64):
+    """The table's logits as a linear layer: hidden = logits, weight = identity."""
+    counts = SparseCounts.from_scipy(scipy.sparse.csr_matrix(golden["targets"][rows].astype(np.float32)))
+    logits = torch.from_numpy(golden["logits"][rows])
+    inputs = [logits, torch.eye(64), torch.zeros(64), torch.from_numpy(np.asarray(r))]
+    options = {"dtype": dtype, "likelihood": likelihood, "impl": impl}
+    return run(counts, inputs, torch.ones(len(logits)), **options)
+
+
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+def test_golden_minibatches_of_the_original(golden, evaluator, impl):
+    wanted = (golden["batch_orig_f64"], golden["batch_grad_logits_f64"], golden["batch_grad_r_f64"])
+    for rows, value, logits_gradient, r_gradient in zip(golden["batch_rows"], *wanted, strict=True):
+        _, found, hidden, _, _, r = golden_run(golden, rows, golden["r"][rows], likelihood="original", impl=impl)
+        np.testing.assert_allclose(found, value, rtol=1e-9)
+        scale = np.abs(logits_gradient).max()
+        np.testing.assert_allclose(-hidden, logits_gradient, rtol=1e-7, atol=1e-9 * scale)
+        np.testing.assert_allclose(-r, r_gradient, rtol=1e-8, atol=1e-9 * np.abs(r_gradient).max())
+
+
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+def test_golden_minibatches_with_one_dispersion(golden, evaluator, impl):
+    for rows, value in zip(golden["batch_rows"], golden["const_orig_f64"], strict=True):
+        found = golden_run(golden, rows, golden["const_r"], likelihood="original", impl=impl)[1]
+        np.testing.assert_allclose(found, value, rtol=1e-9)
+
+
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+def test_golden_single_cells(golden, evaluator, impl):
+    """The formula without epsilons, against 60-digit arithmetic."""
+    found = golden_run(golden, slice(None), golden["r"], likelihood="per-cell", impl=impl)[1]
+    exact = golden["single_exact_noeps"]
+    assert (np.abs(found.numpy() - exact) / np.maximum(1, np.abs(exact))).max() < 1e-9
+
+
+def test_golden_single_cells_in_float32(golden):
+    """The published code in float32 is off by up to 1.3e-2 for large r; this is not."""
+    found = golden_run(golden, slice(None), golden["r"], likelihood="per-cell", impl="fused", dtype=torch.float32)[1]
+    exact = golden["single_exact_noeps"]
+    assert (np.abs(found.numpy() - exact) / np.maximum(1, np.abs(exact))).max() < 2e-6
+
+
+def test_the_reference_normalizer_counts_the_reference_class():
+    logits = torch.tensor([[0.0, 0.0], [-800.0, -900.0], [788.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(reference.log_normalizer(logits), torch.tensor([np.log(3.0), 0.0, 788.0]).double())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("likelihood", ["per-cell", "original"])
+def test_cuda_agrees_with_the_cpu(likelihood):
+    counts = make_counts(20, 300)
+    inputs, cell_weight = make_inputs(20, 300, 16)
+    mine = run(counts, inputs, cell_weight, dtype=torch.float64, likelihood=likelihood)
+    moved = counts.map_tensors(lambda tensor: tensor.cuda())
+    options = {"dtype": torch.float64, "likelihood": likelihood}
+    theirs = run(moved, [x.cuda() for x in inputs], cell_weight.cuda(), **options)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b.cpu())
