@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import liam_scale
 from loaders.synthetic import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,3 +57,12 @@ def launch(environment: dict[str, str]) -> Command:
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def trained(multiome: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on `multiome`; tests only read it."""
+    out = tmp_path_factory.mktemp("runs") / "multiome"
+    options = {"n_hidden": 16, "n_latent": 4, "minibatch": 64, "memory": "64MiB"}
+    liam_scale.train(multiome, out=out, batch_key="sample", max_epochs=3, **options)
+    return out

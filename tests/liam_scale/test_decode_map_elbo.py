@@ -1,0 +1,199 @@
+"""Using a trained run: decoding, mapping new samples, scoring cells."""
+
+import shutil
+from pathlib import Path
+
+import anndata
+import mudata
+import numpy as np
+import pytest
+import torch
+
+import liam_scale
+from liam_scale.decode import choose_features
+from liam_scale.decode import main as decode_main
+from liam_scale.map import extend, united_samples
+from liam_scale.map import main as map_main
+from liam_scale.model import ModelData
+from loaders import Loader, open_store
+from loaders.synthetic import simulate
+
+
+@pytest.fixture(scope="module")
+def embedded(trained: Path, multiome: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(run, store with its embedding)."""
+    store = Path(shutil.copytree(multiome, tmp_path_factory.mktemp("embedded") / "store.zarr"))
+    liam_scale.load_run(trained).embed(store)
+    return trained, store
+
+
+def test_shares_of_all_genes_sum_to_the_library_size(embedded: tuple[Path, Path], tmp_path: Path) -> None:
+    run, store = embedded
+    out = tmp_path / "values.zarr"
+    arguments = [str(run), "--out", str(out), "--modality", "rna", "--store", str(store), "--library-size", "10000"]
+    assert decode_main(arguments) == 0
+    values = anndata.read_zarr(out)
+    assert values.shape == (600, 60)
+    np.testing.assert_allclose(values.X.sum(axis=1), 1e4, rtol=1e-4)
+    assert values.obs_names.tolist() == open_store(store).cell_ids(0, 600).tolist()
+    assert set(values.var["modality"]) == {"rna"}
+
+
+def test_chosen_features_are_columns_of_the_whole_and_follow_the_target_sample(
+    embedded: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = liam_scale.load_run(embedded[0])
+    names = run.directory.features()
+    wanted = (names["atac"][17], names["rna"][3])
+    store = (str(embedded[1]),)
+
+    def decoded(name: str, **options: object) -> np.ndarray:
+        return np.asarray(anndata.read_zarr(run.decode(tmp_path / name, store=store, **options)).X)
+
+    chosen = decoded("chosen", features=wanted, target_sample="mean")
+    whole = {m: decoded(m, modality=m, target_sample="mean") for m in ("rna", "atac")}
+    np.testing.assert_allclose(chosen, np.stack([whole["rna"][:, 3], whole["atac"][:, 17]], axis=1), rtol=1e-5)
+    samples = run.record.data.samples
+    by_sample = [decoded(f"s{i}", features=wanted, target_sample=s) for i, s in enumerate(samples)]
+    np.testing.assert_allclose(np.mean(by_sample, axis=0), chosen, rtol=1e-4)
+    own = decoded("own", features=wanted)
+    codes = open_store(embedded[1]).obs_column("sample").codes
+    np.testing.assert_allclose(own, np.stack(by_sample)[codes, np.arange(600)], rtol=1e-5)
+
+
+def test_names_in_two_modalities_need_a_prefix() -> None:
+    features = {"rna": ["CD4", "GAPDH"], "adt": ["CD8", "CD4"]}
+    chosen = choose_features(features, ["adt:CD4", "GAPDH"], None)
+    assert [(c.modality, c.columns.tolist(), c.names) for c in chosen] == [
+        ("rna", [1], ["GAPDH"]),
+        ("adt", [1], ["adt:CD4"]),
+    ]
+    with pytest.raises(ValueError, match="is in rna and adt; write rna:CD4"):
+        choose_features(features, ["CD4"], None)
+    with pytest.raises(ValueError, match="CD19 is nowhere"):
+        choose_features(features, ["CD19"], None)
+    with pytest.raises(ValueError, match="name features"):
+        choose_features(features, [], None)
+
+
+def test_decoding_without_an_embedding_says_how_to_make_one(
+    trained: Path, multiome: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(trained), "--out", str(tmp_path / "v"), "--modality", "rna", "--store", str(multiome)]
+    assert decode_main(arguments) == 2
+    assert "liam_scale.embed" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_elbo_of_cells_adds_up_to_the_objective(trained: Path, multiome: Path) -> None:
+    run = liam_scale.load_run(trained)
+    scores = run.elbo(draws=2, seed=3)
+    assert scores.index.tolist() == open_store(multiome).cell_ids(0, 600).tolist()
+    parts = scores.drop(columns="elbo").fillna(0.0).sum(axis=1)
+    np.testing.assert_allclose(scores["elbo"], parts, rtol=1e-4)
+    again = run.elbo(draws=2, seed=3)
+    np.testing.assert_array_equal(scores["elbo"], again["elbo"])
+    model = run.model()
+    with Loader(open_store(multiome), minibatch=10**6, subset="all", shuffle=False, sample_key="sample") as loader:
+        minibatch = next(iter(loader))
+    with torch.no_grad():
+        objective = model(
+            minibatch, step=0, seed=9, kl_weight=1.0, cell_weight=1.0,
+        )  # fmt: skip
+    assert scores["elbo"].sum() == pytest.approx(float(objective.terms["elbo"]), rel=0.02)
+
+
+def test_terms_of_an_absent_modality_are_missing(trimodal: Path, tmp_path: Path) -> None:
+    run = liam_scale.train(
+        trimodal, out=tmp_path / "run", batch_key="sample", max_steps=3, n_hidden=8, n_latent=3, minibatch=64
+    )
+    scores = run.elbo()
+    store = open_store(trimodal)
+    for name in ("rna", "atac", "adt"):
+        rows = store.modality_rows(name)
+        lacks = np.zeros(400, dtype=bool) if rows is None else rows < 0
+        empty = np.ones(400, dtype=bool)
+        totals = store.totals(name)
+        empty[~lacks] = totals[rows[~lacks] if rows is not None else slice(None)] == 0
+        np.testing.assert_array_equal(scores[f"reconstruction_loss_{name}"].isna(), lacks | empty)
+    assert scores["elbo"].notna().all()
+
+
+@pytest.fixture(scope="module")
+def newcomers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cells of five samples, of which the model knows three."""
+    path = tmp_path_factory.mktemp("new") / "new.zarr"
+    simulate(
+        path, num_cells=300, num_genes=60, num_peaks=150, genes_per_cell=20, peaks_per_cell=40, num_samples=5,
+        num_types=4, seed=1,
+    )  # fmt: skip
+    return path
+
+
+def test_new_samples_are_mapped_without_moving_what_was_trained(trained: Path, newcomers: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(newcomers, tmp_path / "new.zarr"))
+    out = tmp_path / "mapped"
+    assert map_main([str(trained), str(store), "--out", str(out), "--max-epochs", "2"]) == 0
+    old, new = liam_scale.load_run(trained), liam_scale.load_run(out)
+    samples = new.record.data.samples
+    assert samples[:3] == old.record.data.samples
+    assert len(samples) == 5
+    before, after = old.model().state_dict(), new.model().state_dict()
+    moved = 0
+    for name, value in before.items():
+        own = after[name]
+        for axis, size in enumerate(value.shape):
+            if own.shape[axis] != size:
+                fresh = own.narrow(axis, size, own.shape[axis] - size)
+                moved += int((fresh != value.mean(dim=axis, keepdim=True)).any())
+                own = own.narrow(axis, 0, size)
+        np.testing.assert_array_equal(own.numpy(), value.numpy(), err_msg=name)
+    assert moved > 0
+    # The encoder of z sees no sample, so the new cells stand where the old model puts them.
+    np.testing.assert_allclose(mudata.read_zarr(store).obsm["X_liam"], old.embedding(store), atol=1e-6)
+
+
+def test_mapping_matches_features_by_name(trained: Path, multiome: Path, tmp_path: Path) -> None:
+    """A store with the columns in another order, some missing and some unknown, embeds as its matched columns do."""
+    atlas = mudata.read_zarr(multiome)
+    rna, atac = atlas["rna"][:, ::-1].copy(), atlas["atac"][:, 10:].copy()
+    other = mudata.MuData({"rna": rna, "atac": atac})
+    other.obs["sample"] = atlas.obs["sample"].astype(str)
+    other.write_h5mu(tmp_path / "other.h5mu")
+    liam_scale.ingest([tmp_path / "other.h5mu"], out=tmp_path / "other.zarr", sample_key="sample")
+    run = liam_scale.load_run(trained)
+    run.map(tmp_path / "other.zarr", out=tmp_path / "mapped", max_epochs=1)
+    mapped = mudata.read_zarr(tmp_path / "other.zarr")
+    zeroed = atlas.copy()
+    zeroed["atac"].X = zeroed["atac"].X.tolil()
+    zeroed["atac"].X[:, :10] = 0
+    zeroed["atac"].X = zeroed["atac"].X.tocsr()
+    zeroed["atac"].X.eliminate_zeros()
+    zeroed.write_h5mu(tmp_path / "zeroed.h5mu")
+    liam_scale.ingest([tmp_path / "zeroed.h5mu"], out=tmp_path / "zeroed.zarr", sample_key="sample")
+    ids = mudata.read_zarr(tmp_path / "zeroed.zarr").obs_names
+    wanted = dict(zip(ids, run.embedding(tmp_path / "zeroed.zarr"), strict=True))
+    np.testing.assert_allclose(mapped.obsm["X_liam"], np.stack([wanted[i] for i in mapped.obs_names]), atol=1e-5)
+
+
+def test_a_model_of_one_sample_can_be_extended(multiome: Path, tmp_path: Path) -> None:
+    run = liam_scale.train(multiome, out=tmp_path / "run", max_steps=2, n_hidden=8, n_latent=3, minibatch=64)
+    model = run.model()
+    new = ModelData(model.data.num_features, ("b",), {"rna": (1.0,), "atac": (2.0,)}, {"rna": (1.0,), "atac": (1.0,)})
+    data = united_samples(model.data, new)
+    extended, masks = extend(model, data)
+    assert extended.data.samples == ("all", "b")
+    assert masks
+
+
+def test_a_store_without_common_features_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "strange.zarr"
+    simulate(store, num_cells=30, num_genes=20, num_peaks=0, num_proteins=8, genes_per_cell=5)
+    strange = mudata.read_zarr(store)
+    strange["rna"].var_names = [f"alien{i}" for i in range(20)]
+    strange.write_h5mu(tmp_path / "strange.h5mu")
+    liam_scale.ingest([tmp_path / "strange.h5mu"], out=tmp_path / "alien.zarr")
+    assert map_main([str(trained), str(tmp_path / "alien.zarr")]) == 2
+    assert "no feature name in common" in capsys.readouterr().err

@@ -1,0 +1,138 @@
+"""Embeddings: in cell order, by any number of ranks, interrupted, read back by the field's own tools."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import mudata
+import numpy as np
+import pytest
+import torch
+
+import liam_scale
+from liam_scale import embed as module
+from liam_scale.embed import EmbedConfig, compute, embed, main
+from liam_scale.model import logistic_normal_mean
+from loaders import Loader, open_store
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def store(multiome: Path, tmp_path: Path) -> Path:
+    """A copy of the store, to write into."""
+    return Path(shutil.copytree(multiome, tmp_path / "store.zarr"))
+
+
+def expected(run: Path, store: Path) -> np.ndarray:
+    """The embedding of every cell, one by one minibatch of all cells, without the command."""
+    model = liam_scale.load_run(run).model()
+    opened = open_store(store)
+    with Loader(opened, minibatch=10**6, subset="all", shuffle=False, transpose=False) as loader:
+        minibatch = next(iter(loader))
+        mean, variance = model.latent(minibatch)
+    values = np.empty(mean.shape, dtype=np.float32)
+    values[minibatch.rows.numpy()] = logistic_normal_mean(mean, variance).numpy()
+    return values
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_every_cell_gets_its_own_embedding_on_any_number_of_ranks(
+    trained: Path, store: Path, launch: Command, ranks: int
+) -> None:
+    done = launch("liam_scale.embed", trained, "--store", store, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    atlas = mudata.read_zarr(store)
+    np.testing.assert_allclose(atlas.obsm["X_liam"], expected(trained, store), atol=2e-6)
+    np.testing.assert_allclose(atlas.obsm["X_liam"].sum(axis=1), 1.0, atol=1e-5)
+
+
+def test_an_interrupted_embedding_goes_on_and_leaves_no_pieces(
+    trained: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    monkeypatch.setattr(module, "CELLS_PER_STEP", 50)
+    monkeypatch.setattr(module, "STEPS_PER_PIECE", 2)
+    embedded = []
+    one = module._embed_minibatch
+
+    def stops_after_five(*arguments: object) -> object:
+        embedded.append(1)
+        if len(embedded) == 6:
+            raise KeyboardInterrupt
+        return one(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_embed_minibatch", stops_after_five)
+    with pytest.raises(KeyboardInterrupt):
+        embed(EmbedConfig(run=run, store=(str(store),)))
+    assert "X_liam" not in mudata.read_zarr(store).obsm
+    embed(EmbedConfig(run=run, store=(str(store),)))
+    # 12 steps in pieces of two: the 5 done before hold two whole pieces, so 8 steps remain.
+    assert len(embedded) == 6 + 8
+    np.testing.assert_allclose(mudata.read_zarr(store).obsm["X_liam"], expected(trained, store), atol=2e-6)
+    assert not list(run.glob("embedding-*"))
+
+
+def test_a_separate_anndata_carries_obs_and_leaves_the_store_alone(
+    trained: Path, multiome: Path, tmp_path: Path
+) -> None:
+    assert main([str(trained), "--store", str(multiome), "--out", str(tmp_path / "embedding.zarr")]) == 0
+    result = anndata.read_zarr(tmp_path / "embedding.zarr")
+    assert "X_liam" not in mudata.read_zarr(multiome).obsm
+    opened = open_store(multiome)
+    assert result.obs_names.tolist() == opened.cell_ids(0, 600).tolist()
+    assert "sample" in result.obs
+    np.testing.assert_allclose(result.obsm["X_liam"], compute(EmbedConfig(run=trained)), atol=1e-7)
+
+
+def test_scanpy_finds_neighbours_in_what_is_read_back(trained: Path, multiome: Path, tmp_path: Path) -> None:
+    scanpy = pytest.importorskip("scanpy")
+    main([str(trained), "--store", str(multiome), "--out", str(tmp_path / "embedding.zarr")])
+    result = anndata.read_zarr(tmp_path / "embedding.zarr")
+    scanpy.pp.neighbors(result, use_rep="X_liam", n_neighbors=5)
+    assert result.obsp["connectivities"].shape == (600, 600)
+
+
+def test_the_posterior_before_the_softmax_and_single_draws_are_there_too(trained: Path) -> None:
+    model = liam_scale.load_run(trained).model()
+    mean = compute(EmbedConfig(run=trained, kind="latent-mean"))
+    variance = compute(EmbedConfig(run=trained, kind="latent-variance"))
+    assert mean.shape == variance.shape == (600, model.num_latent)
+    assert (variance > 0).all()
+    own = logistic_normal_mean(torch.from_numpy(mean), torch.from_numpy(variance)).numpy()
+    np.testing.assert_allclose(own, compute(EmbedConfig(run=trained)), atol=1e-6)
+    draws = [compute(EmbedConfig(run=trained, kind="sample", seed=seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert np.abs(draws[0] - draws[2]).max() > 1e-3
+    np.testing.assert_allclose(draws[0].sum(axis=1), 1.0, atol=1e-5)
+
+
+def test_another_store_is_refused_with_the_reason(
+    trained: Path, trimodal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from loaders.synthetic import simulate
+
+    other = tmp_path / "other.zarr"
+    simulate(other, num_cells=50, num_genes=61, num_peaks=150, genes_per_cell=20, peaks_per_cell=40)
+    assert main([str(trained), "--store", str(other)]) == 2
+    assert "not those of the run" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_says_how_to_finish_it(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    (run / "model.safetensors").unlink()
+    assert main([str(run)]) == 2
+    assert "has not finished training" in capsys.readouterr().err
+
+
+def test_the_run_says_what_it_was_trained_on(trained: Path, multiome: Path) -> None:
+    record = json.loads((trained / "run.json").read_text())
+    assert record["stores"] == [str(multiome)]
+    assert record["data"]["num_features"] == {"rna": 60, "atac": 150}
