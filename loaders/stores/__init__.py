@@ -1,9 +1,20 @@
 """Stores: where cells are read from."""
 
 from loaders.stores.base import ObsColumn, Store
+from loaders.stores.chained_store import ChainedStore
 from loaders.stores.embeddings import EMBEDDING_CHUNK_CELLS
 from loaders.stores.matched_store import MatchedStore
 from loaders.stores.open import open_store
+from loaders.stores.soma_store import SomaStore
 from loaders.stores.zarr_store import ZarrStore
 
-__all__ = ["EMBEDDING_CHUNK_CELLS", "MatchedStore", "ObsColumn", "Store", "ZarrStore", "open_store"]
+__all__ = [
+    "EMBEDDING_CHUNK_CELLS",
+    "ChainedStore",
+    "MatchedStore",
+    "ObsColumn",
+    "SomaStore",
+    "Store",
+    "ZarrStore",
+    "open_store",
+]

@@ -98,14 +98,16 @@ def _open_or_create(root: zarr.Group, name: str, shape: tuple[int, int]) -> zarr
 
 
 def _consolidate_again(root: zarr.Group) -> None:
-    """Renew consolidated metadata where there were any: readers that find them look nowhere else."""
-    try:
-        zarr.open_consolidated(root.store_path.store, path=root.path or None, mode="r")
-    except (ValueError, FileNotFoundError, KeyError):
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Consolidated metadata", category=ZarrUserWarning)
-        zarr.consolidate_metadata(root.store_path.store, path=root.path or None)
+    """Renew consolidated metadata of the group and those above it where there are any: readers look nowhere else."""
+    parts = root.path.split("/") if root.path else []
+    for path in ("/".join(parts[:depth]) for depth in range(len(parts) + 1)):
+        try:
+            zarr.open_consolidated(root.store_path.store, path=path or None, mode="r")
+        except (ValueError, FileNotFoundError, KeyError):
+            continue
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Consolidated metadata", category=ZarrUserWarning)
+            zarr.consolidate_metadata(root.store_path.store, path=path or None)
 
 
 @contextlib.contextmanager

@@ -288,10 +288,15 @@ def concat_rows(parts: list[SparseRows]) -> SparseRows:
     """Rows of several parts below each other, in the widest of their types."""
     offsets = np.cumsum([0, *(part.indptr[-1] for part in parts)])
     indptr = [part.indptr[1:] + offset for part, offset in zip(parts, offsets[:-1], strict=True)]
+    # NumPy would widen uint32 beside int32 or float32 to 64 bits.
+    types = {part.indices.dtype for part in parts}
+    index_dtype = types.pop() if len(types) == 1 else np.dtype(np.int32)
+    value_types = {part.values.dtype for part in parts}
+    value_dtype = np.dtype(np.float32) if np.dtype(np.float32) in value_types else np.result_type(*value_types)
     return SparseRows(
         np.concatenate([np.zeros(1, np.int64), *indptr]),
-        np.concatenate([part.indices for part in parts]),
-        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.indices.astype(index_dtype, copy=False) for part in parts]),
+        np.concatenate([part.values.astype(value_dtype, copy=False) for part in parts]),
         parts[0].num_features,
     )
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import zarr
+
 from loaders.stores.base import Store
+from loaders.stores.chained_store import ChainedStore
 from loaders.stores.soma_store import SomaStore
-from loaders.stores.zarr_root import Source, local_path
+from loaders.stores.zarr_root import Source, describe_source, local_path, not_a_store, open_root
 from loaders.stores.zarr_store import ZarrStore
 
 Format = Literal["zarr", "soma"]
+
+ANNBATCH = "annbatch-preshuffled"
+"""Encoding of an annbatch collection: a group of AnnData "dataset_0", "dataset_1", ..., parts of one shuffled whole."""
+
+SOMA_MARKS = ("__tiledb_group.tdb", "__group", "__schema")
+"""Entries of a folder that TileDB wrote: of a group, or of an array (which is then refused by its type)."""
 
 
 def open_store(uri: Source | Sequence[Source], *, format: Format | None = None, **options: Any) -> Store:
@@ -21,9 +30,9 @@ def open_store(uri: Source | Sequence[Source], *, format: Format | None = None, 
     ----------
     uri
         Path or address of a store made by `liam-scale ingest`, an AnnData or MuData Zarr, an annbatch collection or a
-        TileDB-SOMA experiment. Several are one data set: see `ChainedStore`.
+        TileDB-SOMA experiment; or several of them, which are then one data set (see `ChainedStore`).
     format
-        "zarr" or "soma"; default: what is found there, for a remote address Zarr.
+        "zarr" or "soma"; default: what is found there, for a remote address Zarr unless it begins with tiledb://.
     options
         Handed to the format: see `ZarrStore` and `SomaStore`.
 
@@ -33,13 +42,16 @@ def open_store(uri: Source | Sequence[Source], *, format: Format | None = None, 
         Nothing there that can be streamed; the message names what was found and what to do. An option that the format
         does not know.
     """
-    kind: type[ZarrStore] | type[SomaStore] = SomaStore if (format or _format_of(uri)) == "soma" else ZarrStore
+    if isinstance(uri, Sequence) and not isinstance(uri, str):
+        return ChainedStore([open_store(one, format=format, **options) for one in uri])
+    is_soma = (format or _format_of(uri)) == "soma"
     try:
-        return kind(uri, **options)  # type: ignore[arg-type]
+        return SomaStore(_address(uri), **options) if is_soma else _open_zarr(uri, **options)
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
-        raise ValueError(f"options of {uri}: {error}; see {kind.__name__} for those it knows") from None
+        name = "SomaStore" if is_soma else "ZarrStore"
+        raise ValueError(f"options of {describe_source(uri)}: {error}; see {name} for those it knows") from None
 
 
 def _format_of(uri: Source) -> Format:
@@ -51,5 +63,24 @@ def _format_of(uri: Source) -> Format:
     return "soma" if any((path / name).exists() for name in SOMA_MARKS) else "zarr"
 
 
-SOMA_MARKS = ("__tiledb_group.tdb", "__group", "__schema")
-"""Entries of a folder that TileDB wrote: of a group, or of an array (which is then refused by its type)."""
+def _address(uri: Source) -> str | Path:
+    if not isinstance(uri, str | Path):
+        raise ValueError(f"store {describe_source(uri)}: got format='soma' for an object of zarr; give its address")
+    return uri
+
+
+def _open_zarr(uri: Source, *, storage_options: Mapping[str, Any] | None = None, **options: Any) -> Store:
+    root = open_root(uri, storage_options=storage_options)
+    if root.attrs.get("encoding-type") == ANNBATCH:
+        return ChainedStore([ZarrStore(part, **options) for part in _datasets(root)], is_shuffled=True)
+    return ZarrStore(uri, storage_options=storage_options, **options)
+
+
+def _datasets(root: zarr.Group) -> list[zarr.Group]:
+    """The datasets of an annbatch collection, counted up as servers that cannot list a folder allow."""
+    datasets: list[zarr.Group] = []
+    while (name := f"dataset_{len(datasets)}") in root:
+        datasets.append(root[name])
+    if not datasets:
+        raise not_a_store(describe_source(root), "an annbatch collection without a dataset")
+    return datasets

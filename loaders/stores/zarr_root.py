@@ -31,8 +31,8 @@ def local_path(uri: str | Path) -> Path | None:
 def describe_source(source: Source) -> str:
     """How messages name a source: its address."""
     if isinstance(source, zarr.Group):
-        return str(source.store_path)
-    return str(source)
+        return str(source.store_path).removeprefix("file://")
+    return str(source).removeprefix("file://")
 
 
 def open_root(
@@ -58,7 +58,8 @@ def open_root(
     if isinstance(source, zarr.Group):
         if mode == "r":
             return source
-        return zarr.open_group(source.store_path, mode="r+", use_consolidated=False)
+        backend = source.store.with_read_only(False) if source.store.read_only else source.store
+        return zarr.open_group(backend, path=source.path, mode="r+", use_consolidated=False)
     backend = source if isinstance(source, ZarrBackend) else _backend(source, storage_options or {}, mode == "r")
     try:
         return zarr.open_group(backend, mode=mode, use_consolidated=None if mode == "r" else False)

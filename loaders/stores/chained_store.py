@@ -1,0 +1,208 @@
+"""Several stores as one data set: their cells one after the other, features matched by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from loaders.csr import SparseRows
+from loaders.schema import MODALITIES, ModalitySchema, Schema, sha256_of_names
+from loaders.stores.base import ObsColumn, Store
+from loaders.stores.matched_store import MatchedStore
+from loaders.stores.matrices import concat_rows, once
+
+_log = logging.getLogger(__name__)
+
+
+class ChainedStore:
+    """The cells of several stores, in the order of the stores.
+
+    A modality has the features that all stores with this modality share, in the order of the first of them; a store
+    without it gives cells that lack it. Obs columns are united by name: a store without a column gives missing values.
+
+    Parameters
+    ----------
+    stores
+        At least one store; those of other formats may stand among them.
+    is_shuffled
+        The stores are random parts of one whole, each in random order.
+
+    Raises
+    ------
+    ValueError
+        No store; stores whose features of a modality have no name in common, or whose names are not unique.
+    """
+
+    def __init__(self, stores: Sequence[Store], *, is_shuffled: bool = False) -> None:
+        if not stores:
+            raise ValueError("stores: got none; give at least one")
+        self.uri = " + ".join(store.uri for store in stores)
+        self.stores = tuple(stores)
+        self._starts = _starts(store.schema.num_cells for store in stores)
+        names = [name for name in MODALITIES if any(name in store.schema.modalities for store in stores)]
+        self._names = {name: _shared_features(self.stores, name) for name in names}
+        self._views = {name: [_view(store, name, self._names[name]) for store in stores] for name in names}
+        self._row_starts = {
+            name: _starts(0 if view is None else view.schema.modalities[name].num_cells for view in views)
+            for name, views in self._views.items()
+        }
+        self.schema = Schema(
+            num_cells=self._starts[-1],
+            modalities={name: self._modality_schema(name) for name in names},
+            obs_columns=tuple(dict.fromkeys(column for store in stores for column in store.schema.obs_columns)),
+            is_shuffled=is_shuffled or (len(stores) == 1 and stores[0].schema.is_shuffled),
+            cells_sha256=sha256_of_names(store.schema.cells_sha256 for store in stores),
+        )
+        self._offsets = {name: once(lambda name=name: self._join_offsets(name)) for name in names}  # type: ignore[misc]
+
+    @property
+    def row_alignment(self) -> int:
+        """Cells that the slowest store decodes together."""
+        return max(getattr(store, "row_alignment", 1) for store in self.stores)
+
+    def cell_ids(self, start: int, stop: int) -> npt.NDArray[np.str_]:
+        parts = [self.stores[i].cell_ids(first, last) for i, first, last in _pieces(self._starts, start, stop)]
+        return np.concatenate([np.zeros(0, np.str_), *parts])
+
+    def obs_column(self, name: str) -> ObsColumn:
+        if name not in self.schema.obs_columns:
+            known = ", ".join(self.schema.obs_columns) or "none"
+            raise ValueError(f"obs column: got {name!r}, which no store of {self.uri} has; columns are: {known}")
+        columns = [store.obs_column(name) if name in store.schema.obs_columns else None for store in self.stores]
+        categories = tuple(dict.fromkeys(c for column in columns if column is not None for c in column.categories))
+        place = {category: code for code, category in enumerate(categories)}
+        codes = []
+        for store, column in zip(self.stores, columns, strict=True):
+            if column is None:
+                codes.append(np.full(store.schema.num_cells, -1, np.int32))
+            else:
+                codes.append(np.array([*(place[c] for c in column.categories), -1], np.int32)[column.codes])
+        return ObsColumn(np.concatenate(codes), categories)
+
+    def feature_names(self, modality: str) -> npt.NDArray[np.str_]:
+        self._check(modality)
+        return self._names[modality]
+
+    def modality_rows(self, modality: str) -> npt.NDArray[np.int64] | None:
+        self._check(modality)
+        if self._row_starts[modality][-1] == self.schema.num_cells:
+            return None
+        parts = []
+        for store, view, start in zip(self.stores, self._views[modality], self._row_starts[modality], strict=False):
+            rows = np.full(store.schema.num_cells, -1, np.int64) if view is None else view.modality_rows(modality)
+            rows = np.arange(store.schema.num_cells) if rows is None else rows
+            parts.append(np.where(rows >= 0, rows + start, -1))
+        return np.concatenate(parts)
+
+    def totals(self, modality: str) -> npt.NDArray[np.float64]:
+        return np.concatenate([view.totals(modality) for _, view in self._holders(modality)])
+
+    def row_nonzeros(self, modality: str) -> npt.NDArray[np.int64]:
+        self._check(modality)
+        return self._offsets[modality]()
+
+    def read_rows(self, modality: str, start: int, stop: int) -> SparseRows:
+        self._check(modality)
+        pieces = _pieces(self._row_starts[modality], start, stop)
+        views = self._views[modality]
+        parts = [view.read_rows(modality, a, b) for i, a, b in pieces if (view := views[i]) is not None]
+        if not parts:
+            view = next(view for _, view in self._holders(modality))
+            return view.read_rows(modality, 0, 0)
+        return parts[0] if len(parts) == 1 else concat_rows(parts)
+
+    def write_embedding(self, name: str, start: int, values: npt.NDArray[np.float32], num_cells: int) -> None:
+        if num_cells != self.schema.num_cells:
+            raise ValueError(
+                f"obsm[{name!r}]: got an embedding of {num_cells} cells for {self.uri} of {self.schema.num_cells};"
+                f" embed these stores again"
+            )
+        done = 0
+        for i, first, last in _pieces(self._starts, start, start + len(values)):
+            part = values[done : done + last - first]
+            self.stores[i].write_embedding(name, first, part, self.stores[i].schema.num_cells)
+            done += last - first
+
+    def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        pieces = _pieces(self._starts, start, stop) or [(0, 0, 0)]
+        return np.concatenate([self.stores[i].read_embedding(name, first, last) for i, first, last in pieces])
+
+    def obs_frame(self) -> pd.DataFrame:
+        return pd.concat([store.obs_frame() for store in self.stores])
+
+    def _check(self, modality: str) -> None:
+        if modality not in self._views:
+            raise ValueError(f"modality: got {modality!r}; {self.uri} holds {', '.join(self._views)}")
+
+    def _holders(self, modality: str) -> list[tuple[Store, Store]]:
+        """The stores that have a modality, each with its view through the shared features."""
+        self._check(modality)
+        pairs = zip(self.stores, self._views[modality], strict=True)
+        return [(store, view) for store, view in pairs if view is not None]
+
+    def _join_offsets(self, modality: str) -> npt.NDArray[np.int64]:
+        lengths = [np.diff(view.row_nonzeros(modality)) for _, view in self._holders(modality)]
+        return np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+
+    def _modality_schema(self, name: str) -> ModalitySchema:
+        held = [store.schema.modalities[name] for store, _ in self._holders(name)]
+        dtypes = {entry.value_dtype for entry in held}
+        return ModalitySchema(
+            name=name,
+            num_cells=self._row_starts[name][-1],
+            num_features=len(self._names[name]),
+            num_nonzeros=sum(entry.num_nonzeros for entry in held),
+            value_dtype="float32" if "float32" in dtypes else np.result_type(*dtypes).name,
+            features_sha256=sha256_of_names(self._names[name]),
+        )
+
+
+def _starts(lengths: Iterable[int]) -> tuple[int, ...]:
+    return (0, *accumulate(lengths))
+
+
+def _pieces(starts: Sequence[int], start: int, stop: int) -> list[tuple[int, int, int]]:
+    """Parts of [start, stop) by store: (number of the store, first, last) counted within the store."""
+    bounds = enumerate(pairwise(starts))
+    return [(i, max(start, a) - a, min(stop, b) - a) for i, (a, b) in bounds if max(start, a) < min(stop, b)]
+
+
+def _shared_features(stores: Sequence[Store], modality: str) -> npt.NDArray[np.str_]:
+    """Names that all stores with a modality share, in the order of the first of them."""
+    holders = [store for store in stores if modality in store.schema.modalities]
+    if len({store.schema.modalities[modality].features_sha256 for store in holders}) == 1:
+        return holders[0].feature_names(modality)
+    names = [pd.Index(store.feature_names(modality)) for store in holders]
+    for store, own in zip(holders, names, strict=True):
+        if not own.is_unique:
+            twice = own[own.duplicated()]
+            raise ValueError(
+                f"store {store.uri}: got {len(twice)} feature names of {modality} more than once ({twice[0]!r}, ...),"
+                f" so that they cannot be matched by name; make them unique (adata.var_names_make_unique())"
+            )
+    shared = names[0]
+    for store, own in zip(holders[1:], names[1:], strict=True):
+        common = shared[shared.isin(own)]
+        if not len(common):
+            raise ValueError(
+                f"store {store.uri}: got {len(own)} features of {modality} ({own[0]!r}, ...), of which none is among"
+                f" the {len(shared)} that the stores before it share ({shared[0]!r}, ...); rename the features of one"
+            )
+        shared = common
+    for store, own in zip(holders, names, strict=True):
+        if len(shared) < len(own):
+            _log.info("%s: %d of its %d features of %s are in every store", store.uri, len(shared), len(own), modality)
+    return np.asarray(shared, dtype=np.str_)
+
+
+def _view(store: Store, modality: str, names: npt.NDArray[np.str_]) -> Store | None:
+    """One modality of a store with the shared features; None where the store lacks it."""
+    held = store.schema.modalities.get(modality)
+    if held is None:
+        return None
+    return store if held.features_sha256 == sha256_of_names(names) else MatchedStore(store, {modality: [*names]})
