@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHUFFLED_WINDOW = 16_384
+SHUFFLED_WINDOW = 32_768
 """Cells of all windows together where the store is shuffled: larger ones mix no better."""
 
 UNSHUFFLED_WINDOW = 65_536
