@@ -25,7 +25,9 @@ from liam_scale.kernels.reference import ORIGINAL_EPSILON
 from liam_scale.kernels.softmax_tiles import (
     Cache,
     as_array,
+    augmented,
     exponentiate,
+    gradient_products,
     make_cache,
     merge,
     probabilities,
@@ -251,8 +253,7 @@ def _second_tiles(
 ) -> None:
     dtype, entries = layer.weight.dtype, layer.entries
     normalizer, weights = found.normalizer.to(dtype), slopes.cell_weight.to(dtype).numpy()
-    # an extra row of ones makes the gradient of the bias another column of the product
-    hidden_T = torch.cat([layer.hidden, torch.ones(layer.num_cells, 1, dtype=dtype)], dim=1).T.contiguous()
+    hidden_T = augmented(layer.hidden)
     arrays = (layer.hidden.numpy(), sparse.numpy())
     for tile in tiles:
         features = layer.features(tile)
@@ -263,7 +264,8 @@ def _second_tiles(
         else:
             kept, scale = _made_again(layer, features, normalizer), slopes.scale
         scale = scale.to(dtype)
-        product = _products(kept, hidden_T * scale, weight, scale, dense)
+        product, part = gradient_products(kept, hidden_T * scale, weight)
+        dense.addcmul_(part.to(dtype), scale)
         _write_tile(
             as_array(product),
             weight.numpy(),
@@ -284,16 +286,6 @@ def _made_again(layer: Layer, features: slice, normalizer: Tensor) -> Tensor:
     kept = workers.workspace("second tiles", logits.shape, torch.bfloat16 if layer.is_bf16 else logits.dtype)
     probabilities(logits.numpy(), layer.bias[features].numpy(), normalizer.numpy(), as_array(kept))
     return kept
-
-
-def _products(kept: Tensor, scaled_hidden_T: Tensor, weight: Tensor, scale: Tensor, dense: Tensor) -> Tensor:
-    """(T, H + 1) gradients of a tile's weights and bias; adds the tile's part to the (H, C) of the hidden state."""
-    if kept.dtype == torch.bfloat16:
-        part = torch.mm(weight.to(torch.bfloat16).T, kept)
-        dense.addcmul_(part.to(dense.dtype), scale)
-        return torch.mm(kept, scaled_hidden_T.to(torch.bfloat16).T)
-    dense.addcmul_(multiply_transposed(weight.T, kept.T), scale)
-    return multiply_transposed(kept, scaled_hidden_T)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)

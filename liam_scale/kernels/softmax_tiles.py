@@ -65,9 +65,21 @@ def as_array(tensor: Tensor) -> Any:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def logits_tile(weight: Tensor, hidden: Tensor) -> Tensor:
-    """(T, B) logits of a tile without their bias."""
-    return multiply_transposed(weight, hidden)
+def augmented(hidden: Tensor) -> Tensor:
+    """(H + 1, B) hidden state transposed, and a row of ones that makes the bias's gradient a column of a product."""
+    ones = torch.ones(len(hidden), 1, dtype=hidden.dtype)
+    return torch.cat([hidden, ones], dim=1).T.contiguous()
+
+
+def gradient_products(slopes: Tensor, augmented_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The two products of a tile: (T, H + 1) = slopes hidden^T, and (H, B) = weight^T slopes.
+
+    Both run in bfloat16 if the slopes (T, B) do.
+    """
+    if slopes.dtype == torch.bfloat16:
+        by_feature = torch.mm(slopes, augmented_hidden.to(torch.bfloat16).T)
+        return by_feature, torch.mm(weight.to(torch.bfloat16).T, slopes)
+    return multiply_transposed(slopes, augmented_hidden), multiply_transposed(weight.T, slopes.T)
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)

@@ -269,8 +269,8 @@ def test_wrong_arguments_are_refused():
         negative_multinomial(counts, hidden, weight, bias, r[:1], cell_weight=cell_weight)
     with pytest.raises(ValueError, match="likelihood"):
         negative_multinomial(counts, hidden, weight, bias, r, cell_weight=cell_weight, likelihood="coupled")
+    halves = [x.bfloat16() for x in (hidden, weight, bias)]
     with pytest.raises(ValueError, match="precision"):
-        halves = [x.bfloat16() for x in (hidden, weight, bias)]
         negative_multinomial(counts, *halves, r, cell_weight=cell_weight)
 
 

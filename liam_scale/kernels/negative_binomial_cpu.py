@@ -1,0 +1,359 @@
+"""The fused negative binomial on the CPU: cells in groups whose softmax over all features fits into memory.
+
+Per group three walks over tiles of features: exponentials and their sums; log-likelihood, slopes in theta, and the
+sum over features that the softmax's gradient needs; gradients of weight, bias and hidden state. The dense part of an
+entry is - theta log1p(mu / (theta + eps)), one logarithm; gamma functions are met at the non-zeros only.
+
+Shapes: B cells, C cells of a group, F features, H hidden units, S samples (1 if theta is common), T features of a tile.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from liam_scale.kernels import workers
+from liam_scale.kernels.log_gamma import count_terms
+from liam_scale.kernels.products import multiply_transposed
+from liam_scale.kernels.reference import NB_EPSILON, THETA_FLOOR
+from liam_scale.kernels.softmax_tiles import (
+    Cache,
+    as_array,
+    augmented,
+    exponentiate,
+    gradient_products,
+    make_cache,
+    merge,
+    tile_features,
+)
+from liam_scale.kernels.sparse_walk import ByFeature
+from liam_scale.kernels.vector_math import FAST_MATH, log
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some cells of a minibatch, and the output layer.
+
+    Attributes
+    ----------
+    entries
+        Counts by feature; their cells are numbered 0..B-1.
+    column
+        (B,) int32 place of each cell in the group, -1 for the others.
+    hidden
+        (C, H) contiguous.
+    weight, bias
+        (F, H), (F,) contiguous.
+    slope_theta
+        (F, S) exp(log_theta): theta without its floor, and d theta / d log_theta.
+    sample
+        (C,) int64 column of slope_theta.
+    library, cell_weight
+        (C,) in the weight's dtype.
+    is_bf16
+        Products of the gradients in bfloat16; the logits stay float32.
+    """
+
+    entries: ByFeature
+    column: Any
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    slope_theta: Tensor
+    sample: Tensor
+    library: Tensor
+    cell_weight: Tensor
+    is_bf16: bool
+
+    @property
+    def num_cells(self) -> int:
+        return len(self.hidden)
+
+    @functools.cached_property
+    def tile(self) -> int:
+        return min(tile_features(self.num_cells), len(self.weight))
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-len(self.weight) // self.tile)
+
+    def features(self, tile: int) -> slice:
+        return slice(tile * self.tile, min((tile + 1) * self.tile, len(self.weight)))
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """(tiles, T, C) exponentials, and (C,) float64 logarithm of their sum over all features."""
+
+    cache: Cache
+    normalizer: Tensor
+
+    def scale(self, tile: int) -> Tensor:
+        """(C,) factor that makes a tile's exponentials probabilities."""
+        return torch.exp(self.cache.maxima[tile].double() - self.normalizer).to(self.cache.maxima.dtype)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Per cell, (C,) float64: log-likelihood, and sum over features of mu * d ll / d mu."""
+
+    log_likelihood: Tensor
+    pull: Tensor
+
+
+def cells_at_once(num_cells: int, layer_weight: Tensor, tile_bytes: int) -> int:
+    """Cells of a group, so that softmax and tiles stay below tile_bytes (at least one cell)."""
+    features, width = layer_weight.shape
+    item = layer_weight.element_size()
+    tile = min(tile_features(num_cells), max(1, features))
+    # beside the softmax a worker holds logits, slopes and their bfloat16 copy, and two results of products
+    by_worker = 3 * tile + 2 * (width + 1)
+    fixed = workers.num_workers() * 2 * tile * (width + 1) * item
+    return max(1, min(num_cells, (tile_bytes - fixed) // (item * (features + workers.num_workers() * by_worker))))
+
+
+def softmax(group: Group) -> Softmax:
+    """First walk."""
+    dtype, cells = group.weight.dtype, group.num_cells
+    cache = make_cache(group.num_tiles, group.tile, cells, dtype, dtype, 2**62)
+    num = max(1, min(workers.num_workers(), group.num_tiles))
+    maxima, sums = np.full((num, cells), -np.inf), np.zeros((num, cells))
+    tasks = [
+        functools.partial(_exponential_tiles, group, range(k, group.num_tiles, num), cache, maxima[k], sums[k])
+        for k in range(num)
+    ]
+    workers.run(tasks)
+    normalizer = torch.logsumexp(torch.from_numpy(maxima) + torch.from_numpy(sums).log(), dim=0)
+    return Softmax(cache, normalizer)
+
+
+def _exponential_tiles(group: Group, tiles: range, cache: Cache, total_maxima: Any, total_sums: Any) -> None:
+    sums, part = (np.empty(group.num_cells, as_array(group.bias).dtype) for _ in range(2))
+    for tile in tiles:
+        features = group.features(tile)
+        logits = multiply_transposed(group.weight[features], group.hidden).numpy()
+        maxima = cache.maxima[tile].numpy()
+        exponentiate(logits, group.bias[features].numpy(), cache.exponentials[tile].numpy(), maxima, sums, part)
+        merge(maxima, sums, total_maxima, total_sums)
+
+
+def likelihood(group: Group, found: Softmax, theta_gradient: Tensor | None) -> Sums:
+    """Second walk; adds to d loss / d log_theta (F, S) where asked for."""
+    num = max(1, min(workers.num_workers(), group.num_tiles))
+    sums = np.zeros((num, 2, group.num_cells))
+    slopes = torch.empty(0, group.slope_theta.shape[1], dtype=group.weight.dtype)
+    target = slopes if theta_gradient is None else theta_gradient
+    tasks = [
+        functools.partial(_likelihood_tiles, group, range(k, group.num_tiles, num), found, sums[k], target)
+        for k in range(num)
+    ]
+    workers.run(tasks)
+    total = torch.from_numpy(sums.sum(axis=0))
+    return Sums(total[0], total[1])
+
+
+def _likelihood_tiles(group: Group, tiles: range, found: Softmax, sums: Any, theta_gradient: Tensor) -> None:
+    entries, dtype = group.entries, as_array(group.bias).dtype
+    rows = np.empty((5, group.num_cells), dtype)
+    for tile in tiles:
+        features = group.features(tile)
+        _likelihood_tile(
+            found.cache.exponentials[tile].numpy(),
+            (found.scale(tile) * group.library).numpy(),
+            group.slope_theta.numpy(),
+            group.sample.numpy(),
+            group.cell_weight.numpy(),
+            entries.indptr,
+            entries.cells,
+            entries.values,
+            group.column,
+            features.start,
+            features.stop,
+            rows,
+            sums,
+            theta_gradient.numpy(),
+        )
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH, error_model="numpy")
+def _likelihood_tile(
+    exponentials: Any,
+    scale: Any,
+    slope_theta: Any,
+    sample: Any,
+    cell_weight: Any,
+    indptr: Any,
+    cells: Any,
+    values: Any,
+    column: Any,
+    first: int,
+    last: int,
+    rows: Any,
+    sums: Any,
+    theta_gradient: Any,
+) -> None:
+    """A tile's part of the log-likelihood, of sum mu d ll / d mu, and of d loss / d log_theta."""
+    number = exponentials.dtype.type
+    one, epsilon, floor = number(1), number(NB_EPSILON), number(THETA_FLOOR)
+    num_cells = exponentials.shape[1]
+    theta, inverse, slope, fit, pull = rows[0], rows[1], rows[2], rows[3], rows[4]
+    for b in range(num_cells):
+        fit[b] = 0
+        pull[b] = 0
+    for f in range(first, last):
+        for b in range(num_cells):
+            theta[b] = slope_theta[f, sample[b]] + floor
+        for b in range(num_cells):
+            inverse[b] = one / (theta[b] + epsilon)
+        for b in range(num_cells):
+            mean = exponentials[f - first, b] * scale[b]
+            ratio = mean * inverse[b]
+            raised = one + ratio
+            share = one / raised
+            # log1p: the logarithm of the rounded 1 + ratio, put right by what rounding took away
+            log_raised = log(raised) - ((raised - one) - ratio) * share
+            part = ratio * share
+            fit[b] -= theta[b] * log_raised
+            pull[b] -= theta[b] * part
+            slope[b] = theta[b] * inverse[b] * part - log_raised
+        for j in range(np.uint64(indptr[f]), np.uint64(indptr[f + 1])):
+            place = column[np.uint64(cells[j])]
+            if place < 0:
+                continue
+            at = np.uint64(place)
+            mean = np.float64(exponentials[f - first, at] * scale[at])
+            x, shape = np.float64(values[j]), np.float64(theta[at])
+            both = 1.0 / (shape + mean + NB_EPSILON)
+            constant, theta_slope = count_terms(x, shape)
+            sums[0, at] += x * math.log((mean + NB_EPSILON) * both) + constant
+            sums[1, at] += x * (mean / (mean + NB_EPSILON) - mean * both)
+            slope[at] += number(theta_slope - x * both)
+        if len(theta_gradient) > 0:
+            for b in range(num_cells):
+                s = sample[b]
+                theta_gradient[f, s] -= cell_weight[b] * slope[b] * slope_theta[f, s]
+        if (f - first) % 32 == 31 or f == last - 1:
+            for b in range(num_cells):
+                sums[0, b] += fit[b]
+                sums[1, b] += pull[b]
+                fit[b] = 0
+                pull[b] = 0
+
+
+def gradients(
+    group: Group, found: Softmax, sums: Sums, weight_gradient: Tensor, bias_gradient: Tensor, *, is_first: bool
+) -> Tensor:
+    """Third walk: write (first group) or add the gradients of weight and bias; returns (C, H) of the hidden state."""
+    num = max(1, min(workers.num_workers(), group.num_tiles))
+    hidden = torch.zeros(num, group.weight.shape[1], group.num_cells, dtype=group.weight.dtype)
+    tasks = [
+        functools.partial(
+            _gradient_tiles,
+            group,
+            range(k, group.num_tiles, num),
+            found,
+            sums,
+            weight_gradient,
+            bias_gradient,
+            hidden[k],
+            is_first,
+        )
+        for k in range(num)
+    ]
+    workers.run(tasks)
+    return hidden.sum(dim=0).T
+
+
+def _gradient_tiles(
+    group: Group,
+    tiles: range,
+    found: Softmax,
+    sums: Sums,
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    hidden: Tensor,
+    is_first: bool,
+) -> None:
+    dtype, width, entries = group.weight.dtype, group.weight.shape[1], group.entries
+    hidden_T, stored = augmented(group.hidden), torch.bfloat16 if group.is_bf16 else dtype
+    plain = workers.workspace("slopes", (group.tile, group.num_cells), dtype)
+    rows = np.empty((2, group.num_cells), as_array(group.bias).dtype)
+    pull = sums.pull.to(dtype).numpy()
+    for tile in tiles:
+        features = group.features(tile)
+        weight = group.weight[features]
+        slopes = plain[: len(weight)]
+        _slope_tile(
+            found.cache.exponentials[tile].numpy(),
+            found.scale(tile).numpy(),
+            group.library.numpy(),
+            group.slope_theta.numpy(),
+            group.sample.numpy(),
+            group.cell_weight.numpy(),
+            pull,
+            entries.indptr,
+            entries.cells,
+            entries.values,
+            group.column,
+            features.start,
+            rows,
+            slopes.numpy(),
+        )
+        product, part = gradient_products(slopes.to(stored), hidden_T, weight)
+        hidden += part.to(dtype)
+        if is_first:
+            weight_gradient[features] = product[:, :width]
+            bias_gradient[features] = product[:, width]
+        else:
+            weight_gradient[features] += product[:, :width]
+            bias_gradient[features] += product[:, width]
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH, error_model="numpy")
+def _slope_tile(
+    exponentials: Any,
+    scale: Any,
+    library: Any,
+    slope_theta: Any,
+    sample: Any,
+    cell_weight: Any,
+    pull: Any,
+    indptr: Any,
+    cells: Any,
+    values: Any,
+    column: Any,
+    first: int,
+    rows: Any,
+    slopes: Any,
+) -> None:
+    """slopes[t, b] = d loss / d logit = - cell weight * (mu d ll / d mu - probability * its sum over features)."""
+    number = exponentials.dtype.type
+    one, epsilon, floor = number(1), number(NB_EPSILON), number(THETA_FLOOR)
+    num_cells = exponentials.shape[1]
+    theta, inverse = rows[0], rows[1]
+    for t in range(len(slopes)):
+        f = first + t
+        for b in range(num_cells):
+            theta[b] = slope_theta[f, sample[b]] + floor
+        for b in range(num_cells):
+            inverse[b] = one / (theta[b] + epsilon)
+        for b in range(num_cells):
+            probability = exponentials[t, b] * scale[b]
+            ratio = probability * library[b] * inverse[b]
+            dense = theta[b] * ratio / (one + ratio)
+            slopes[t, b] = cell_weight[b] * (dense + probability * pull[b])
+        for j in range(np.uint64(indptr[f]), np.uint64(indptr[f + 1])):
+            place = column[np.uint64(cells[j])]
+            if place < 0:
+                continue
+            at = np.uint64(place)
+            mean = np.float64(exponentials[t, at] * scale[at] * library[at])
+            pulled = mean / (mean + NB_EPSILON) - mean / (np.float64(theta[at]) + mean + NB_EPSILON)
+            slopes[t, at] -= number(cell_weight[at] * np.float64(values[j]) * pulled)
