@@ -104,12 +104,12 @@ class ObsTable:
     and stays in the modalities' own obs where they do not (a number of counts, for example).
     """
 
-    def __init__(self, root: View | None, parts: Mapping[str, View], aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(self, root: View | None, parts: Mapping[str, View], names: Sequence[str] = ()) -> None:
         self._root = root
         self._parts = dict(parts)
         own = {column for view in parts.values() for column in view.frame.columns}
         root_columns = [] if root is None else root.frame.columns
-        prefixes = tuple(f"{name}:" for name in (aliases or {name: name for name in parts}))
+        prefixes = tuple(f"{name}:" for name in names)
         self._root_columns = [
             column
             for column in root_columns

@@ -186,7 +186,7 @@ class CompressedColumns:
         check_offsets(f"{self.where} (CSC)", column_offsets, self.num_features, data.shape[0], indices.shape[0])
         step = max(1, memory // (2 * _ENTRY_BYTES))
         indptr = np.zeros(self.num_rows + 1, np.int64)
-        for first in range(0, len(data), step):
+        for first in range(0, data.shape[0], step):
             rows = indices[first : first + step]
             if len(rows) and (rows.min() < 0 or rows.max() >= self.num_rows):
                 raise ValueError(
@@ -212,7 +212,7 @@ class CompressedColumns:
         self, folder: Path, starts: npt.NDArray[np.int64], column_offsets: npt.NDArray[np.int64], step: int
     ) -> None:
         data, indices = self._group["data"], self._group["indices"]
-        for first in range(0, len(data), step):
+        for first in range(0, data.shape[0], step):
             rows, values = indices[first : first + step], data[first : first + step]
             positions = np.arange(first, first + len(rows))
             columns = (np.searchsorted(column_offsets, positions, side="right") - 1).astype(np.uint32)

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -168,37 +168,41 @@ def _place(source: Source, part: Part) -> Place:
 
 def _shuffle_modality(job: _Job, modality: str, writer: StoreWriter) -> None:
     joined = job.joined[modality]
-    having = job.with_modality(modality)
-    present = job.present(modality)
-    num_rows = int(present.sum())
-    # Row in the store's matrix of each cell in the order of the sources; only read where the cell is present.
-    row_of_cell = np.empty(job.cells.num_cells, np.int64)
-    row_of_cell[job.order] = np.cumsum(present) - 1
+    num_rows = int(job.present(modality).sum())
     shuffle = Shuffle(
         job.staging.spill / modality,
         num_rows=num_rows,
         num_features=len(joined.var),
-        num_nonzeros=sum(part.matrix.estimated_nonzeros() for _, _, part in having),
+        num_nonzeros=sum(part.matrix.estimated_nonzeros() for _, _, part in job.with_modality(modality)),
         memory=job.memory // 2,
     )
-    seen = _Seen()
-    job.report.start(f"{modality}: read and check", num_rows)
-    for (start, source, part), columns in zip(having, joined.columns, strict=True):
+    with closing(shuffle):
+        job.report.start(f"{modality}: read and check", num_rows)
+        seen = _scatter(job, modality, shuffle)
+        for remark in seen.remarks(modality):
+            job.report.say(remark)
+        dtype = narrowest_dtype(seen.maximum)
+        writer.add_modality(modality, ModalityLayout(joined.var, dtype, seen.num_nonzeros / max(1, num_rows)))
+        job.report.start(f"{modality}: shuffle and write", num_rows)
+        for rows in shuffle.in_order(dtype):
+            writer.append(modality, rows)
+            job.report.advance(rows.num_rows)
+
+
+def _scatter(job: _Job, modality: str, shuffle: Shuffle) -> _Seen:
+    """Pass 1: every row of every source, checked, to its bucket."""
+    joined, seen = job.joined[modality], _Seen()
+    # Row in the store's matrix of each cell in the order of the sources; only read where the cell is present.
+    row_of_cell = np.empty(job.cells.num_cells, np.int64)
+    row_of_cell[job.order] = np.cumsum(job.present(modality)) - 1
+    for (start, source, part), columns in zip(job.with_modality(modality), joined.columns, strict=True):
         cell_of_row = _cell_of_row(source, part)
         for first, counted in _checked(job, source, part, columns, len(joined.var)):
             of_rows = cell_of_row[first : first + counted.rows.num_rows]
             shuffle.add(row_of_cell[start + of_rows], counted.rows)
             seen.add(counted)
             job.report.advance(counted.rows.num_rows)
-    for remark in seen.remarks(modality):
-        job.report.say(remark)
-    dtype = narrowest_dtype(seen.maximum)
-    writer.add_modality(modality, ModalityLayout(joined.var, dtype, seen.num_nonzeros / max(1, num_rows)))
-    job.report.start(f"{modality}: shuffle and write", num_rows)
-    for rows in shuffle.in_order(dtype):
-        writer.append(modality, rows)
-        job.report.advance(rows.num_rows)
-    shuffle.close()
+    return seen
 
 
 def _cell_of_row(source: Source, part: Part) -> npt.NDArray[np.int64]:

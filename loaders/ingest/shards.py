@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -114,7 +115,9 @@ class ShardedArrayWriter:
             waiting.cancel()
         self._pending.clear()
         if self._shard is not None:
-            self._shard.close()
+            # On a full disk closing fails once more; the first error is already on its way.
+            with suppress(OSError):
+                self._shard.close()
             self._shard = None
 
     def _submit(self) -> None:

@@ -8,6 +8,7 @@ times, are placed in order. Each byte is written once and read once, in pieces o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -167,7 +168,9 @@ class Shuffle:
 
     def close(self) -> None:
         """Remove the temporary file."""
-        self._file.close()
+        # What a full disk could not take is not wanted any more.
+        with suppress(OSError):
+            self._file.close()
         self._path.unlink(missing_ok=True)
 
 

@@ -216,7 +216,8 @@ def _open_mudata(path: Path, root: Any, layer: str | None, say: Say) -> Source:
         raise ValueError(
             f"{path}: got modalities {', '.join(root['mod'])}, expected some of {', '.join(MODALITIES)}; rename them"
         )
-    return Source(str(path), (path,), ids, parts, ObsTable(View(obs, None), views, {v: k for k, v in aliases.items()}))
+    parts = {name: parts[name] for name in MODALITIES if name in parts}
+    return Source(str(path), (path,), ids, parts, ObsTable(View(obs, None), views, tuple(aliases.values())))
 
 
 def _rows_by_cell(
