@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.core.sync import sync
+from zarr.storage import LocalStore
 
 from loaders.csr import SparseRows
+from loaders.stores.sharded import DamagedChunk, ShardedArray, UnsupportedArray
 
 T = TypeVar("T")
 
@@ -28,8 +30,22 @@ ArrayReader = Callable[[int, int], npt.NDArray[np.generic]]
 
 
 def array_reader(array: zarr.Array) -> ArrayReader:
-    """The way an array of a sparse matrix is read: here by zarr-python, which reads every codec and every store."""
+    """The way a 1-d array is read: by our own reader where it is sharded and local, else by zarr-python."""
+    backend = array.store_path.store
+    if isinstance(backend, LocalStore):
+        try:
+            sharded = ShardedArray(backend.root / array.path)
+        except UnsupportedArray:
+            pass
+        else:
+            return lambda start, stop: _read_sharded(sharded, start, stop)
     return lambda start, stop: np.asarray(array[start:stop])
+
+
+def _read_sharded(array: ShardedArray, start: int, stop: int) -> npt.NDArray[np.generic]:
+    entries = np.empty(stop - start, array.layout.dtype)
+    array.read_into(start, entries)
+    return entries
 
 
 class Matrix(Protocol):
@@ -126,9 +142,9 @@ class CsrMatrix:
     def _read_array(self, name: str, reader: ArrayReader, first: int, last: int, where: str) -> npt.NDArray[np.generic]:
         try:
             entries = reader(first, last)
-        except Exception as error:  # zarr-python raises its codecs' and its backends' own errors
+        except Exception as error:  # those of codecs and backends are of every kind
             raise RuntimeError(
-                f"{self._label}/{name}: {where} cannot be read: {type(error).__name__}: {error};"
+                f"{self._label}/{name}: {where} cannot be read: {_reason(error)};"
                 f" {self._chunks(first, last)} may be damaged or missing: copy the store again, or ingest again"
             ) from error
         try:
@@ -254,6 +270,12 @@ def row_sums(rows: SparseRows) -> npt.NDArray[np.float64]:
     """(B,) sum of the values of each row."""
     running = np.concatenate([[0.0], np.cumsum(rows.values, dtype=np.float64)])
     return running[rows.indptr[1:]] - running[rows.indptr[:-1]]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, DamagedChunk):
+        return f"chunk {error.chunk}: {error}"
+    return f"{type(error).__name__}: {error}"
 
 
 def select_columns(rows: SparseRows, target: npt.NDArray[np.int32], num_features: int) -> SparseRows:

@@ -162,7 +162,7 @@ def test_deleted_chunk_is_an_error_not_zeros(own_store: Path, toy: ModuleType) -
     (own_store / "mod/rna/X/data/c/1").unlink()
     store = open_store(own_store)
     store.read_rows("rna", 0, 3)
-    with pytest.raises(RuntimeError, match=r"mod/rna/X/data: rows 0:50 .*file c/1 is missing"):
+    with pytest.raises(RuntimeError, match=r"mod/rna/X/data: rows 0:50 .*its file 1 cannot be opened"):
         store.read_rows("rna", 0, toy.NUM_CELLS)
 
 
