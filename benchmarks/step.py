@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +39,28 @@ def make_store(folder: Path, num_cells: int) -> Path:
 
 def serve_liam(store: str, minibatch: int, steps: int, impl: str, precision: str, with_parts: bool) -> None:
     """liam-scale as it trains: the trainer's own step on minibatches of the loader."""
-    import tempfile
-
+    from liam_scale.config import TrainConfig
     from liam_scale.model import Liam, ModelConfig
-    from liam_scale.preparation import build_loader, model_data, open_stores
+    from liam_scale.preparation import model_data, open_stores, training_loaders
     from liam_scale.training.distributed import World
     from liam_scale.training.history import History
     from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer
+    from liam_scale.training.options import TrainingConfig
     from liam_scale.training.progress import Progress
-    from liam_scale.training.trainer import Trainer, TrainingConfig
+    from liam_scale.training.trainer import Trainer
     from loaders.options import LoaderConfig
 
     opened = open_stores([store])
     config = ModelConfig(modalities=("rna", "atac"), impl=impl, precision=precision)  # type: ignore[arg-type]
     model = Liam(config, model_data(opened, config, "sample", {}))
     model.use_gradient_buffers(True)
-    loader = build_loader(
-        opened,
-        LoaderConfig(minibatch=minibatch, streams=16, memory="512MiB"),
-        modalities=config.modalities,
+    options = TrainConfig(
+        store=(store,),
+        out=Path(tempfile.mkdtemp()),
         batch_key="sample",
-        seed=0,
-        rank=0,
-        world=1,
-        subset="train",
+        loader=LoaderConfig(minibatch=minibatch, streams=16, memory="512MiB"),
     )
+    loader, _ = ExitStack().enter_context(training_loaders(opened, options, config.modalities, World()))
     trainer = Trainer(
         model,
         build_optimizer(model, OptimConfig()),
@@ -74,7 +71,7 @@ def serve_liam(store: str, minibatch: int, steps: int, impl: str, precision: str
         kl=KLSchedule("steps", 1000, 1e-3),
         max_epochs=10**6,
         seed=0,
-        directory=Path(tempfile.mkdtemp()),
+        directory=options.out,
         history=History(None),
     )
     trainer.progress = Progress(total_steps=1, start_step=0, is_shown=False)

@@ -11,7 +11,7 @@ import tyro
 from liam_scale.model import ModelConfig
 from liam_scale.training.distributed import Device
 from liam_scale.training.optim import OptimConfig
-from liam_scale.training.trainer import TrainingConfig
+from liam_scale.training.options import TrainingConfig
 from loaders.options import LoaderConfig
 
 SHORT_FLAGS = {

@@ -180,11 +180,11 @@ def _decode_chunk(model: Liam, z_BL: Tensor, targets: list[np.ndarray], chosen: 
     for part in chosen:
         columns = torch.from_numpy(part.columns)
         step = max(1, LOGIT_BYTES // (4 * model.data.num_features[part.modality]))
-        pieces = [
-            sum(_shares(model, part.modality, z_BL[b : b + step], torch.from_numpy(t[b : b + step]).long())[:, columns]
-                for t in targets) / len(targets)
-            for b in range(0, len(z_BL), step)
-        ]  # fmt: skip
+        pieces = []
+        for start in range(0, len(z_BL), step):
+            own = slice(start, start + step)
+            decoded = [_shares(model, part.modality, z_BL[own], torch.from_numpy(t[own]).long()) for t in targets]
+            pieces.append(torch.stack([shares[:, columns] for shares in decoded]).mean(dim=0))
         parts.append(torch.cat(pieces))
     return torch.cat(parts, dim=1)
 

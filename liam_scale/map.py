@@ -22,12 +22,13 @@ from liam_scale.command import parse, run, to_toml
 from liam_scale.config import TrainConfig
 from liam_scale.embed import EmbedConfig, embed_store
 from liam_scale.model import Liam, ModelData
-from liam_scale.preparation import RecodedSamples, build_loader, model_data, open_stores, sample_table
+from liam_scale.preparation import RecodedSamples, model_data, open_stores, sample_table, training_loaders
 from liam_scale.run_directory import RunDirectory, RunRecord
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History
 from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer
-from liam_scale.training.trainer import Trainer, TrainingConfig
+from liam_scale.training.options import TrainingConfig
+from liam_scale.training.trainer import Trainer
 from loaders.stores import MatchedStore, Store
 
 
@@ -177,18 +178,14 @@ def _train(
     for name, parameter in model.named_parameters():
         if name in masks:
             parameter.register_hook(lambda gradient, mask=masks[name]: gradient * mask)
-    options = {"modalities": record.model.modalities, "batch_key": config.batch_key, "seed": config.seed}
     table = sample_table(store, config.batch_key, record.data.samples)
-    with (
-        build_loader(store, config.loader, subset="train", rank=0, world=1, **options) as train_loader,
-        build_loader(store, config.loader, subset="validation", rank=0, world=1, **options) as validation_loader,
-    ):
+    with training_loaders(store, config, record.model.modalities, World()) as (train_loader, validation_loader):
         assert config.training.max_epochs is not None
         trainer = Trainer(
             model,
             build_optimizer(model, config.optim),
             train=RecodedSamples(train_loader, table),
-            validation=RecodedSamples(validation_loader, table) if validation_loader.num_cells else None,
+            validation=RecodedSamples(validation_loader, table) if validation_loader else None,
             world=World(),
             config=config.training,
             kl=KLSchedule("epochs", 0.0, 1.0),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,11 +15,14 @@ from liam_scale.command import flag_of, to_table, to_toml
 from liam_scale.config import LOCKED, TrainConfig
 from liam_scale.model import ModelConfig, ModelData, library_priors, resolve
 from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.training.distributed import World
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch
-from loaders.options import LoaderConfig
 from loaders.stores import Store, open_store
 from loaders.totals import cell_totals
+
+VALIDATION_CELLS = 512
+"""Cells scored at once at least; there is no backward pass to hold memory for."""
 
 
 def open_stores(uris: Sequence[str]) -> Store:
@@ -81,37 +85,39 @@ def resolved(config: TrainConfig, store: Store) -> tuple[ModelConfig, ...]:
     return models
 
 
-def build_loader(
-    store: Store,
-    config: LoaderConfig,
-    *,
-    modalities: Sequence[str],
-    batch_key: str | None,
-    seed: int,
-    rank: int,
-    world: int,
-    subset: str,
-) -> Loader:
-    """A loader of training or validation cells of one rank."""
-    assert config.streams is not None
-    return Loader(
-        store,
-        minibatch=config.minibatch if subset == "train" else max(config.minibatch, 512),
-        sample_key=batch_key,
-        modalities=tuple(modalities),
-        seed=seed,
-        streams=config.streams,
-        rank=rank,
-        world=world,
-        memory=config.memory,
-        subset=subset,
-        validation_share=config.validation_share,
-        shuffle=subset == "train",
-        transpose=subset == "train",
-        transforms=config.transforms,
-        threads=config.threads,
-        weights=config.balance if subset == "train" else None,
-    )
+@contextmanager
+def training_loaders(
+    store: Store, config: TrainConfig, modalities: Sequence[str], world: World
+) -> Iterator[tuple[Loader, Loader | None]]:
+    """Loaders of this rank's training and validation cells; None where no cell validates."""
+    chosen = config.loader
+    assert chosen.streams is not None
+    with ExitStack() as stack:
+
+        def loader(subset: Literal["train", "validation"]) -> Loader:
+            is_training = subset == "train"
+            own = Loader(
+                store,
+                minibatch=chosen.minibatch if is_training else max(chosen.minibatch, VALIDATION_CELLS),
+                sample_key=config.batch_key,
+                modalities=tuple(modalities),
+                seed=config.seed,
+                streams=chosen.streams,
+                rank=world.rank,
+                world=world.size,
+                memory=chosen.memory,
+                subset=subset,
+                validation_share=chosen.validation_share,
+                shuffle=is_training,
+                transpose=is_training,
+                transforms=chosen.transforms,
+                threads=chosen.threads,
+                weights=chosen.balance if is_training else None,
+            )
+            return stack.enter_context(own)
+
+        validation = loader("validation")
+        yield loader("train"), validation if validation.num_cells else None
 
 
 def settle(config: TrainConfig, store: Store, models: tuple[ModelConfig, ...], ranks: int) -> TrainConfig:

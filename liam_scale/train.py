@@ -12,13 +12,13 @@ from liam_scale.config import SHORT_FLAGS, TrainConfig
 from liam_scale.estimate import describe_plan
 from liam_scale.model import Liam, ModelConfig
 from liam_scale.preparation import (
-    build_loader,
     model_data,
     open_stores,
     options_table,
     record_of,
     resolved,
     settle,
+    training_loaders,
 )
 from liam_scale.run_directory import RunDirectory
 from liam_scale.training.checkpoint import newest_checkpoint
@@ -98,17 +98,12 @@ def _train_part(directory: RunDirectory, config: TrainConfig, store: Store, worl
     record = directory.record()
     model = Liam(record.model, record.data, seed=config.seed).to(world.device)
     model.use_gradient_buffers(world.size == 1)
-    shared = {"modalities": record.model.modalities, "batch_key": config.batch_key, "seed": config.seed}
-    ranks = {"rank": world.rank, "world": world.size}
-    with (
-        build_loader(store, config.loader, subset="train", **shared, **ranks) as train_loader,
-        build_loader(store, config.loader, subset="validation", **shared, **ranks) as validation_loader,
-    ):
+    with training_loaders(store, config, record.model.modalities, world) as (train_loader, validation_loader):
         trainer = Trainer(
             model,
             build_optimizer(model, config.optim),
             train=train_loader,
-            validation=validation_loader if validation_loader.num_cells else None,
+            validation=validation_loader,
             world=world,
             config=config.training,
             kl=kl_schedule(config.optim, num_cells=store.schema.num_cells),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -67,7 +68,7 @@ class SparseCounts:
 
     def to_scipy(self) -> scipy.sparse.csr_matrix:
         """(B, F) as a SciPy CSR matrix that shares this memory."""
-        parts = (self.values.cpu().numpy(), self.indices.cpu().numpy(), self.indptr.cpu().numpy())
+        parts = tuple(tensor.cpu().numpy() for tensor in (self.values, self.indices, self.indptr))
         return scipy.sparse.csr_matrix(parts, shape=(self.num_cells, self.num_features))
 
     @classmethod
@@ -95,8 +96,8 @@ class SparseCounts:
         )
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> SparseCounts:
-        changed = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SparseCounts(**{k: function(v) if isinstance(v, Tensor) else v for k, v in changed.items()})
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return SparseCounts(**{k: function(v) if isinstance(v, Tensor) else v for k, v in held.items()})
 
 
 @dataclass(frozen=True)

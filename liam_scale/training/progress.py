@@ -65,7 +65,8 @@ class Progress:
         if not self._is_shown or self._bar is not None or time.monotonic() - self._last_line < 2.0:
             return
         self._last_line = time.monotonic()
-        losses = {name: row[name] for name in ("train_loss", "validation_loss", "elbo_validation") if name in row}
+        names: tuple[str, ...] = ("train_loss", "validation_loss", "elbo_validation")
+        losses = {name: row[name] for name in names if name in row}
         text = _describe(losses, row["cells_per_second"], row["waiting_share"])
         mark = "  best so far" if is_best else ""
         print(f"epoch {int(row['epoch'])}  step {int(row['step']):,}/{self._total:,}  {text}{mark}", flush=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from liam_scale.training.checkpoint import Checkpoint, save_checkpoint
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History, Row, summarise
+from liam_scale.training.meter import Meter
 from liam_scale.training.optim import KLSchedule, load_optimizer_tensors, optimizer_tensors
+from liam_scale.training.options import TrainingConfig
 from liam_scale.training.progress import Progress
+from liam_scale.training.signals import StopRequest
 from loaders.minibatch import Minibatch
 
 STEPS_BETWEEN_AGREEMENTS = 10
@@ -29,38 +30,6 @@ VALIDATION_STEP = -1
 """Key of the validation noise: the same draw at every evaluation, so that early stopping compares weights."""
 
 Outcome = Literal["finished", "stopped early", "interrupted"]
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How long to train, when to look, what to keep."""
-
-    max_epochs: int | None = None
-    """Default: min(round(20,000 / cells x 400), 400), as the original."""
-    max_steps: int | None = None
-    """Stop after this many optimizer steps, whatever the epoch."""
-    early_stopping: bool = True
-    """Stop when the validation loss has not improved for `patience` evaluations."""
-    patience: int = 10
-    """Evaluations without improvement before training stops."""
-    min_delta: float = 0.0
-    """Smallest decrease of the validation loss that counts as an improvement, nats per cell."""
-    validate_every: int | None = None
-    """Steps between evaluations; default: one at the end of every epoch."""
-    checkpoint_seconds: float = 300.0
-    """Time between checkpoints."""
-    checkpoint_steps: int | None = None
-    """Steps between checkpoints, instead of a time."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
-    tensorboard: bool = False
-    """Also write the history as TensorBoard events."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_epochs", "max_steps", "patience", "validate_every", "checkpoint_steps", "keep_checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--training.{name.replace('_', '-')}: got {value}; give at least 1")
 
 
 class MinibatchSource(Protocol):
@@ -80,6 +49,12 @@ class MinibatchSource(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Counting(Protocol):
+    """A model that says how many cells enter the terms of each modality."""
+
+    def num_cells_with(self, minibatch: Minibatch) -> dict[str, int]: ...
 
 
 @dataclass
@@ -133,10 +108,9 @@ class Trainer:
         self.couples_cells = couples_cells
         self.saved = dict(saved or {})
         self.at = Progression()
-        self._sums: dict[str, Tensor] = {}
-        self._cells_seen = 0
+        self._meter = Meter(world)
         self._best: dict[str, Tensor] | None = None
-        self._stop_requested = False
+        self._stop = StopRequest()
         self._last_checkpoint = time.monotonic()
         self._module: nn.Module = model
         if world.size > 1:
@@ -144,9 +118,8 @@ class Trainer:
             # Buffers (priors) never change, so no forward pass need send them; torch 2.13 renamed the switch.
             known = inspect.signature(DistributedDataParallel).parameters
             switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            self._module = DistributedDataParallel(
-                model, device_ids=devices, gradient_as_bucket_view=True, **{switch: False}
-            )
+            options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
+            self._module = DistributedDataParallel(model, device_ids=devices, **options)
         self.max_steps = max_epochs * train.steps_per_epoch
         if config.max_steps is not None:
             self.max_steps = min(self.max_steps, config.max_steps)
@@ -163,16 +136,11 @@ class Trainer:
         self.history.write()
         self.train_source.load_state_dict(state["loader"])
         # Sums were added up over all ranks; one rank carries them on.
-        if self.world.is_main:
-            self._sums = {
-                name: torch.tensor(value, dtype=torch.float64, device=self.world.device)
-                for name, value in state["sums"].items()
-            }
-        self._cells_seen = state["cells_seen"]
+        self._meter = Meter(self.world, state["sums"] if self.world.is_main else None, cells=state["cells_seen"])
 
     def save(self) -> None:
         """Write a checkpoint of the position just trained. Every rank calls it, the main rank writes."""
-        sums = self._summed()
+        sums = self._meter.totals()
         if self.world.is_main:
             tensors = {
                 "model": self.model.state_dict(),
@@ -184,7 +152,7 @@ class Trainer:
                 **self.saved,
                 "at": vars(self.at),
                 "sums": sums,
-                "cells_seen": self._cells_seen,
+                "cells_seen": self._meter.cells,
                 "history": self.history.rows,
                 "loader": self.train_source.state_dict(),
             }
@@ -192,22 +160,6 @@ class Trainer:
                 self.directory, Checkpoint(tensors, state), step=self.at.global_step, keep=self.config.keep_checkpoints
             )
         self._last_checkpoint = time.monotonic()
-
-    def _summed(self) -> dict[str, float]:
-        """Loss terms summed since the last evaluation, over all ranks."""
-        names = sorted(self._term_names())
-        zero = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        stacked = torch.stack([self._sums.get(name, zero) for name in names]) if names else zero.reshape(1)[:0]
-        return dict(zip(names, self.world.sum(stacked.clone()).tolist(), strict=True))
-
-    def _term_names(self) -> list[str]:
-        """Names of the loss terms; a rank that has just resumed learns them from its first step."""
-        own = list(self._sums)
-        if self.world.size > 1:
-            gathered: list[list[str]] = [[] for _ in range(self.world.size)]
-            torch.distributed.all_gather_object(gathered, own)
-            own = list({name for names in gathered for name in names})
-        return own
 
     def best_weights(self) -> dict[str, Tensor]:
         """Weights of the best evaluation, the present ones where there was none."""
@@ -219,7 +171,7 @@ class Trainer:
         self.progress = Progress(total_steps=self.max_steps, start_step=self.at.global_step, is_shown=is_shown)
         self.model.train()
         try:
-            with self._signals():
+            with self._stop.listening():
                 return self._fit()
         finally:
             self.progress.close()
@@ -237,7 +189,7 @@ class Trainer:
                     return "interrupted"
                 if self.at.global_step >= self.max_steps or self._has_converged():
                     break
-        if self._cells_seen:
+        if self._meter.cells:
             self._evaluate()
         self.save()
         return "stopped early" if self._has_converged() else "finished"
@@ -257,21 +209,14 @@ class Trainer:
         objective.loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._add_up({"train_loss": objective.loss.detach() / cell_weight, **objective.terms})
-        self._cells_seen += minibatch.num_global
+        loss = objective.loss.detach() / cell_weight
+        self._meter.add({"train_loss": loss, **objective.terms}, cells=minibatch.num_global)
         self.at.global_step += 1
         self.progress.advance(minibatch.num_global)
 
-    def _add_up(self, terms: Mapping[str, Tensor]) -> None:
-        for name, value in terms.items():
-            if name in self._sums:
-                self._sums[name] += value.double()
-            else:
-                self._sums[name] = value.double()
-
     def _cells_with(self, minibatch: Minibatch) -> dict[str, int]:
         """Cells of the global minibatch that enter the terms of each modality."""
-        own = self.model.num_cells_with(minibatch)
+        own = cast(Counting, self.model).num_cells_with(minibatch)
         counts = torch.tensor(list(own.values()), device=self.world.device)
         return dict(zip(own, self.world.sum(counts).tolist(), strict=True))
 
@@ -290,8 +235,8 @@ class Trainer:
             return False
         if every is None:
             is_due = time.monotonic() - self._last_checkpoint >= self.config.checkpoint_seconds
-        is_broken = not all(bool(torch.isfinite(value)) for value in self._sums.values())
-        stop, due, broken = self.world.largest([int(self._stop_requested), int(is_due), int(is_broken)])
+        is_broken = bool(self._meter.broken())
+        stop, due, broken = self.world.largest([int(self._stop.is_made), int(is_due), int(is_broken)])
         if broken:
             raise RuntimeError(self._broken_message())
         if stop or due:
@@ -305,20 +250,19 @@ class Trainer:
         return bool(stop)
 
     def _broken_message(self) -> str:
-        names = [name for name, value in self._sums.items() if not bool(torch.isfinite(value))]
         return (
-            f"training: {', '.join(names) or 'a loss of another rank'} is not finite within the "
+            f"training: {', '.join(self._meter.broken()) or 'a loss of another rank'} is not finite within the "
             f"{STEPS_BETWEEN_AGREEMENTS} steps before step {self.at.global_step:,}; the last checkpoint is sound: "
             "lower --optim.lr, or go back to float32 products, and run the same command again"
         )
 
     def _show_losses(self) -> None:
         """Means over this rank's cells since the last evaluation: a glance, not the history."""
-        own_cells = max(1.0, self._cells_seen / self.world.size)
-        losses = {"loss": float(self._sums["train_loss"]) / own_cells}
+        own_cells, sums = max(1.0, self._meter.cells / self.world.size), self._meter.sums
+        losses = {"loss": float(sums["train_loss"]) / own_cells}
         losses |= {
             name.removeprefix("reconstruction_loss_"): float(value) / own_cells
-            for name, value in self._sums.items()
+            for name, value in sums.items()
             if name.startswith("reconstruction_loss_")
         }
         rates = self.progress.rates(self.train_source.waited_seconds)
@@ -326,26 +270,26 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Append a row to the history; remember the weights if they are the best so far."""
-        sums = self._summed()
+        sums, cells = self._meter.totals(), max(1, self._meter.cells)
         train_loss = sums.pop("train_loss")
         rates = self.progress.rates(self.train_source.waited_seconds)
         row: Row = {
             "epoch": self.at.epoch,
             "step": self.at.global_step,
             "kl_weight": self.kl(self.at.epoch, self.at.global_step - 1),
-            "train_loss": train_loss / max(1, self._cells_seen),
-            **summarise(sums, self._cells_seen, "train"),
+            "train_loss": train_loss / cells,
+            **summarise(sums, cells, "train"),
         }
         if self.validation_source is not None:
             row |= self._validation_row(self.validation_source)
         row |= {"cells_per_second": rates[0], "waiting_share": rates[1]}
         is_best = self._remember(row)
-        self._sums, self._cells_seen = {}, 0
+        self._meter = Meter(self.world)
         self.history.append(row)
         self.progress.show_evaluation(row, is_best=is_best)
 
     def _validation_row(self, source: MinibatchSource) -> Row:
-        own, self._sums = self._sums, {}
+        meter = Meter(self.world)
         # The KL weight is the one that training ends with: under the growing weight of the original the loss rises
         # as the schedule does, and early stopping would compare epochs by their date.
         kl_weight = self.kl(self.max_epochs - 1, self.max_steps - 1)
@@ -361,10 +305,9 @@ class Trainer:
                     cell_weight=1.0,
                     num_global_with=self._cells_with(on_device) if self.couples_cells else None,
                 )
-                self._add_up({"validation_loss": objective.loss, **objective.terms})
+                meter.add({"validation_loss": objective.loss, **objective.terms})
         self.model.train()
-        sums = self._summed()
-        self._sums = own
+        sums = meter.totals()
         loss = sums.pop("validation_loss") / source.num_cells
         return {"validation_loss": loss, **summarise(sums, source.num_cells, "validation")}
 
@@ -383,22 +326,3 @@ class Trainer:
         for name, value in weights.items():
             self._best[name].copy_(value)
         return True
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 ask for a checkpoint and a clean end (schedulers send them before a time limit)."""
-
-        def request_stop(number: int, frame: Any) -> None:
-            self._stop_requested = True
-
-        try:
-            before = {s: signal.signal(s, request_stop) for s in (signal.SIGTERM, signal.SIGUSR1)}
-        except ValueError:
-            # Not the main thread (a notebook's worker, say): no handlers there.
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

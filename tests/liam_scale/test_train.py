@@ -19,7 +19,7 @@ import liam_scale
 from liam_scale.config import TrainConfig
 from liam_scale.run_directory import RunDirectory
 from liam_scale.train import main, train
-from liam_scale.training.trainer import TrainingConfig
+from liam_scale.training.options import TrainingConfig
 from loaders.options import LoaderConfig
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -1,0 +1,46 @@
+"""Sums of loss terms between two evaluations, on the device and without waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from liam_scale.training.distributed import World
+
+
+class Meter:
+    """Adds up terms over this rank's cells; `totals` adds them up over ranks."""
+
+    def __init__(self, world: World, sums: Mapping[str, float] | None = None, *, cells: int = 0) -> None:
+        self._world = world
+        self.cells = cells
+        """Cells of all ranks since the last evaluation."""
+        self.sums: dict[str, Tensor] = {
+            name: torch.tensor(value, dtype=torch.float64, device=world.device) for name, value in (sums or {}).items()
+        }
+
+    def add(self, terms: Mapping[str, Tensor], *, cells: int = 0) -> None:
+        self.cells += cells
+        for name, value in terms.items():
+            self.sums[name] = self.sums[name] + value.double() if name in self.sums else value.double()
+
+    def broken(self) -> list[str]:
+        """Names of the sums that are not finite. Waits for the device."""
+        return [name for name, value in self.sums.items() if not bool(torch.isfinite(value))]
+
+    def totals(self) -> dict[str, float]:
+        """Sums over all ranks; every rank calls it."""
+        names = self._names()
+        zero = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        stacked = torch.stack([self.sums.get(name, zero) for name in names]) if names else zero[None][:0]
+        return dict(zip(names, self._world.sum(stacked.clone()).tolist(), strict=True))
+
+    def _names(self) -> list[str]:
+        """All terms, in an order that all ranks share: a rank that has just resumed has none of its own."""
+        if self._world.size == 1:
+            return sorted(self.sums)
+        gathered: list[list[str]] = [[] for _ in range(self._world.size)]
+        torch.distributed.all_gather_object(gathered, list(self.sums))
+        return sorted({name for names in gathered for name in names})

@@ -1,0 +1,83 @@
+"""The rules of the house that no linter knows: sizes, words, commands in the docs, frozen options."""
+
+import ast
+import importlib
+import re
+import shlex
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from liam_scale.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted([*(ROOT / "liam_scale").rglob("*.py"), *(ROOT / "loaders").rglob("*.py")])
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OPTIONS = Path(__file__).with_name("options.txt")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[0].end_lineno if ast.get_docstring(node) else node.lineno
+            assert node.end_lineno is not None
+            assert first is not None
+            assert node.end_lineno - first <= 60, f"{node.name} is too long"
+
+
+def test_train_reads_as_a_table_of_contents() -> None:
+    assert (ROOT / "liam_scale" / "train.py").read_text().count("\n") <= 160
+
+
+def test_there_are_no_rooms_without_a_name() -> None:
+    assert not [p for p in SOURCES if p.stem in ("utils", "helpers", "common", "misc")]
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_covariate_is_never_called_batch_alone(path: Path) -> None:
+    """In names; `batch_key` is the field's option name, `batch_norm` another thing."""
+    with path.open("rb") as file:
+        names = {token.string for token in tokenize.tokenize(file.readline) if token.type == tokenize.NAME}
+    assert not names & {"batch", "batches", "n_batch", "num_batches"}
+
+
+def commands(text: str) -> list[list[str]]:
+    """Command lines of this package in the bash blocks of a page."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in line.split("#")[0].split("&&"):
+                words = shlex.split(part)
+                if "liam-scale" in words[:1]:
+                    found.append(words[1:])
+                elif any(w.startswith("liam_scale.") for w in words) and "-m" in words:
+                    index = next(i for i, w in enumerate(words) if w.startswith("liam_scale."))
+                    found.append([words[index].removeprefix("liam_scale."), *words[index + 1 :]])
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_commands_in_the_docs_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, *arguments in commands(page.read_text()):
+        module, function, _ = COMMANDS[name]
+        room = importlib.import_module(module)
+        # Everything but the work itself: `run` gets what would be done, and does not do it.
+        monkeypatch.setattr(room, "run", lambda work, debug=False: 77)
+        assert getattr(room, function)(arguments) == 77, (name, arguments)
+
+
+def test_the_options_are_those_that_were_agreed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """A renamed or dropped option breaks scripts; a new one is added to tests/options.txt by hand."""
+    found = []
+    for name, (module, function, _) in COMMANDS.items():
+        with pytest.raises(SystemExit):
+            getattr(importlib.import_module(module), function)(["--help"])
+        said = capsys.readouterr().out
+        options = sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*", said)) - {"--help"})
+        found += [f"{name} {option}" for option in options]
+    assert found == OPTIONS.read_text().split("\n")[:-1]
