@@ -97,7 +97,8 @@ class SparseCounts:
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> SparseCounts:
         held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return SparseCounts(**{k: function(v) if isinstance(v, Tensor) else v for k, v in held.items()})
+        changed: dict[str, Any] = {k: function(v) if isinstance(v, Tensor) else v for k, v in held.items()}
+        return SparseCounts(**changed)
 
 
 @dataclass(frozen=True)
