@@ -2,6 +2,7 @@
 
 from liam_scale.model.config import ModelConfig, ModelData, ModelName, resolve
 from liam_scale.model.liam import Inference, Liam
+from liam_scale.model.logistic_normal import logistic_normal_mean
 from liam_scale.model.objective import CellTerms, Objective
 from liam_scale.model.priors import library_priors
 
@@ -14,5 +15,6 @@ __all__ = [
     "ModelName",
     "Objective",
     "library_priors",
+    "logistic_normal_mean",
     "resolve",
 ]

@@ -7,6 +7,7 @@
 import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ TRAJECTORIES = sorted(p.stem for p in GOLDEN.glob("traj_*.json"))
 WEIGHTS = [(kl, factor) for kl in (0, 0.5, 1) for factor in (1, 25)]
 ABSENT = pytest.mark.skip(reason=f"no golden values in {GOLDEN} (set LIAM_GOLDEN)")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Arrays this small are slower on several threads (64 s against 10 s on a shared machine)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def cases(names: list[str]) -> Any:
