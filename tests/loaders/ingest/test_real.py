@@ -12,7 +12,11 @@ from loaders.ingest import ingest
 
 DATA = Path(os.environ.get("LIAM_SHARED", Path(__file__).resolve().parents[3] / ".." / "shared")) / "data"
 
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder of real data at {DATA}")
+pytestmark = [
+    pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder of real data at {DATA}"),
+    # mudata on proteins called like genes (CD4, CD14).
+    pytest.mark.filterwarnings("ignore:Cannot join columns with the same name:UserWarning"),
+]
 
 
 def equal(stored, source):
