@@ -42,10 +42,20 @@ class Objective:
 
 @dataclass(frozen=True)
 class CellTerms:
-    """Terms of the objective, cell by cell and unmasked; each (B,).
+    """Terms of the objective, cell by cell; each (B,).
 
-    `weighted` is the differentiable sum of the terms that no kernel weighs itself, `reconstruction_losses` what the
-    kernels return for theirs.
+    Attributes
+    ----------
+    reconstruction
+        Per modality: negative log-likelihood, detached; 0 for a cell outside the modality's mask.
+    kl_library
+        Per modality with a library encoder, unmasked.
+    kl_z, adversarial
+        Latent divergence and cross entropy of the adversary (None without one), never masked.
+    masks
+        Per modality, bool: which cells enter its terms.
+    reconstruction_losses
+        Differentiable scalars of the kernels, which weigh and sum the cells themselves.
     """
 
     reconstruction: Mapping[str, Tensor]
