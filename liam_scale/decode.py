@@ -162,7 +162,8 @@ def _create(path: Path, store: Store, chosen: list[Chosen]) -> zarr.Array:
     names = [name for part in chosen for name in part.names]
     modalities = [part.modality for part in chosen for _ in part.names]
     var = pd.DataFrame({"modality": pd.Categorical(modalities)}, index=pd.Index(names))
-    anndata.AnnData(obs=store.obs_frame(), var=var).write_zarr(path)
+    with anndata.settings.override(zarr_write_format=3):
+        anndata.AnnData(obs=store.obs_frame(), var=var).write_zarr(path)
     return zarr.open_group(path, mode="r+", use_consolidated=False).create_array(
         "X",
         shape=(store.schema.num_cells, len(names)),

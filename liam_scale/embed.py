@@ -244,7 +244,8 @@ def _write(config: EmbedConfig, store: Store, pieces: Path, num_models: int) -> 
         return
     partial = config.out.with_name(f".{config.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    anndata.AnnData(obs=store.obs_frame(), obsm={config.key: embedding}).write_zarr(partial)
+    with anndata.settings.override(zarr_write_format=3):
+        anndata.AnnData(obs=store.obs_frame(), obsm={config.key: embedding}).write_zarr(partial)
     partial.rename(config.out)
 
 

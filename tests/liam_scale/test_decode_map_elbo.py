@@ -94,7 +94,7 @@ def test_the_elbo_of_cells_adds_up_to_the_objective(trained: Path, multiome: Pat
     again = run.elbo(draws=2, seed=3)
     np.testing.assert_array_equal(scores["elbo"], again["elbo"])
     model = run.model()
-    with Loader(open_store(multiome), minibatch=10**6, subset="all", shuffle=False, sample_key="sample") as loader:
+    with Loader(open_store(multiome), minibatch=600, subset="all", shuffle=False, sample_key="sample") as loader:
         minibatch = next(iter(loader))
     with torch.no_grad():
         objective = model(
@@ -165,10 +165,9 @@ def test_mapping_matches_features_by_name(trained: Path, multiome: Path, tmp_pat
     run.map(tmp_path / "other.zarr", out=tmp_path / "mapped", max_epochs=1)
     mapped = mudata.read_zarr(tmp_path / "other.zarr")
     zeroed = atlas.copy()
-    zeroed["atac"].X = zeroed["atac"].X.tolil()
-    zeroed["atac"].X[:, :10] = 0
-    zeroed["atac"].X = zeroed["atac"].X.tocsr()
-    zeroed["atac"].X.eliminate_zeros()
+    peaks = zeroed["atac"].X.tolil()
+    peaks[:, :10] = 0
+    zeroed["atac"].X = peaks.tocsr()
     zeroed.write_h5mu(tmp_path / "zeroed.h5mu")
     liam_scale.ingest([tmp_path / "zeroed.h5mu"], out=tmp_path / "zeroed.zarr", sample_key="sample")
     ids = mudata.read_zarr(tmp_path / "zeroed.zarr").obs_names

@@ -31,7 +31,7 @@ def expected(run: Path, store: Path) -> np.ndarray:
     """The embedding of every cell, one by one minibatch of all cells, without the command."""
     model = liam_scale.load_run(run).model()
     opened = open_store(store)
-    with Loader(opened, minibatch=10**6, subset="all", shuffle=False, transpose=False) as loader:
+    with Loader(opened, minibatch=600, subset="all", shuffle=False, transpose=False) as loader:
         minibatch = next(iter(loader))
         mean, variance = model.latent(minibatch)
     values = np.empty(mean.shape, dtype=np.float32)
