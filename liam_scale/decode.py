@@ -23,6 +23,7 @@ from liam_scale.model.decoders import NegativeMultinomialDecoder
 from liam_scale.preparation import open_stores, sample_column, sample_table
 from liam_scale.run_directory import RunDirectory, RunRecord
 from loaders.stores import Store
+from loaders.stores.anndata_zarr import write_anndata
 
 CELLS_PER_CHUNK = 4_096
 """Cells of one chunk of the written array."""
@@ -162,8 +163,7 @@ def _create(path: Path, store: Store, chosen: list[Chosen]) -> zarr.Array:
     names = [name for part in chosen for name in part.names]
     modalities = [part.modality for part in chosen for _ in part.names]
     var = pd.DataFrame({"modality": pd.Categorical(modalities)}, index=pd.Index(names))
-    with anndata.settings.override(zarr_write_format=3):
-        anndata.AnnData(obs=store.obs_frame(), var=var).write_zarr(path)
+    write_anndata(anndata.AnnData(obs=store.obs_frame(), var=var), path)
     return zarr.open_group(path, mode="r+", use_consolidated=False).create_array(
         "X",
         shape=(store.schema.num_cells, len(names)),

@@ -27,6 +27,7 @@ from liam_scale.training.distributed import Device, World, join_world, launched_
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch
 from loaders.stores import Store
+from loaders.stores.anndata_zarr import write_anndata
 
 CELLS_PER_STEP = 1_024
 """Cells embedded at once, over all ranks."""
@@ -244,8 +245,7 @@ def _write(config: EmbedConfig, store: Store, pieces: Path, num_models: int) -> 
         return
     partial = config.out.with_name(f".{config.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with anndata.settings.override(zarr_write_format=3):
-        anndata.AnnData(obs=store.obs_frame(), obsm={config.key: embedding}).write_zarr(partial)
+    write_anndata(anndata.AnnData(obs=store.obs_frame(), obsm={config.key: embedding}), partial)
     partial.rename(config.out)
 
 
