@@ -29,15 +29,14 @@ def open_sources(store: Store, modalities: Sequence[str] | None = None) -> dict[
 
 def open_source(store: Store, modality: str) -> ModalitySource:
     """Source of one modality, by the fastest reader that knows its format."""
+    schema = store.schema.modalities[modality]
     rows = store.modality_rows(modality)
-    cells = None if rows is None else rows.astype(np.int32)
-    reader, offsets = open_reader(store, modality, cells=cells)
     return ModalitySource(
         name=modality,
-        reader=reader,
-        offsets=offsets,
-        rows=cells,
-        num_features=store.schema.modalities[modality].num_features,
+        reader=open_reader(store, modality),
+        rows=None if rows is None else rows.astype(np.int32),
+        num_features=schema.num_features,
+        nonzeros_per_cell=schema.num_nonzeros / max(1, store.schema.num_cells),
         indices_pool=Pool(),
         values_pool=Pool(),
     )

@@ -5,16 +5,15 @@ Shapes: B cells of the window, R rows of the modality, N entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from loaders.buffers import Pool
-from loaders.csr import gather_rows
 from loaders.plan import Epoch, Rows, Window
 
 MAX_GAP = 32
@@ -27,21 +26,34 @@ CHECKPOINT = 256
 """Rows between stored offsets; offsets in between are summed from lengths."""
 
 
+@dataclass(frozen=True)
+class PreparedRows:
+    """Rows whose entries are known in number, and a function that puts them into memory.
+
+    Attributes
+    ----------
+    starts, lengths
+        (B,) int64: where each row will begin and how many entries it has.
+    num_entries
+        Entries that `fill` writes; may be more than the sum of lengths.
+    fill
+        Writes the entries into (num_entries,) indices and values of the reader's types.
+    """
+
+    starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    num_entries: int
+    fill: Callable[[npt.NDArray[np.generic], npt.NDArray[np.generic]], None]
+
+
 class RowReader(Protocol):
     """Reads rows of one modality's matrix; called from several threads at once."""
 
-    index_dtype: np.dtype[np.generic]
-    value_dtype: np.dtype[np.generic]
+    index_dtype: np.dtype[Any]
+    value_dtype: np.dtype[Any]
 
-    def read_into(
-        self,
-        start: int,
-        stop: int,
-        entry_start: int,
-        indices: npt.NDArray[np.generic],
-        values: npt.NDArray[np.generic],
-    ) -> None:
-        """Read rows [start, stop), whose entries begin at `entry_start`, into arrays of just their size."""
+    def prepare(self, rows: npt.NDArray[np.int64]) -> PreparedRows:
+        """Make ready to read (B,) rows, in runs that ascend; a row may repeat."""
         ...
 
 
@@ -118,26 +130,22 @@ class ModalitySource:
     ----------
     rows
         (n,) int32 row of each cell in the matrix, -1 where it lacks the modality; None if every cell has it.
+    nonzeros_per_cell
+        Mean over all cells of the store.
     """
 
     name: str
     reader: RowReader
-    offsets: RowOffsets
     rows: npt.NDArray[np.int32] | None
     num_features: int
+    nonzeros_per_cell: float
     indices_pool: Pool
     values_pool: Pool
 
     @property
     def bytes_per_cell(self) -> float:
         """Mean bytes of a cell in a window."""
-        entry = self.reader.index_dtype.itemsize + self.reader.value_dtype.itemsize
-        return entry * self.nonzeros_per_cell + 24
-
-    @property
-    def nonzeros_per_cell(self) -> float:
-        cells = self.offsets.num_rows if self.rows is None else len(self.rows)
-        return self.offsets.num_entries / max(1, cells)
+        return (self.reader.index_dtype.itemsize + self.reader.value_dtype.itemsize) * self.nonzeros_per_cell + 24
 
 
 @dataclass(frozen=True)
@@ -198,36 +206,11 @@ def read_window(source: ModalitySource, cells: npt.NDArray[np.integer], order: n
     """
     rows = cells.astype(np.int64) if source.rows is None else source.rows[cells].astype(np.int64)
     present = None if source.rows is None else rows >= 0
-    wanted = rows if present is None else rows[present]
-    starts, lengths = np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.int64)
-    runs = runs_of(wanted)
-    offsets = [source.offsets.between(int(wanted[a]), int(wanted[b - 1]) + 1) for a, b in runs]
-    is_sparse = [2 * (b - a) < len(edges) - 1 for (a, b), edges in zip(runs, offsets, strict=True)]
-    bases, total = [], 0
-    for (a, b), edges, sparse in zip(runs, offsets, is_sparse, strict=True):
-        inside = wanted[a:b] - wanted[a]
-        lengths[a:b] = edges[inside + 1] - edges[inside]
-        if sparse:
-            starts[a:b] = total + np.cumsum(lengths[a:b]) - lengths[a:b]
-            size = int(lengths[a:b].sum())
-        else:
-            starts[a:b] = total + edges[inside] - edges[0]
-            size = int(edges[-1] - edges[0])
-        bases.append((total, total + size))
-        total += size
-    indices = source.indices_pool.take(total, source.reader.index_dtype)
-    values = source.values_pool.take(total, source.reader.value_dtype)
-    for (a, b), edges, sparse, (low, high) in zip(runs, offsets, is_sparse, bases, strict=True):
-        first, last = int(wanted[a]), int(wanted[b - 1]) + 1
-        entry, into = int(edges[0]), (indices[low:high], values[low:high])
-        if not sparse:
-            source.reader.read_into(first, last, entry, *into)
-            continue
-        count = int(edges[-1]) - entry
-        whole = (np.empty(count, indices.dtype), np.empty(count, values.dtype))
-        source.reader.read_into(first, last, entry, *whole)
-        inside = wanted[a:b] - first
-        gather_rows(*whole, edges[inside] - entry, lengths[a:b], starts[a:b] - low, *into)
+    prepared = source.reader.prepare(rows if present is None else rows[present])
+    indices = source.indices_pool.take(prepared.num_entries, source.reader.index_dtype)
+    values = source.values_pool.take(prepared.num_entries, source.reader.value_dtype)
+    prepared.fill(indices, values)
+    starts, lengths = prepared.starts, prepared.lengths
     if present is None:
         return WindowRows(indices, values, starts[order], lengths[order], None)
     all_starts, all_lengths = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)

@@ -65,6 +65,10 @@ class ChainedStore:
         """Cells that the slowest store decodes together."""
         return max(getattr(store, "row_alignment", 1) for store in self.stores)
 
+    def parts(self, modality: str) -> list[Store]:
+        """The stores that have a modality, in order, each with the features and columns that all share."""
+        return [view for _, view in self._holders(modality)]
+
     def cell_ids(self, start: int, stop: int) -> npt.NDArray[np.str_]:
         parts = [self.stores[i].cell_ids(first, last) for i, first, last in _pieces(self._starts, start, stop)]
         return np.concatenate([np.zeros(0, np.str_), *parts])

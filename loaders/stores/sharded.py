@@ -221,11 +221,9 @@ class ShardedArray:
         """Decode the part of a chunk that belongs into `out`; may write over `packed`."""
         layout = self.layout
         if layout.has_checksum:
-            stored = int.from_bytes(packed[-4:].tobytes(), "little")
+            if (difference := verify_chunk(packed)) is not None:
+                raise self._damaged(chunk, difference)
             packed = packed[:-4]
-            computed = google_crc32c.value(packed)
-            if computed != stored:
-                raise self._damaged(chunk, f"its checksum is {computed:08x}, stored was {stored:08x}")
         begin = chunk * layout.chunk
         low, high = max(start, begin) - begin, min(start + len(out), begin + layout.chunk) - begin
         target = out[begin + low - start : begin + high - start].view(np.uint8)
@@ -307,6 +305,12 @@ class ShardedArray:
         length = self.layout.chunk
         entries = chunk * length, min(self.layout.length, (chunk + 1) * length)
         return DamagedChunk(what, chunk=chunk, entries=entries)
+
+
+def verify_chunk(packed: npt.NDArray[np.uint8]) -> str | None:
+    """Compare a chunk with the crc32c in its last four bytes; the difference in words, or None."""
+    stored, computed = int.from_bytes(packed[-4:].tobytes(), "little"), google_crc32c.value(packed[:-4])
+    return None if computed == stored else f"its checksum is {computed:08x}, stored was {stored:08x}"
 
 
 def cut_blosc(packed: npt.NDArray[np.uint8], low: int, high: int, size: int) -> tuple[npt.NDArray[np.uint8], int, int]:

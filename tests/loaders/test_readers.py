@@ -10,7 +10,7 @@ import scipy.sparse
 import zarr
 
 from loaders.loader import Loader
-from loaders.readers import ShardedRows, StoreReader, open_reader
+from loaders.readers import ChainedRows, ShardedRows, StoreRows, open_reader
 from loaders.sources import open_source
 from loaders.stores.open import open_store
 from loaders.synthetic import identifying_store
@@ -26,24 +26,37 @@ def path(tmp_path_factory):
     return path
 
 
-def read(reader, offsets, start, stop):
-    edges = offsets.between(start, stop)
-    count = edges[-1] - edges[0]
-    indices, values = np.empty(count, reader.index_dtype), np.empty(count, reader.value_dtype)
-    reader.read_into(start, stop, int(edges[0]), indices, values)
-    return scipy.sparse.csr_matrix((values, indices.astype(np.int64), edges - edges[0]), shape=(stop - start, 500))
+def read(reader, start, stop):
+    prepared = reader.prepare(np.arange(start, stop))
+    indices = np.empty(prepared.num_entries, reader.index_dtype)
+    values = np.empty(prepared.num_entries, reader.value_dtype)
+    prepared.fill(indices, values)
+    indptr = np.append(prepared.starts, prepared.num_entries)
+    assert np.array_equal(np.diff(indptr), prepared.lengths)
+    return scipy.sparse.csr_matrix((values, indices.astype(np.int64), indptr), shape=(stop - start, 500))
 
 
 @pytest.mark.parametrize("modality", ["rna", "atac"])
 def test_both_readers_give_the_same_rows(path, modality):
     store = open_store(path)
-    fast, offsets = open_reader(store, modality, cells=None)
+    fast, slow = open_reader(store, modality), StoreRows(store, modality)
     assert isinstance(fast, ShardedRows)
-    slow = StoreReader(store, modality)
-    for start, stop in [(0, offsets.num_rows), (0, 1), (250, 270), (96, 97), (5, 5)]:
-        expected = read(slow, offsets, start, stop)
-        assert (read(fast, offsets, start, stop) != expected).nnz == 0
+    for start, stop in [(0, store.schema.modalities[modality].num_cells), (0, 1), (250, 270), (96, 97), (5, 5)]:
+        expected = read(slow, start, stop)
+        assert (read(fast, start, stop) != expected).nnz == 0
         assert expected.has_sorted_indices
+
+
+def test_a_chain_of_stores_is_read_by_the_fast_reader(path, tmp_path):
+    identifying_store(tmp_path / "b.zarr", num_cells=200, num_features={"rna": 90, "atac": 200})
+    chain = open_store([path, tmp_path / "b.zarr"])
+    for modality in ("rna", "atac"):
+        fast, slow = open_reader(chain, modality), StoreRows(chain, modality)
+        assert isinstance(fast, ChainedRows)
+        assert all(isinstance(reader, ShardedRows) for reader in fast._readers)
+        count = chain.schema.modalities[modality].num_cells
+        for start, stop in [(0, count), (count - 250, count - 150), (count - 201, count - 200), (count - 3, count)]:
+            assert (read(fast, start, stop) != read(slow, start, stop)).nnz == 0
 
 
 def test_offsets_are_those_of_the_matrix(path):
