@@ -10,7 +10,7 @@ from torch import Tensor
 
 from liam_scale.kernels import negative_multinomial_cpu as cpu
 from liam_scale.kernels import negative_multinomial_device as device
-from liam_scale.kernels import reference, workers
+from liam_scale.kernels import reference
 from liam_scale.kernels.device import with_values
 from liam_scale.kernels.gradients import Formed, Targets, attach, checked_buffer, make_targets
 from liam_scale.kernels.negative_multinomial_terms import Cells, Coupling, Terms, coupled_terms, per_cell_terms
@@ -163,8 +163,9 @@ def _evaluate_cpu(
         r=r.double()[chosen] if r.dim() else r.double(),
         weight=layer.cell_weight.detach().double()[chosen],
     )
-    cache_bytes = tile_bytes - walk.scratch_bytes(workers.num_workers()) if targets is not None else 0
-    found = cpu.first_walk(walk, cache_bytes=cache_bytes, with_entries=coupling is not None)
+    with_entries = coupling is not None
+    cache_bytes = tile_bytes - walk.scratch_bytes(with_entries=with_entries) if targets is not None else 0
+    found = cpu.first_walk(walk, cache_bytes=cache_bytes, with_entries=with_entries)
     coefficients = walk.entries.values
     if coupling is None:
         terms = per_cell_terms(cells, found.fit, found.normalizer)

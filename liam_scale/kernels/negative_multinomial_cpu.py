@@ -82,11 +82,12 @@ class Layer:
         """(T, C), without the bias."""
         return multiply_transposed(self.weight[features], self.hidden)
 
-    def scratch_bytes(self, num_workers: int) -> int:
+    def scratch_bytes(self, *, with_entries: bool) -> int:
         """What the walks allocate beside the cache."""
         width = self.weight.shape[1] + 1
-        elements = num_workers * (2 * self.tile * (self.num_cells + width) + 3 * self.num_cells * width)
-        return elements * self.weight.dtype.itemsize
+        elements = workers.num_workers() * (2 * self.tile * (self.num_cells + width) + 3 * self.num_cells * width)
+        noted = len(self.entries.cells) if with_entries else 0
+        return (elements + noted) * self.weight.dtype.itemsize
 
 
 @dataclass(frozen=True)
