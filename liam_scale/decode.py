@@ -23,7 +23,7 @@ from liam_scale.model.decoders import NegativeMultinomialDecoder
 from liam_scale.preparation import open_stores, sample_column, sample_table
 from liam_scale.run_directory import RunDirectory, RunRecord
 from loaders.stores import Store
-from loaders.stores.anndata_zarr import write_anndata
+from loaders.stores.anndata_zarr import add_dense_matrix, write_anndata
 
 CELLS_PER_CHUNK = 4_096
 """Cells of one chunk of the written array."""
@@ -164,14 +164,7 @@ def _create(path: Path, store: Store, chosen: list[Chosen]) -> zarr.Array:
     modalities = [part.modality for part in chosen for _ in part.names]
     var = pd.DataFrame({"modality": pd.Categorical(modalities)}, index=pd.Index(names))
     write_anndata(anndata.AnnData(obs=store.obs_frame(), var=var), path)
-    return zarr.open_group(path, mode="r+", use_consolidated=False).create_array(
-        "X",
-        shape=(store.schema.num_cells, len(names)),
-        chunks=(min(CELLS_PER_CHUNK, store.schema.num_cells), min(len(names), 1_024)),
-        dtype=np.float32,
-        overwrite=True,
-        attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
-    )
+    return add_dense_matrix(path, len(names), cells_per_chunk=CELLS_PER_CHUNK)
 
 
 @torch.no_grad()

@@ -1,13 +1,52 @@
-"""Writing a small AnnData (cells, features, obsm) as Zarr v3."""
+"""Writing with anndata in Zarr v3, whatever its changing defaults, and without its notices about them."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anndata
+import numpy as np
+import zarr
+
+
+@contextmanager
+def quiet_anndata() -> Iterator[None]:
+    """Write unsharded Zarr v3.
+
+    String arrays and consolidated metadata have no final Zarr v3 specification yet; anndata and zarr write and read
+    them all the same.
+    """
+    with (
+        warnings.catch_warnings(),
+        anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
+    ):
+        warnings.filterwarnings("ignore", message="zarr v3 autosharding will be the default")
+        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
+        warnings.filterwarnings("ignore", message=".*not.* part in the Zarr format 3 specification.*")
+        yield
 
 
 def write_anndata(data: anndata.AnnData, path: Path) -> None:
-    """Write in format 3 and without automatic shards, whatever anndata's changing defaults are."""
-    with anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
+    """Write an AnnData that fits in memory."""
+    with quiet_anndata():
         data.write_zarr(path)
+
+
+def add_dense_matrix(path: Path, num_columns: int, *, cells_per_chunk: int) -> zarr.Array:
+    """An empty float32 X, (cells, columns), in an AnnData that was written without one."""
+    with quiet_anndata():
+        root = zarr.open_group(path, mode="r+", use_consolidated=False)
+        num_cells = anndata.io.read_elem(root["obs"]).shape[0]
+        array = root.create_array(
+            "X",
+            shape=(num_cells, num_columns),
+            chunks=(min(cells_per_chunk, num_cells), min(num_columns, 1_024)),
+            dtype=np.float32,
+            overwrite=True,
+            attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
+        )
+        zarr.consolidate_metadata(root.store)
+    return array
