@@ -30,6 +30,27 @@ def monte_carlo(mean: Tensor, variance: Tensor, *, draws: int, generator: torch.
     return total / draws
 
 
+def fine(mean: Tensor, variance: Tensor) -> Tensor:
+    """The same integral with spacings several times finer, in float64: the truth, to about 1e-7."""
+    mean, deviation = mean.double(), variance.double().sqrt()
+    nodes = torch.linspace(-8.0, 8.0, 161, dtype=torch.float64)
+    weights = torch.exp(-0.5 * nodes**2) / torch.exp(-0.5 * nodes**2).sum()
+    low = (mean - 6 * deviation).amax(dim=1) - 4.0
+    high = (mean + 6 * deviation).amax(dim=1) + 20.0
+    points = low[:, None] + torch.linspace(0.0, 1.0, 241, dtype=torch.float64) * (high - low)[:, None]
+    distribution = torch.zeros(*points.shape, mean.shape[1], dtype=torch.float64)
+    density = torch.zeros_like(distribution)
+    for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
+        rate = torch.exp((mean + deviation * node)[:, None, :] - points[:, :, None])
+        below = torch.exp(-rate)
+        distribution += weight * below
+        density += weight * rate * below
+    distribution.clamp_(min=1e-300)
+    product = torch.exp(torch.log(distribution).sum(dim=2, keepdim=True))
+    total = (density / distribution * product).sum(dim=1)
+    return total / total.sum(dim=1, keepdim=True)
+
+
 def seconds(function: Callable[[], object]) -> float:
     """Median of some runs after one to warm up."""
     function()
@@ -65,12 +86,12 @@ def main() -> None:
 
     quadrature = seconds(lambda: logistic_normal_mean(mean, variance)) / options.cells
     drawn = seconds(draw) / CHUNK
-    exact = logistic_normal_mean(mean[few].double(), variance[few].double())
+    exact = fine(mean[few], variance[few])
     many = monte_carlo(mean[few].double(), variance[few].double(), draws=200_000, generator=generator)
     error_drawn = float((draw() - exact).abs().max())
     error_many = float((many - exact).abs().max())
     print(f"{options.cells} cells x {options.latent} dimensions, {options.threads} thread(s), float32")
-    print("| method | microseconds a cell | cells/s | max difference from the quadrature in float64 |")
+    print("| method | microseconds a cell | cells/s | largest error |")
     print("| --- | --- | --- | --- |")
     print(f"| {DRAWS} draws (original) | {1e6 * drawn:.1f} | {1 / drawn:,.0f} | {error_drawn:.1e} |")
     print(f"| 200,000 draws, float64 | | | {error_many:.1e} |")
