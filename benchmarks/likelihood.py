@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -22,9 +21,10 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 import torch
+from harness import ROOT, describe_machine, quartiles, spread, table
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(ROOT))
 
 from liam_scale.kernels import negative_binomial, negative_multinomial, sparse_linear
 from liam_scale.kernels.products import has_bf16, has_onednn, multiply_transposed
@@ -34,25 +34,6 @@ from loaders.minibatch import SparseCounts
 CELLS, PEAKS, PEAKS_OPEN, GENES, GENES_SEEN, SAMPLES, HIDDEN = 128, 116_490, 3_600, 13_431, 800, 13, 128
 TILES = (1024, 2048, 4096)
 Candidate = Callable[[], Any]
-
-
-def machine() -> dict[str, Any]:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    import numba
-
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": len(names),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "onednn": has_onednn(),
-        "bf16": has_bf16(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def make_counts(cells: int, features: int, per_cell: int, *, top: int = 1, seed: int = 0) -> SparseCounts:
@@ -194,22 +175,15 @@ def measure(found: dict[str, Candidate], rounds: int) -> dict[str, dict[str, lis
     return times
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return float(low), float(middle), float(high)
-
-
-def ratio(
-    times: dict[str, dict[str, list[float]]], name: str, base: str, kind: str = "cpu"
-) -> tuple[float, float, float]:
-    return quartiles([a / b for a, b in zip(times[name][kind], times[base][kind], strict=True)])
+def ratio(times: dict[str, dict[str, list[float]]], name: str, base: str, kind: str = "cpu") -> list[float]:
+    return [a / b for a, b in zip(times[name][kind], times[base][kind], strict=True)]
 
 
 def best(times: dict[str, dict[str, list[float]]], prefix: str) -> str:
     return min((name for name in times if name.startswith(prefix)), key=lambda name: np.median(times[name]["cpu"]))
 
 
-def bars(times: dict[str, dict[str, list[float]]]) -> list[tuple[str, tuple[float, float, float], str]]:
+def bars(times: dict[str, dict[str, list[float]]]) -> list[tuple[str, list[float], str]]:
     mm = best(times, "products torch.mm")
     rows = [
         (f"nm / {mm}", ratio(times, "nm", mm), "<= 1.7"),
@@ -259,16 +233,15 @@ def memory_rows() -> list[dict[str, Any]]:
 
 
 def show(times: dict[str, dict[str, list[float]]], threads: int) -> None:
-    print(f"\n{threads} thread(s), milliseconds: median (quartiles)\n{'':32} {'CPU':>24} {'wall':>24}")
-    for name, kinds in times.items():
-        cells = []
-        for kind in ("cpu", "wall"):
-            low, middle, high = (1000 * x for x in quartiles(kinds[kind]))
-            cells.append(f"{middle:7.1f} ({low:.1f}-{high:.1f})")
-        print(f"{name:32} {cells[0]:>24} {cells[1]:>24}")
-    print(f"\n{'CPU time, ratio within a round':52} {'median':>7} {'quartiles':>13}  bar")
-    for name, (low, middle, high), bar in bars(times):
-        print(f"{name:52} {middle:7.2f} {low:6.2f}-{high:.2f}  {bar}")
+    print(f"\n{threads} thread(s): milliseconds, median (quartiles)\n")
+    rows = [
+        [name, *(spread([1000 * x for x in kinds[kind]]) for kind in ("cpu", "wall"))] for name, kinds in times.items()
+    ]
+    print(table(["", "CPU", "wall"], rows))
+    print("\nCPU time, ratio within a round, median (quartiles)\n")
+    print(
+        table(["", "ratio", "bar"], [[name, spread(ratios, 2), bar] for name, ratios, bar in bars(times)]), flush=True
+    )
 
 
 def main() -> None:
@@ -284,8 +257,7 @@ def main() -> None:
         cells, features, precision, likelihood = options.memory
         print(extra_memory(int(cells), int(features), precision, likelihood))
         return
-    about = machine()
-    print(json.dumps(about))
+    about = {**describe_machine(), "onednn": has_onednn(), "bf16": has_bf16()}
     lines: list[dict[str, Any]] = []
     found = candidates()
     for threads in options.threads:
@@ -293,9 +265,12 @@ def main() -> None:
         times = measure(found, options.rounds)
         show(times, threads)
         for name, kinds in times.items():
-            values = {kind: quartiles(kinds[kind]) for kind in kinds}
+            values = {f"{kind}_seconds": quartiles(kinds[kind]) for kind in kinds}
             lines.append({"candidate": name, "threads": threads, "rounds": options.rounds, **values, **about})
-        lines += [{"ratio": name, "threads": threads, "cpu": r, "bar": bar, **about} for name, r, bar in bars(times)]
+        lines += [
+            {"ratio": name, "threads": threads, "cpu_ratio": quartiles(r), "bar": bar, **about}
+            for name, r, bar in bars(times)
+        ]
     found.clear()
     if not options.skip_memory:
         print("\nextra memory of nm at 1,024 x 1,000,000 (bar <= 64 MiB)")

@@ -1,5 +1,7 @@
 import importlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +274,56 @@ def test_wrong_arguments_are_refused():
     halves = [x.bfloat16() for x in (hidden, weight, bias)]
     with pytest.raises(ValueError, match="precision"):
         negative_multinomial(counts, *halves, r, cell_weight=cell_weight)
+
+
+MEMORY = """
+import sys
+import numpy as np, torch
+from pathlib import Path
+from liam_scale.kernels import negative_multinomial
+from liam_scale.kernels.workers import release_workspaces
+from loaders.minibatch import SparseCounts
+cells, features, hidden = 512, 300_000, 33
+torch.set_num_threads(1)
+rng = np.random.default_rng(0)
+columns = np.sort(rng.integers(0, features, (cells, 500)), axis=1).astype(np.int32)
+indptr = torch.arange(cells + 1, dtype=torch.int32) * 500
+order = np.argsort(columns.ravel(), kind="stable")
+owners = np.repeat(np.arange(cells, dtype=np.int32), 500)[order]
+starts = np.searchsorted(columns.ravel()[order], np.arange(features + 1)).astype(np.int32)
+ones = torch.ones(columns.size)
+transpose = (torch.from_numpy(starts), torch.from_numpy(owners), ones)
+counts = SparseCounts(indptr, torch.from_numpy(columns.ravel()), ones, features, *transpose)
+inputs = [torch.rand(cells, hidden), torch.randn(features, hidden) * 0.05, torch.zeros(features), torch.ones(cells)]
+inputs = [x.requires_grad_() for x in inputs]
+buffers = {"weight": torch.ones(features, hidden), "bias": torch.ones(features)}
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+def run():
+    options = {"likelihood": sys.argv[1], "precision": sys.argv[2], "tile_bytes": 2**25}
+    return negative_multinomial(counts, *inputs, cell_weight=torch.ones(cells), grad_buffers=buffers, **options)
+run()
+release_workspaces()
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+run()
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("likelihood", "precision"), [("per-cell", "float32"), ("per-cell", "bf16"), ("original", "float32")]
+)
+def test_memory_stays_below_the_bound(likelihood, precision):
+    """512 x 300,000 logits would take 586 MiB; 32 MiB are allowed."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of resident memory is read from Linux's /proc")
+    root = Path(__file__).resolve().parents[3]
+    command = [sys.executable, "-c", MEMORY, likelihood, precision]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
+    assert float(found) < 32
 
 
 @pytest.fixture(scope="module")
