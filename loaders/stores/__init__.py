@@ -3,6 +3,7 @@
 from loaders.stores.base import ObsColumn, Store
 from loaders.stores.chained_store import ChainedStore
 from loaders.stores.embeddings import EMBEDDING_CHUNK_CELLS
+from loaders.stores.iterate import iterate_rows
 from loaders.stores.matched_store import MatchedStore
 from loaders.stores.open import open_store
 from loaders.stores.soma_store import SomaStore
@@ -16,5 +17,6 @@ __all__ = [
     "SomaStore",
     "Store",
     "ZarrStore",
+    "iterate_rows",
     "open_store",
 ]

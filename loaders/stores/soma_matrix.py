@@ -6,6 +6,7 @@ Shapes: n cells chosen of obs, F features, N non-zeros read.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -27,12 +28,14 @@ from loaders.stores.matrices import (
     stored_dtype,
 )
 
+_log = logging.getLogger(__name__)
+
 MIN_ROWS_PER_READ = 2048
 MAX_ROWS_PER_READ = 8192
 """Bounds of one read, in cells: tiles are 2,048 x 2,048 by default and are decoded as a whole."""
 
-_KEPT_GROUPS = 4
-"""Groups kept decoded, for readers that ask for fewer cells than a tile has: about 20 MB of RNA each."""
+_KEPT_GROUPS = 2
+"""Groups kept decoded for readers that ask for few cells at a time, one after the other: about 20 MB of RNA each."""
 
 _SCAN_THREADS = 2
 """Threads of the pass that counts: TileDB keeps one core busy per read, and each read holds 50 to 150 MB."""
@@ -93,8 +96,10 @@ class SomaMatrix:
             low, high = int(self._edges[group]), int(self._edges[group + 1])
             if low >= stop:
                 break
-            whole = self._decode(group) if start <= low and high <= stop else self._keep(group)
-            parts.append(slice_rows(whole, max(0, start - low), min(high, stop) - low))
+            wanted = max(0, start - low), min(high, stop) - low
+            # Whoever asks for half of a group or more does not come back for the rest at once.
+            is_large = 2 * (wanted[1] - wanted[0]) >= high - low
+            parts.append(slice_rows(self._decode(group) if is_large else self._keep(group), *wanted))
         if not parts:
             empty = np.zeros(0, self.value_dtype)
             return SparseRows(np.zeros(1, np.int64), np.zeros(0, np.int32), empty, self.num_features)
@@ -117,27 +122,33 @@ class SomaMatrix:
         joinids = self._joinids[self._edges[group] : self._edges[group + 1]]
         first, last = int(joinids[0]), int(joinids[-1])
         where = f"{self._label}: cells of joinid {first} to {last}"
-        try:
-            tables = list(self._array.read((slice(first, last),)).tables())
-        except Exception as error:  # TileDB's own: a damaged tile, a lost connection
-            raise RuntimeError(f"{where} cannot be read: {error}; check or copy the experiment") from error
-        row_ids, column_ids, values = (
-            np.concatenate([table[name].to_numpy() for table in tables])
-            if len(tables) != 1
-            else tables[0][name].to_numpy()
-            for name in ("soma_dim_0", "soma_dim_1", "soma_data")
-        )
-        try:
-            values = narrow(values)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
         places = np.full(last - first + 1, -1, np.int32)
         places[joinids - first] = np.arange(len(joinids), dtype=np.int32)
-        indptr, indices, kept = _compress(row_ids, column_ids, values, first, places, self._columns, len(joinids))
+        indptr = np.zeros(len(joinids) + 1, np.int64)
+        pieces = []
+        try:
+            # Tables of 20 bytes an entry are cut down to 12 as they come, so that never two of them stand in memory.
+            for table in self._array.read((slice(first, last),)).tables():
+                ids = table["soma_dim_0"].to_numpy(), table["soma_dim_1"].to_numpy()
+                values = narrow(table["soma_data"].to_numpy())
+                pieces.append(_take(*ids, values, first, places, self._columns, indptr[1:]))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        except Exception as error:  # TileDB's own: a damaged tile, a lost connection
+            raise RuntimeError(f"{where} cannot be read: {error}; check or copy the experiment") from error
+        np.cumsum(indptr, out=indptr)
+        indices, kept = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], self.value_dtype)
+        following = indptr[:-1].copy()
+        while pieces:
+            _scatter(*pieces.pop(0), following, indices, kept)
         rows = SparseRows(indptr, indices, kept, self.num_features)
         return rows if is_ascending(rows.indptr, rows.indices) else sort_rows(rows)
 
     def _count(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        _log.info(
+            "%s: counting the entries of %d cells, as TileDB-SOMA does not hold them", self._label, len(self._joinids)
+        )
+
         def count(group: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
             rows = self._decode(group)
             return np.diff(rows.indptr), row_sums(rows)
@@ -162,24 +173,28 @@ def _tile_rows(array: Any) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def _compress(row_ids, column_ids, values, first, places, columns, num_rows):  # type: ignore[no-untyped-def]
-    """Entries in any order, to rows; entries of one row keep their order. Ids without a place and zeros are dropped."""
-    indptr = np.zeros(num_rows + 1, np.int64)
-    for k in range(len(row_ids)):
-        row = places[row_ids[k] - first]
-        if row >= 0 and values[k] != 0 and columns[column_ids[k]] >= 0:
-            indptr[row + 1] += 1
-    for row in range(num_rows):
-        indptr[row + 1] += indptr[row]
-    following = indptr[:-1].copy()
-    indices = np.empty(indptr[-1], np.int32)
-    kept = np.empty(indptr[-1], values.dtype)
-    for k in range(len(row_ids)):
-        row = places[row_ids[k] - first]
-        if row >= 0 and values[k] != 0:
-            column = columns[column_ids[k]]
-            if column >= 0:
-                indices[following[row]] = column
-                kept[following[row]] = values[k]
-                following[row] += 1
-    return indptr, indices, kept
+def _take(row_ids, column_ids, values, first, places, columns, counts):  # type: ignore[no-untyped-def]
+    """Places of rows and columns of a table's entries, and their values; adds to the counts of the rows.
+
+    Ids without a place and zeros are dropped.
+    """
+    rows, indices = np.empty(len(values), np.int32), np.empty(len(values), np.int32)
+    kept = np.empty_like(values)
+    end = 0
+    for k in range(len(values)):
+        row, column = places[row_ids[k] - first], columns[column_ids[k]]
+        if row >= 0 and column >= 0 and values[k] != 0:
+            rows[end], indices[end], kept[end] = row, column, values[k]
+            counts[row] += 1
+            end += 1
+    return rows[:end], indices[:end], kept[:end]
+
+
+@numba.njit(nogil=True, cache=True)
+def _scatter(rows, columns, values, following, indices, kept):  # type: ignore[no-untyped-def]
+    """Put entries behind those that their rows already have."""
+    for k in range(len(rows)):
+        entry = following[rows[k]]
+        indices[entry] = columns[k]
+        kept[entry] = values[k]
+        following[rows[k]] = entry + 1
