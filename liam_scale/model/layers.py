@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from liam_scale.model.batch_norm import GlobalBatchNorm
 from liam_scale.model.noise import Noise
 
 VARIANCE_FLOOR = 1e-4
@@ -63,7 +64,7 @@ class HiddenBlock(nn.Module):
         self.layer_norm = options.layer_norm
         self.dropout_rate = options.dropout_rate
         self.noise_name = f"{name}.dropout"
-        self.batch_norm = nn.BatchNorm1d(num_hidden, momentum=0.01, eps=1e-3) if options.batch_norm else None
+        self.batch_norm = GlobalBatchNorm(num_hidden) if options.batch_norm else None
 
     def forward(self, linear_BH: Tensor, noise: Noise | None = None) -> Tensor:
         hidden_BH = linear_BH
