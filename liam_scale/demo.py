@@ -97,7 +97,9 @@ def demo_steps(config: DemoConfig) -> list[Step]:
     epochs = ["--max-epochs", str(config.max_epochs)] if config.max_epochs is not None else []
     columns = ["--batch-key", "donor", "--label-key", "cell_type"]
     commands = {
-        "Ingest: source file -> one shuffled, checked store": [*_liam_scale(), "ingest", source, "--out", store],
+        "Ingest: source file -> one shuffled, checked store": [
+            *(*_liam_scale(), "ingest", source, "--sample-key", "donor", "--out", store)
+        ],
         f"Train: {config.ranks} processes, samples are the donors": [
             *(*ranks, "liam_scale.train", store, "--batch-key", "donor", "--out", trained, *epochs)
         ],

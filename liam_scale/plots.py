@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from loaders.schema import MODALITIES
 from loaders.stores.base import ObsColumn
 
 if TYPE_CHECKING:
@@ -149,7 +150,8 @@ def draw_losses(path: Path, history: pd.DataFrame, *, title: str) -> None:
         _curve(axes, history, name, best)
     for axes in grid.ravel()[len(names) :]:
         axes.axis("off")
-    grid[0, 0].set_ylabel("nats per cell", fontsize=9.5)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("nats per cell", fontsize=9.5)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper right", ncols=len(labels), frameon=False, fontsize=10)
     _save(figure, path)
@@ -221,7 +223,7 @@ _TITLES = {
 def _terms(history: pd.DataFrame) -> list[str]:
     """Loss terms to show, the total first; a total that repeats its only part is left out."""
     stems = [str(c).removesuffix("_train") for c in history.columns if str(c).endswith("_train")]
-    parts = [s for s in stems if s.startswith("reconstruction_loss_")]
+    parts = [f"reconstruction_loss_{m}" for m in MODALITIES if f"reconstruction_loss_{m}" in stems]
     names = ["loss"] if {"train_loss", "validation_loss"} & set(history.columns) else []
     names += ["elbo"] if "elbo" in stems else []
     names += parts or [s for s in stems if s == "reconstruction_loss"]
@@ -240,11 +242,17 @@ def _best_epoch(history: pd.DataFrame) -> float | None:
 
 
 def _curve(axes: Axes, history: pd.DataFrame, name: str, best: float | None) -> None:
+    shown_values = []
     for subset, colour in (("train", _TRAIN_COLOUR), ("validation", _VALIDATION_COLOUR)):
         column = _column_of(name, subset)
         if column in history:
             points = history[["epoch", column]].dropna()
             axes.plot(points["epoch"], points[column], color=colour, linewidth=1.8, label=subset)
+            # A loss falls tenfold in its first epochs: on their scale the rest would be a flat line.
+            shown_values.append(points[column].to_numpy()[len(points) // 20 + (len(points) > 10) :])
+    values = np.concatenate(shown_values)
+    if len(values) and (spread := values.max() - values.min()) > 0:
+        axes.set_ylim(values.min() - 0.05 * spread, values.max() + 0.05 * spread)
     if best is not None:
         axes.axvline(best, color="#D55E00", linewidth=1.0, linestyle=(0, (4, 3)), label=f"best (epoch {best:.0f})")
     modality = name.removeprefix("reconstruction_loss_")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import logging
+import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -55,10 +59,24 @@ def scib_scores(
     """
     if not is_installed():
         raise RuntimeError("scib: scib-metrics is not installed; pip install 'liam-scale[evaluate]'")
-    with warnings.catch_warnings():
-        # JAX, chex and umap warn on import about accelerators and optional packages, of which nothing here depends.
-        warnings.simplefilter("ignore")
+    with _quietly():
         return _compute(np.asarray(embedding, np.float32), samples, labels, with_slow)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what JAX and scib-metrics tell of accelerators and optional packages: nothing here needs them."""
+    if "jax" not in sys.modules:
+        # On a GPU JAX would take three quarters of its memory, which a training beside it may need.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _compute(points: npt.NDArray[np.float32], samples: Codes, labels: Codes, with_slow: bool) -> dict[str, float]:

@@ -367,7 +367,7 @@ class TestEvaluate:
             evaluate(config(), data=data)
 
 
-def history(modalities: tuple[str, ...] = ("rna", "adt"), *, epochs: int = 12) -> pd.DataFrame:
+def history(modalities: tuple[str, ...] = ("adt", "rna"), *, epochs: int = 12) -> pd.DataFrame:
     epoch = np.arange(epochs)
     columns = {"epoch": epoch, "step": 10 * epoch, "kl_weight": 0.1}
     names = ["elbo", "reconstruction_loss", *(f"reconstruction_loss_{m}" for m in modalities), "kl_local"]
