@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from liam_scale.kernels.compiled import dense_log_likelihood
 from liam_scale.kernels.device import cell_of_entries
 from liam_scale.kernels.options import OutputLayer
 from liam_scale.kernels.reference import NB_EPSILON, theta_of
@@ -28,7 +29,7 @@ def log_likelihood(layer: OutputLayer, library: Tensor, log_theta: Tensor, sampl
     logits = torch.addmm(layer.bias, layer.hidden[cells], layer.weight.T)
     mean = library[cells, None] * torch.softmax(logits, dim=1)
     theta = theta_of(log_theta, sample[cells])
-    dense = -(theta * torch.log1p(mean / (theta + NB_EPSILON))).sum(dim=1)
+    dense = dense_log_likelihood(mean, theta, mean.new_tensor(NB_EPSILON))
     counts = layer.counts
     owner = cell_of_entries(counts)
     features, x = counts.indices.long(), counts.values

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from liam_scale.kernels.compiled import softmax_slopes
 from liam_scale.kernels.device import (
     cell_of_entries,
     gather_product,
@@ -121,9 +122,9 @@ def second_walk(
     dtype = layer.weight.dtype
     factor = torch.bfloat16 if walker.is_bf16 else dtype
     hidden, hidden_gradient = layer.hidden.to(factor), torch.zeros_like(layer.hidden)
-    shift, scale = normalizer.to(dtype)[:, None], scale.to(dtype)[:, None]
+    shift, scale = normalizer.to(dtype), scale.to(dtype)
     for features in walker.tiles():
-        slope = walker.logits(features).sub_(shift).exp_().mul_(scale)
+        slope = softmax_slopes(walker.logits(features), shift, scale)
         bias_gradient[features] = slope.sum(dim=0)
         slope = slope.to(factor)
         weight_gradient[features] = torch.mm(slope.T, hidden).to(dtype)

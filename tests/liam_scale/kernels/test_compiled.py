@@ -1,0 +1,62 @@
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from liam_scale.kernels.compiled import _dense_log_likelihood, _softmax_slopes, fused_on
+
+SIZES = [(128, 2048), (127, 2048), (131, 2048), (128, 1794), (64, 300), (126, 301), (3, 7)]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def arguments(cells, features):
+    return torch.randn(cells, features), torch.randn(cells), torch.rand(cells)
+
+
+def test_minibatches_that_differ_compile_at_most_three_graphs():
+    slopes = fused_on("cpu", _softmax_slopes, backend="aot_eager")
+    for cells, features in SIZES:
+        given = arguments(cells, features)
+        torch.testing.assert_close(slopes(*given), _softmax_slopes(*given))
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.parametrize("by_cell", [False, True])
+def test_the_differentiated_graph_compiles_at_most_three_times(by_cell):
+    dense = fused_on("cpu", _dense_log_likelihood, backend="aot_eager")
+    for cells, features in SIZES:
+        mean = torch.rand(cells, features).requires_grad_()
+        theta = torch.rand(*((cells, features) if by_cell else (features,))).add_(0.1).requires_grad_()
+        found, wanted = (f(mean, theta, torch.tensor(1e-8)) for f in (dense, _dense_log_likelihood))
+        torch.testing.assert_close(found, wanted)
+        for a, b in zip(*(torch.autograd.grad(y.sum(), (mean, theta)) for y in (found, wanted)), strict=True):
+            torch.testing.assert_close(a, b)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3
+
+
+def test_without_a_compiler_one_warning_and_the_plain_function():
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no C++ compiler found")
+
+    slopes = fused_on("cpu", _softmax_slopes, backend=no_compiler)
+    given = arguments(5, 9)
+    with pytest.warns(RuntimeWarning, match="no C\\+\\+ compiler found"):
+        found = slopes(*given)
+    torch.testing.assert_close(found, _softmax_slopes(*given))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slopes(*arguments(6, 9))
+
+
+def test_other_devices_are_left_alone():
+    slopes = fused_on("cuda", _softmax_slopes, backend="aot_eager")
+    slopes(*arguments(5, 9))
+    assert counters["stats"]["unique_graphs"] == 0
