@@ -166,6 +166,11 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         return self._plan.streams
 
     @property
+    def window_cells(self) -> int:
+        """Cells of one stream that are shuffled together."""
+        return self._plan.window_cells
+
+    @property
     def epoch(self) -> int:
         """Epoch of the next minibatch."""
         return self._epoch

@@ -1,0 +1,249 @@
+"""The loader against its peers and against its own floor: cells per second, CPU, memory, first minibatch.
+
+    python benchmarks/loader.py --annbatch-python /path/to/venv/bin/python --soma-path /path/with/tiledbsoma_ml
+
+annbatch (>= 0.3.1, with zarrs) wants Python 3.12, so it runs in an interpreter of its own; tiledbsoma-ml is found on
+--soma-path beside this interpreter's tiledbsoma. A peer that is not there is left out, with a message. Every row is
+one set of peers that take turns in rotating order; JSON lines first, then a table. --quick is for trying it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, Peer, describe_machine, quartiles, spread, table, take_turns
+
+HERE = Path(__file__).resolve().parent
+SETTINGS = {"512x32": (512, 32), "2048x8": (2_048, 8)}
+"""annbatch's chunk size and number of chunks preloaded: its default, and a better one for large stores."""
+
+WINDOW_16K = {"rna": "300MiB", "atac": "700MiB"}
+"""Memory with which the windows hold about 16,000 cells."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: the first peer is the one the others are compared with."""
+
+    name: str
+    peers: list[Peer]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "liam-scale-loader-benchmark")
+    parser.add_argument("--rna-cells", type=int, default=300_000)
+    parser.add_argument("--atac-cells", type=int, default=100_000)
+    parser.add_argument("--soma-cells", type=int, default=60_000)
+    parser.add_argument("--flat-cells", type=int, nargs=2, default=(100_000, 2_000_000))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rows", nargs="+", help="only rows whose name contains one of these")
+    parser.add_argument("--annbatch-python", type=Path)
+    parser.add_argument("--soma-path", type=Path)
+    parser.add_argument("--quick", action="store_true", help="small stores and three rounds")
+    chosen = parser.parse_args()
+    if chosen.quick:
+        chosen.rna_cells, chosen.atac_cells, chosen.soma_cells, chosen.rounds = 40_000, 15_000, 10_000, 3
+        chosen.flat_cells = (20_000, 100_000)
+    return chosen
+
+
+def store(folder: Path, name: str, *, cells: int, genes: int = 0, peaks: int = 0, genes_per_cell: float = 1_200) -> str:
+    """Path of a simulated store, made when it is missing."""
+    from loaders.synthetic import simulate
+
+    path = folder / f"{name}-{cells}.zarr"
+    if not path.exists():
+        print(f"simulating {path}", file=sys.stderr)
+        simulate(
+            path, num_cells=cells, num_genes=genes, num_peaks=peaks, genes_per_cell=genes_per_cell, peaks_per_cell=3_000
+        )
+    return str(path)
+
+
+class Peers:
+    """Makes peers and what they read, each once."""
+
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        self.folder: Path = chosen.data
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.cores = len(os.sched_getaffinity(0))
+        self.annbatch_python = _probe([chosen.annbatch_python, HERE / "loader_annbatch.py"], "--annbatch-python")
+        if chosen.soma_path is not None:
+            os.environ["LOADER_SOMA_PATH"] = str(chosen.soma_path)
+        self.has_soma = _probe([sys.executable, *_soma_script()], "--soma-path") is not None
+
+    def ours(self, name: str, path: str, modalities: list[str] | None, **options: Any) -> Peer:
+        chosen = {
+            "kind": "epochs",
+            "paths": [path],
+            "modalities": modalities,
+            "minibatch": 4_096,
+            "memory": "1GiB",
+            "transpose": False,
+            "threads": None,
+            "cold": False,
+            "obs": True,
+            **options,
+        }
+        return Peer(name, [sys.executable, str(HERE / "loader_ours.py"), json.dumps(chosen)], threads=self.cores)
+
+    def collection(self, path: str, modality: str, dtype: str) -> str:
+        out = Path(path).with_suffix(f".{modality}.{dtype}.annbatch.zarr")
+        if not out.exists():
+            print(f"annbatch writes {out}", file=sys.stderr)
+            source = str(Path(path) / "mod" / modality)
+            command = [str(self.annbatch_python), str(HERE / "loader_annbatch.py"), "prepare", source, str(out), dtype]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return str(out)
+
+    def annbatch(
+        self, label: str, path: str, modalities: list[str], dtype: str, *, minibatch: int = 4_096, cold: bool = False
+    ) -> list[Peer]:
+        """annbatch with each of its settings; empty where it is not installed."""
+        if self.annbatch_python is None:
+            return []
+        paths = [self.collection(path, modality, dtype) for modality in modalities]
+        peers = []
+        for name, (chunk, preload) in SETTINGS.items():
+            options = {"paths": paths, "minibatch": minibatch, "chunk": chunk, "preload": preload, "cold": cold}
+            command = [str(self.annbatch_python), str(HERE / "loader_annbatch.py"), "serve", json.dumps(options)]
+            peers.append(Peer(f"annbatch ({label}) {name}", command, threads=self.cores))
+        return peers
+
+
+def _soma_script() -> list[str]:
+    """A program that runs loader_soma.py with tiledbsoma_ml's folder on the path."""
+    program = (
+        "import os, runpy, sys; sys.path[:0] = filter(None, [os.environ.get('LOADER_SOMA_PATH')]);"
+        f" sys.path.insert(0, {str(HERE)!r}); sys.argv[0] = 'loader_soma.py';"
+        f" runpy.run_path({str(HERE / 'loader_soma.py')!r}, run_name='__main__')"
+    )
+    return ["-c", program]
+
+
+def _probe(command: list[Any], option: str) -> str | None:
+    """First word of the command if the peer answers, else None with a message."""
+    if command[0] is not None:
+        done = subprocess.run([*map(str, command), "probe"], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            print(done.stdout.strip(), flush=True)
+            return str(command[0])
+        print(done.stderr.strip().rsplit("\n", 1)[-1], file=sys.stderr)
+    print(f"a peer is left out: give {option} to compare with it", file=sys.stderr)
+    return None
+
+
+def single_modality(peers: Peers, name: str, path: str) -> list[Row]:
+    """RNA or ATAC alone: minibatch sizes, transposes, the floor, both collections of annbatch, warm and cold."""
+    one = [name]
+    warm = [
+        peers.ours("ours", path, one),
+        peers.ours("ours, minibatch 1024", path, one, minibatch=1_024),
+        peers.ours("ours, minibatch 128", path, one, minibatch=128),
+        peers.ours("ours, minibatch 128, transposed", path, one, minibatch=128, transpose=True),
+        peers.ours("floor: sequential read and decode, one thread", path, one, kind="floor"),
+        *peers.annbatch("b", path, one, "uint8"),
+        *peers.annbatch("a", path, one, "float32"),
+    ]
+    rows = [Row(name, warm)]
+    if peers.annbatch_python is not None:
+        collection = peers.collection(path, name, "float32")
+        foreign = peers.ours("ours", collection, None, open={"modality": name}, obs=False)
+        rows.append(
+            Row(f"{name}, annbatch's default collection", [foreign, *peers.annbatch("a", path, one, "float32")])
+        )
+    cold = [peers.ours("ours", path, one, cold=True), *peers.annbatch("b", path, one, "uint8", cold=True)]
+    return [*rows, Row(f"{name}, cold page cache", cold)]
+
+
+def rows_of(chosen: argparse.Namespace, peers: Peers) -> list[Row]:
+    rna = store(peers.folder, "rna", cells=chosen.rna_cells, genes=20_000)
+    paired = store(peers.folder, "paired", cells=chosen.atac_cells, genes=20_000, peaks=100_000)
+    rows = [*single_modality(peers, "rna", rna), *single_modality(peers, "atac", paired)]
+    both = ["rna", "atac"]
+    rows.append(Row("paired", [peers.ours("ours", paired, both), *peers.annbatch("b", paired, both, "uint8")]))
+    first = [
+        peers.ours(f"ours, {name}, 16k-cell window", path, [name], kind="first", memory=WINDOW_16K[name])
+        for name, path in (("rna", rna), ("atac", paired))
+    ]
+    rows.append(Row("first minibatch and memory", first))
+    plain = peers.ours("ours without checksums, obs, sample", rna, ["rna"], checksum=False, obs=False)
+    rows.append(Row("cost of checksums and obs", [peers.ours("ours", rna, ["rna"]), plain]))
+    flat = [
+        peers.ours(
+            f"ours, {cells} cells",
+            store(peers.folder, "flat", cells=cells, genes=4_000, genes_per_cell=200),
+            None,
+            kind="first",
+        )
+        for cells in chosen.flat_cells
+    ]
+    rows.append(Row("size of the store", flat))
+    if peers.has_soma:
+        rows.append(soma_row(chosen, peers))
+    return rows
+
+
+def soma_row(chosen: argparse.Namespace, peers: Peers) -> Row:
+    source = store(peers.folder, "rna", cells=chosen.soma_cells, genes=20_000)
+    out = Path(source).with_suffix(".soma")
+    script = [sys.executable, *_soma_script()]
+    if not out.exists():
+        subprocess.run([*script, "prepare", source, str(out)], check=True, stdout=subprocess.DEVNULL)
+    options = json.dumps({"paths": [str(out)], "minibatch": 4_096})
+    theirs = Peer("tiledbsoma-ml", [*script, "serve", options], threads=peers.cores)
+    return Row("soma", [peers.ours("ours", str(out), ["rna"], obs=False), theirs])
+
+
+def report(row: Row, results: dict[str, list[dict[str, Any]]]) -> str:
+    speeds = {name: [r["cells"] / r["wall"] / 1e3 for r in rounds] for name, rounds in results.items()}
+    ours = quartiles(speeds[row.peers[0].name])[0]
+    lines = []
+    for name, rounds in results.items():
+        lines.append(
+            (
+                name,
+                spread(speeds[name], 0),
+                f"{ours / quartiles(speeds[name])[0]:.2f}",
+                spread([1e6 * r["cpu"] / r["cells"] for r in rounds], 2),
+                spread([r["first_seconds"] for r in rounds], 3) if "first_seconds" in rounds[0] else "",
+                spread([r["added_mib"] for r in rounds], 0) if "added_mib" in rounds[0] else "",
+                f"{max(r['peak_rss_mb'] for r in rounds):,.0f}",
+            )
+        )
+    header = (
+        row.name,
+        "thousand cells/s",
+        f"{row.peers[0].name} is x times as fast",
+        "CPU µs a cell",
+        "first minibatch s",
+        "MiB added",
+        "peak MiB",
+    )
+    return table(header, lines)
+
+
+def main() -> None:
+    chosen = arguments()
+    sys.path.insert(0, str(ROOT))
+    describe_machine()
+    tables = []
+    for row in rows_of(chosen, Peers(chosen)):
+        if chosen.rows and not any(part in row.name for part in chosen.rows):
+            continue
+        print(json.dumps({"row": row.name, "peers": [peer.name for peer in row.peers]}), flush=True)
+        tables.append(report(row, take_turns(row.peers, rounds=chosen.rounds)))
+    print("\n\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()
