@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.ingest.frames import join_columns, take
-from loaders.ingest.parts import Say, Source
+from loaders.ingest.sources.frames import join_columns, take
+from loaders.ingest.sources.parts import Say, Source
 
 SAMPLE = "sample"
 """Obs column of the store that holds the sample."""
@@ -103,8 +103,8 @@ def _sample_column(sources: Sequence[Source], key: str) -> pd.Categorical:
         if key not in source.obs.columns:
             raise ValueError(
                 f"--sample-key: {source.label} has no obs column {key!r}; it has "
-                f"{', '.join(source.obs.columns) or 'none'}: "
-                "name a column that all sources have, or leave the option out to take the files' names"
+                f"{', '.join(source.obs.columns) or 'none'}: name a column that all sources have, or leave the option "
+                "out to take the files' names"
             )
     column = join_columns([source.obs.column(key) for source in sources])
     missing = column.isna().to_numpy()
@@ -116,8 +116,7 @@ def _sample_column(sources: Sequence[Source], key: str) -> pd.Categorical:
                 cell = str(source.cell_ids[int(np.flatnonzero(own)[0])])
                 raise ValueError(
                     f"--sample-key: {key!r} of {source.label} is missing in {int(own.sum())} cells, for example "
-                    f"{cell!r}; "
-                    "fill it in, remove the cells, or name another column"
+                    f"{cell!r}; fill it in, remove the cells, or name another column"
                 )
             start += len(source.cell_ids)
     if not isinstance(column.dtype, pd.CategoricalDtype):

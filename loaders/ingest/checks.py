@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from loaders.csr import SparseRows
-from loaders.ingest.matrices import RawRows
+from loaders.ingest.sources.matrices import RawRows
 from loaders.ingest.writer import index_dtype, narrowest_dtype
 
 _LARGEST = 2**32 - 1
@@ -82,8 +82,8 @@ def check_and_map(raw: RawRows, columns: npt.NDArray[np.int64], num_features: in
     if duplicates < 0:
         cell = place.cell_name(raw.start - 1 - duplicates)
         raise ValueError(
-            f"{place.where}: repeated entries of cell {cell!r} add up to more than {_LARGEST}; "
-            "look for a corrupt matrix"
+            f"{place.where}: repeated entries of cell {cell!r} add up to more than {_LARGEST}; look for a corrupt "
+            "matrix"
         )
     packed = packed[: indptr[-1]]
     dtype = narrowest_dtype(min(_LARGEST, int(maximum)))

@@ -60,10 +60,8 @@ def join_features(modality: str, sources: Sequence[tuple[str, pd.DataFrame]], jo
             if not len(common):
                 raise ValueError(
                     f"{modality}: no feature of {where} (for example {_first(var.index)}) is in all of the sources "
-                    "before it "
-                    f"(for example {_first(sources[0][1].index)}); bring the names to one kind (symbols or "
-                    "identifiers, the "
-                    "same peak set), or pass --join outer if they really measure different features"
+                    f"before it (for example {_first(sources[0][1].index)}); bring the names to one kind (symbols or "
+                    "identifiers, the same peak set), or pass --join outer if they really measure different features"
                 )
             names = common
         var = sources[0][1].loc[names]

@@ -16,11 +16,11 @@ import numpy.typing as npt
 from loaders.ingest.cells import Cells, gather_cells, modality_columns, obs_columns
 from loaders.ingest.checks import Counted, Place, check_and_map
 from loaders.ingest.features import Join, Joined, join_features
-from loaders.ingest.matrices import RawRows
-from loaders.ingest.parts import Part, Source
 from loaders.ingest.report import Report
 from loaders.ingest.shuffle import Shuffle, destinations
-from loaders.ingest.sources import open_source
+from loaders.ingest.sources.matrices import RawRows
+from loaders.ingest.sources.open import open_source
+from loaders.ingest.sources.parts import Part, Source
 from loaders.ingest.staging import Staging, check_out, explain_disk_errors
 from loaders.ingest.writer import ModalityLayout, StoreWriter, narrowest_dtype
 from loaders.memory import parse_memory

@@ -161,8 +161,7 @@ class Shuffle:
         if got != values.nbytes:
             raise RuntimeError(
                 f"{self._path}: got {got} of {values.nbytes} bytes at offset {offset}; the temporary file was cut "
-                "short: "
-                "do not touch the folder while ingesting, and start again"
+                "short: do not touch the folder while ingesting, and start again"
             )
         return values
 

@@ -107,8 +107,8 @@ def explain_disk_errors(out: Path) -> Iterator[None]:
             raise
         raise RuntimeError(
             f"writing {out}: the disk is full or a quota is reached ({_free(out.parent)} free in {out.parent}); "
-            "nothing was left behind. Free space or choose another --out: an ingest needs 5 (RNA) to 8 (ATAC) bytes a "
-            "non-zero count while it runs, of which a third stays"
+            "nothing was left behind. Free space or choose another --out: an ingest needs 5 (RNA) to 8 (ATAC) bytes "
+            "a non-zero count while it runs, of which a third stays"
         ) from error
 
 

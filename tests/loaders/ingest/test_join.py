@@ -8,7 +8,7 @@ import pytest
 
 from loaders.ingest import ingest
 from loaders.ingest.cells import source_names
-from loaders.ingest.parts import Source
+from loaders.ingest.sources.parts import Source
 
 
 def two_files(make, tmp_path, *, shared=True):

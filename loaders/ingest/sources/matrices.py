@@ -14,11 +14,12 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-_ENTRY_BYTES = 32
+ENTRY_BYTES = 32
 """Peak bytes per non-zero of a chunk in flight: values and indices as stored, packed for sorting, and the result."""
 
 
-_PEEK_ROWS = 64
+PEEK_ROWS = 64
+"""Rows of the first look at a source."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,7 @@ def check_offsets(where: str, indptr: npt.NDArray[Any], num_rows: int, num_entri
     if indptr[0] != 0 or indptr[-1] != num_entries:
         raise ValueError(
             f"{where}: row offsets run from {indptr[0]} to {indptr[-1]}, expected 0 to {num_entries}, the stored "
-            "entries; "
-            f"{cure}"
+            f"entries; {cure}"
         )
 
 
@@ -107,7 +107,7 @@ class CompressedRows:
         return int(self._group["data"].shape[0])
 
     def peek(self) -> RawRows | None:
-        num = min(_PEEK_ROWS, self.num_rows)
+        num = min(PEEK_ROWS, self.num_rows)
         indptr = self._group["indptr"][: num + 1].astype(np.int64)
         if len(indptr) != num + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
             return None
@@ -117,7 +117,7 @@ class CompressedRows:
         data, indices = self._group["data"], self._group["indices"]
         indptr = self._group["indptr"][:].astype(np.int64)
         check_offsets(self.where, indptr, self.num_rows, data.shape[0], indices.shape[0])
-        for start, stop in row_ranges(indptr, memory // _ENTRY_BYTES):
+        for start, stop in row_ranges(indptr, memory // ENTRY_BYTES):
             first, last = int(indptr[start]), int(indptr[stop])
             yield RawRows(start, indptr[start : stop + 1] - first, indices[first:last], data[first:last])
 
@@ -148,13 +148,13 @@ class DenseRows:
         return int(1.2 * sum(counts) / rows * self.num_rows)
 
     def chunks(self, *, memory: int, spill: Path | None = None) -> Iterator[RawRows]:
-        row_bytes = self.num_features * (self._array.dtype.itemsize + _ENTRY_BYTES)
+        row_bytes = self.num_features * (self._array.dtype.itemsize + ENTRY_BYTES)
         step = max(1, min(2**16, memory // max(1, row_bytes)))
         for start in range(0, self.num_rows, step):
             yield _from_dense(start, self._array[start : start + step])
 
     def peek(self) -> RawRows | None:
-        return _from_dense(0, self._array[:_PEEK_ROWS])
+        return _from_dense(0, self._array[:PEEK_ROWS])
 
 
 def _from_dense(start: int, block: npt.NDArray[Any]) -> RawRows:
@@ -184,16 +184,15 @@ class CompressedColumns:
         data, indices = self._group["data"], self._group["indices"]
         column_offsets = self._group["indptr"][:].astype(np.int64)
         check_offsets(f"{self.where} (CSC)", column_offsets, self.num_features, data.shape[0], indices.shape[0])
-        step = max(1, memory // (2 * _ENTRY_BYTES))
+        step = max(1, memory // (2 * ENTRY_BYTES))
         indptr = np.zeros(self.num_rows + 1, np.int64)
         for first in range(0, data.shape[0], step):
             rows = indices[first : first + step]
             if len(rows) and (rows.min() < 0 or rows.max() >= self.num_rows):
                 raise ValueError(
                     f"{self.where}: got row {int(rows.max() if rows.max() >= self.num_rows else rows.min())} in a CSC "
-                    "matrix "
-                    f"of {self.num_rows} rows; the file is damaged or was written wrongly: write it again from its "
-                    "source"
+                    f"matrix of {self.num_rows} rows; the file is damaged or was written wrongly: write it again from "
+                    "its source"
                 )
             indptr[1:] += np.bincount(rows, minlength=self.num_rows)
         np.cumsum(indptr, out=indptr)

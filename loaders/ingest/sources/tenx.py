@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from loaders.ingest.checks import check_unique
-from loaders.ingest.frames import Frame, ObsTable, View, read_strings
-from loaders.ingest.matrices import CompressedRows
-from loaders.ingest.parts import Say, Source, split_by_type
+from loaders.ingest.sources.frames import Frame, ObsTable, View, read_strings
+from loaders.ingest.sources.matrices import CompressedRows
+from loaders.ingest.sources.parts import Say, Source, split_by_type
 
 
 def is_tenx(root: Any) -> bool:
@@ -41,8 +41,7 @@ def open_tenx(path: Path, root: Any, say: Say) -> Source:
     if (num_features, num_cells) != (len(names), len(ids)):
         raise ValueError(
             f"{path}: matrix/shape is {num_features} x {num_cells}, the file names {len(names)} features and "
-            f"{len(ids)} barcodes; "
-            "it is damaged: write it again with Cell Ranger"
+            f"{len(ids)} barcodes; it is damaged: write it again with Cell Ranger"
         )
     var = pd.DataFrame(columns, index=names)
     # Compressed by barcode: read as cells x features it is CSR.

@@ -11,17 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.ingest.frames import ObsTable
-from loaders.ingest.matrices import Matrix
+from loaders.ingest.sources.frames import ObsTable
+from loaders.ingest.sources.matrices import Matrix
 from loaders.schema import MODALITIES
+from loaders.stores.modalities import modality_of
 
 Say = Callable[[str], None]
-
-_SPELLINGS = {
-    "rna": ("rna", "gex", "gene expression", "genes", "gene"),
-    "atac": ("atac", "peaks", "peak", "chromatin accessibility"),
-    "adt": ("adt", "antibody capture", "protein", "proteins", "prot", "antibodies"),
-}
 
 
 @dataclass(frozen=True)
@@ -64,12 +59,6 @@ class Source:
     obs: ObsTable
 
 
-def modality_of(name: str) -> str | None:
-    """The modality a feature type or a name in a file means; None if this package does not know it."""
-    plain = name.strip().lower()
-    return next((modality for modality, spellings in _SPELLINGS.items() if plain in spellings), None)
-
-
 def split_by_type(
     path: Path, matrix: Matrix, var: pd.DataFrame, types: npt.NDArray[Any], layers: tuple[str, ...], say: Say
 ) -> dict[str, Part]:
@@ -87,7 +76,6 @@ def split_by_type(
     if not parts:
         raise ValueError(
             f"{path}: var['feature_types'] has {', '.join(sorted(of_feature)) or 'nothing'}, expected 'Gene "
-            "Expression', 'Peaks' or "
-            "'Antibody Capture'; correct it, or write rna=, atac= or adt= before the path"
+            "Expression', 'Peaks' or 'Antibody Capture'; correct it, or write rna=, atac= or adt= before the path"
         )
     return parts
