@@ -45,7 +45,8 @@ class Pool:
         raw = None
         for _ in range(len(self._free)):
             try:
-                candidate = self._free.popleft()
+                # The one given back last is still in the cache.
+                candidate = self._free.pop()
             except IndexError:
                 break
             # One that is too small is dropped: with sizes that drift upward it would never be used again.

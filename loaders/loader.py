@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,11 @@ _log = logging.getLogger(__name__)
 
 Subset = Literal["train", "validation", "all"]
 TRANSFORMS = ("clr", "none")
+DEFAULT_TRANSFORMS: Mapping[str, str] = MappingProxyType({"adt": "clr"})
+
+FIXED_ORDER_WINDOW = 512
+"""Cells of a window without shuffling: validation cells lie far apart, so that one window reads 20 times as many, and
+several small ones are read at the same time."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
     obs
         Further obs columns whose codes to hand out.
     transforms
-        Per modality "clr" (centred log-ratio by cell) or "none".
+        Per modality "clr" (centred log-ratio by cell) or "none"; default: clr for adt, which liam's model expects.
     threads
         Reader threads; default: the cores of this process, at most 4.
     weights
@@ -110,7 +116,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         shuffle: bool = True,
         transpose: bool = True,
         obs: Sequence[str] = (),
-        transforms: Mapping[str, str] | None = None,
+        transforms: Mapping[str, str] = DEFAULT_TRANSFORMS,
         threads: int | None = None,
         weights: npt.NDArray[np.floating] | str | None = None,
         drop: npt.NDArray[np.bool_] | Mapping[str, Sequence[str]] | None = None,
@@ -119,7 +125,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         _check_counts(minibatch=minibatch, streams=streams, rank=rank, world=world, threads=threads)
         self.store, self.rank, self.world = store, rank, world
         self._sources = open_sources(store, modalities)
-        self._outputs = _output_formats(self._sources, transforms or {}, transpose=transpose)
+        self._outputs = _output_formats(self._sources, transforms, transpose=transpose)
         self._sample = None if sample_key is None else encode_column(store, sample_key, allow_missing=False)
         self._obs = {name: encode_column(store, name, allow_missing=True) for name in obs}
         rows = select_rows(store, self._sample, subset=subset, share=validation_share, seed=seed, drop=drop)
@@ -139,7 +145,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             minibatch,
             streams if shuffle else world,
             sizes.block_cells,
-            sizes.window_cells,
+            sizes.window_cells if shuffle else min(sizes.window_cells, FIXED_ORDER_WINDOW),
             seed,
             order="shuffled" if shuffle else "ranges" if subset == "all" else "disk",
             row_alignment=getattr(store, "row_alignment", 1) if shuffle else 1,
@@ -147,7 +153,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         )
         if shuffle:
             _tell_about_order(store, sizes, streams)
-        self._threads = threads or max(1, min(4, len(os.sched_getaffinity(0))))
+        self._threads = threads or max(1, min(4, _num_cores()))
         self._epoch, self._step = 0, 0
         self._workers: Workers | None = None
         self.waited_seconds = 0.0
@@ -338,6 +344,11 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
 def _read(source: ModalitySource, cells: Task[WindowCells]) -> WindowRows:
     window = result_of(cells)
     return read_window(source, window.read, window.order)
+
+
+def _num_cores() -> int:
+    """Cores this process may use; those of the machine where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_counts(*, minibatch: int, streams: int, rank: int, world: int, threads: int | None) -> None:

@@ -279,12 +279,15 @@ class Epoch:
         # differ by one cell instead of V.
         self._offsets = np.minimum(before * self.num_steps // total, max(0, self.num_steps - 1))
 
+    @cached_property
+    def _step_ends(self) -> npt.NDArray[np.int64]:
+        return np.stack([np.concatenate(([0], ends)) for ends in self._piece_ends], axis=1)
+
     def positions(self, steps: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """(len(steps), V) cells that each stream has yielded before each step."""
         steps = np.asarray(steps, np.int64)
         if self.plan.order == "disk" and self.plan.streams > 1:
-            ends = np.stack([np.concatenate(([0], ends)) for ends in self._piece_ends], axis=1)
-            return ends[steps]
+            return self._step_ends[steps]
         return (steps[:, None] * self.stream_cells + self._offsets) // max(1, self.num_steps)
 
     def num_windows(self, stream: int) -> int:

@@ -162,6 +162,8 @@ class ShardedArray:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        if not hasattr(os, "preadv"):
+            raise UnsupportedArray("this system cannot read at an offset (preadv)")
         self.layout = read_layout(self.folder)
         self._lock = threading.Lock()
         self._files: OrderedDict[int, _File] = OrderedDict()

@@ -52,6 +52,11 @@ def check(minibatch, truth, names=tuple(FEATURES)):
             assert np.array_equal(counts.feature_values.numpy(), by_feature.data)
 
 
+def raw(store, **options):
+    """A loader that hands out ADT counts as they are."""
+    return Loader(store, **{"transforms": {}, **options})
+
+
 def rows_of(loader):
     return [minibatch.rows.numpy().copy() for minibatch in loader]
 
@@ -73,7 +78,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("minibatch", [7, 128, 5_000])
 def test_an_epoch_holds_every_cell_once_with_its_own_counts(store, truth, minibatch):
-    with Loader(store, minibatch=minibatch, subset="all", sample_key="sample", obs=("cell_type",)) as loader:
+    with raw(store, minibatch=minibatch, subset="all", sample_key="sample", obs=("cell_type",)) as loader:
         rows = []
         for step, got in enumerate(loader):
             assert (got.epoch, got.step) == (0, step)
@@ -89,8 +94,8 @@ def test_an_epoch_holds_every_cell_once_with_its_own_counts(store, truth, miniba
 
 def test_train_and_validation_share_the_cells_between_them(store, truth):
     options = {"sample_key": "sample", "validation_share": 0.1, "minibatch": 64, "seed": 4}
-    train = np.concatenate(rows_of(Loader(store, **options)))
-    held_out = Loader(store, **options, subset="validation", shuffle=False)
+    train = np.concatenate(rows_of(raw(store, **options)))
+    held_out = raw(store, **options, subset="validation", shuffle=False)
     validation = np.concatenate(rows_of(held_out))
     assert np.array_equal(np.sort(np.concatenate((train, validation))), np.arange(CELLS))
     assert np.array_equal(np.bincount(validation % 3), [50, 50, 50])
@@ -101,8 +106,8 @@ def test_train_and_validation_share_the_cells_between_them(store, truth):
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_any_number_of_ranks_trains_the_same_minibatches(store, truth, world):
-    whole = list(Loader(store, minibatch=100))
-    ranks = [list(Loader(store, minibatch=100, rank=rank, world=world)) for rank in range(world)]
+    whole = list(raw(store, minibatch=100))
+    ranks = [list(raw(store, minibatch=100, rank=rank, world=world)) for rank in range(world)]
     for step, expected in enumerate(whole):
         shares = [rank[step] for rank in ranks]
         merged = np.full(expected.num_global, -1)
@@ -115,7 +120,7 @@ def test_any_number_of_ranks_trains_the_same_minibatches(store, truth, world):
 
 def test_ranks_without_cells_stay_in_step(store):
     drop = np.arange(CELLS) >= 5
-    ranks = [list(Loader(store, minibatch=4, world=8, rank=r, drop=drop, subset="all")) for r in range(8)]
+    ranks = [list(raw(store, minibatch=4, world=8, rank=r, drop=drop, subset="all")) for r in range(8)]
     assert {len(minibatches) for minibatches in ranks} == {2}
     assert sorted(int(row) for minibatches in ranks for m in minibatches for row in m.rows) == [0, 1, 2, 3, 4]
     empty = next(m for minibatches in ranks for m in minibatches if m.num_cells == 0)
@@ -124,20 +129,20 @@ def test_ranks_without_cells_stay_in_step(store):
 
 
 def test_inference_order_is_the_order_of_the_rows_in_contiguous_ranges(store):
-    assert np.array_equal(np.concatenate(rows_of(Loader(store, subset="all", shuffle=False))), np.arange(CELLS))
-    parts = [np.concatenate(rows_of(Loader(store, subset="all", shuffle=False, rank=r, world=3))) for r in range(3)]
+    assert np.array_equal(np.concatenate(rows_of(raw(store, subset="all", shuffle=False))), np.arange(CELLS))
+    parts = [np.concatenate(rows_of(raw(store, subset="all", shuffle=False, rank=r, world=3))) for r in range(3)]
     assert [part[0] for part in parts] == [0, 500, 1000]
     assert np.array_equal(np.concatenate(parts), np.arange(CELLS))
 
 
 def test_epochs_differ_follow_each_other_and_can_be_set(store):
-    loader = Loader(store, minibatch=128)
+    loader = raw(store, minibatch=128)
     first, second = rows_of(loader), rows_of(loader)
     assert loader.epoch == 2
     assert not np.array_equal(first[0], second[0])
     loader.set_epoch(0)
     assert all(np.array_equal(a, b) for a, b in zip(first, rows_of(loader), strict=True))
-    again = Loader(store, minibatch=128)
+    again = raw(store, minibatch=128)
     again.set_epoch(1)
     assert all(np.array_equal(a, b) for a, b in zip(second, rows_of(again), strict=True))
 
@@ -145,14 +150,14 @@ def test_epochs_differ_follow_each_other_and_can_be_set(store):
 @pytest.mark.parametrize("stop", [0, 1, 17, 22])
 def test_resuming_goes_on_bit_for_bit(store, stop):
     options = {"minibatch": 64, "sample_key": "sample", "transforms": {"adt": "clr"}}
-    whole = [*(loader := Loader(store, **options)), *loader]
-    first = Loader(store, **options)
+    whole = [*(loader := raw(store, **options)), *loader]
+    first = raw(store, **options)
     iterator = iter(first)
     for _ in range(stop + 1):
         next(iterator)
     state = first.state_dict()
     first.close()
-    resumed = Loader(store, **options, memory="200MiB", threads=1)
+    resumed = raw(store, **options, memory="200MiB", threads=1)
     resumed.load_state_dict(state)
     rest = [*resumed, *resumed] if len(whole) // 2 > stop + 1 else [*resumed]
     assert len(rest) == len(whole) - stop - 1
@@ -160,8 +165,8 @@ def test_resuming_goes_on_bit_for_bit(store, stop):
 
 
 def test_resuming_on_another_number_of_ranks_keeps_the_order(store):
-    whole = rows_of(Loader(store, minibatch=100))
-    loader = Loader(store, minibatch=100)
+    whole = rows_of(raw(store, minibatch=100))
+    loader = raw(store, minibatch=100)
     iterator = iter(loader)
     for _ in range(4):
         next(iterator)
@@ -169,7 +174,7 @@ def test_resuming_on_another_number_of_ranks_keeps_the_order(store):
     assert state["step"] == 4
     shares = []
     for rank in range(3):
-        resumed = Loader(store, minibatch=100, rank=rank, world=3, streams=64)
+        resumed = raw(store, minibatch=100, rank=rank, world=3, streams=64)
         resumed.load_state_dict(state)
         assert resumed.streams == 16
         shares.append(list(resumed))
@@ -181,18 +186,18 @@ def test_resuming_on_another_number_of_ranks_keeps_the_order(store):
 
 
 def test_a_state_of_other_cells_is_refused(store):
-    state = Loader(store, minibatch=64).state_dict()
+    state = raw(store, minibatch=64).state_dict()
     with pytest.raises(ValueError, match="loader state: got minibatch 64, this loader has 32"):
-        Loader(store, minibatch=32).load_state_dict(state)
+        raw(store, minibatch=32).load_state_dict(state)
     with pytest.raises(ValueError, match="loader state: got seed 0, this loader has 1"):
-        Loader(store, minibatch=64, seed=1).load_state_dict(state)
+        raw(store, minibatch=64, seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match="16 streams for 17 ranks"):
-        Loader(store, minibatch=64, world=17).load_state_dict(state)
+        raw(store, minibatch=64, world=17).load_state_dict(state)
 
 
-def test_clr_is_applied_to_the_named_modality_only(store, truth):
+def test_clr_is_applied_to_adt_alone_unless_told_otherwise(store, truth):
     matrices, present = truth
-    for got in Loader(store, minibatch=300, transforms={"adt": "clr"}):
+    for got in Loader(store, minibatch=300):
         rows = got.rows.numpy()
         dense = matrices["adt"][rows].toarray() * present["adt"][rows][:, None]
         scale = np.exp(np.log1p(dense).sum(axis=1) / FEATURES["adt"])
@@ -201,29 +206,29 @@ def test_clr_is_applied_to_the_named_modality_only(store, truth):
 
 
 def test_modalities_and_transpose_are_optional(store, truth):
-    for got in Loader(store, minibatch=256, modalities=["atac"], transpose=False):
+    for got in raw(store, minibatch=256, modalities=["atac"], transpose=False):
         check(got, truth, names=("atac",))
         assert got.counts["atac"].feature_indptr is None
 
 
 def test_drop_and_weights(store):
-    kept = np.concatenate(rows_of(Loader(store, subset="all", drop={"sample": ["s1"]})))
+    kept = np.concatenate(rows_of(raw(store, subset="all", drop={"sample": ["s1"]})))
     assert np.array_equal(np.sort(kept), np.flatnonzero(np.arange(CELLS) % 3 != 1))
     weights = np.where(np.arange(CELLS) < 100, 3.0, 0.5)
-    drawn = np.concatenate(rows_of(Loader(store, subset="all", weights=weights)))
+    drawn = np.concatenate(rows_of(raw(store, subset="all", weights=weights)))
     counts = np.bincount(drawn, minlength=CELLS)
     assert np.all(counts[:100] == 3)
     assert counts[100:].sum() == 700
     assert counts.max() == 3
     cells = np.arange(CELLS)
     skewed = (cells % 3 == 0) & (cells > 600) | (cells % 3 == 2) & (cells > 1_000)
-    balanced = Loader(store, subset="all", weights="sample", drop=skewed)
+    balanced = raw(store, subset="all", weights="sample", drop=skewed)
     sizes = np.bincount(np.concatenate(rows_of(balanced)) % 3)
     assert sizes.max() - sizes.min() <= 2
 
 
 def test_memory_handed_out_is_not_written_again_while_it_is_held(store, truth):
-    loader = Loader(store, minibatch=32)
+    loader = raw(store, minibatch=32)
     kept = list(loader)
     for _ in loader:
         pass
@@ -232,14 +237,14 @@ def test_memory_handed_out_is_not_written_again_while_it_is_held(store, truth):
 
 
 def test_inside_a_torch_data_loader(store):
-    expected = rows_of(Loader(store, minibatch=64))
-    wrapped = torch.utils.data.DataLoader(Loader(store, minibatch=64), batch_size=None)
+    expected = rows_of(raw(store, minibatch=64))
+    wrapped = torch.utils.data.DataLoader(raw(store, minibatch=64), batch_size=None)
     assert len(wrapped) == len(expected)
     assert all(np.array_equal(a.rows, b) for a, b in zip(wrapped, expected, strict=True))
 
 
 def test_worker_processes_are_refused(store):
-    wrapped = torch.utils.data.DataLoader(Loader(store, minibatch=64), batch_size=None, num_workers=1)
+    wrapped = torch.utils.data.DataLoader(raw(store, minibatch=64), batch_size=None, num_workers=1)
     with pytest.raises(ValueError, match="set num_workers=0"):
         next(iter(wrapped))
 
@@ -270,9 +275,9 @@ def test_a_failing_read_reaches_the_consumer_and_no_thread_stays(store):
 
 
 def test_leaving_an_epoch_early_stops_its_threads(store):
-    for _ in Loader(store, minibatch=16):
+    for _ in raw(store, minibatch=16):
         break
-    loader = Loader(store, minibatch=16)
+    loader = raw(store, minibatch=16)
     iterator = iter(loader)
     next(iterator)
     loader.close()
@@ -283,7 +288,7 @@ def test_leaving_an_epoch_early_stops_its_threads(store):
 
 def test_an_unshuffled_store_says_so(store, caplog):
     with caplog.at_level(logging.INFO, logger="loaders"):
-        Loader(store, minibatch=32)
+        raw(store, minibatch=32)
     assert "is not shuffled" in caplog.text
 
 
@@ -310,4 +315,4 @@ def test_an_unshuffled_store_says_so(store, caplog):
 )
 def test_refusals_name_the_option_and_the_cure(store, options, message):
     with pytest.raises(ValueError, match=message):
-        Loader(store, **options)
+        raw(store, **options)
