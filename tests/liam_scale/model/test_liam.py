@@ -1,6 +1,5 @@
-"""The model against an independent dense formula of the specification, in float64, for every combination of flags."""
+"""What the model does: learning, ranks, noise, masks, gradient buffers."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -12,262 +11,22 @@ from torch import Tensor
 
 from liam_scale.model import Liam, ModelConfig, ModelData, ModelName, resolve
 from liam_scale.model.noise import Noise
-from loaders.minibatch import Minibatch, SparseCounts
+from loaders.minibatch import SparseCounts
 
-FEATURES = {"rna": 13, "atac": 21, "adt": 5}
+ALL = ("rna", "atac", "adt")
 CELLS = 17
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Arrays this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def toy(modalities: tuple[str, ...], *, samples: int = 3, dtype: Any = np.float64, seed: int = 0) -> Minibatch:
-    """Counts with absent modalities: cell 0 has all, each other modality misses some cells."""
-    rng = np.random.default_rng(seed)
-    counts = {}
-    for k, name in enumerate(modalities):
-        values = rng.poisson(1.5, (CELLS, FEATURES[name])).astype(dtype)
-        if name == "adt":
-            values = np.log1p(values)
-        if len(modalities) > 1:
-            values[1 + k :: 5] = 0
-        counts[name] = SparseCounts.from_scipy(scipy.sparse.csr_matrix(values))
-    return Minibatch(
-        counts=counts,
-        present={name: c.totals() > 0 for name, c in counts.items()},
-        sample=torch.from_numpy(rng.integers(0, samples, CELLS)),
-        place=torch.arange(CELLS),
-        rows=torch.arange(CELLS),
-        num_global=CELLS,
-    )
-
-
-def data(modalities: tuple[str, ...], *, samples: int = 3) -> ModelData:
-    rng = np.random.default_rng(1)
-    return ModelData(
-        num_features={name: FEATURES[name] for name in modalities},
-        samples=tuple(f"s{k}" for k in range(samples)),
-        prior_mean={name: tuple(rng.normal(2, 0.3, samples)) for name in modalities},
-        prior_variance={name: tuple(rng.uniform(0.1, 0.5, samples)) for name in modalities},
-    )
-
-
-def part(cells: Minibatch, rows: Tensor) -> Minibatch:
-    """Some cells of a minibatch, as another rank holds them."""
-    counts = {
-        name: SparseCounts.from_scipy(scipy.sparse.csr_matrix(c.to_dense().numpy()[rows.numpy()]))
-        for name, c in cells.counts.items()
-    }
-    return replace(
-        cells,
-        counts=counts,
-        present={name: p[rows] for name, p in cells.present.items()},
-        sample=cells.sample[rows],
-        place=cells.place[rows],
-        rows=cells.rows[rows],
-    )
-
-
-class Dense:
-    """The specification once more, with one-hot matrices and dense counts; shares no code with the model."""
-
-    def __init__(self, model: Liam, cells: Minibatch) -> None:
-        self.config, self.training = model.config, model.training
-        self.state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.x = {name: c.to_dense() for name, c in cells.counts.items()}
-        self.sample = cells.sample
-        self.one_hot = torch.nn.functional.one_hot(cells.sample, model.data.num_samples).double()
-        self.eps = Noise(seed=5, step=9, place=cells.place)
-
-    def block(self, name: str, norm: str, inputs: Tensor, *, encoder: bool, transposed: bool = False) -> Tensor:
-        weight = self.state[f"{name}.weight"]
-        out = inputs @ (weight if transposed else weight.T) + self.state[f"{name}.bias"]
-        if f"{name}.sample_weight" in self.state:
-            out = out + self.one_hot @ self.state[f"{name}.sample_weight"]
-        side = "encoder" if encoder else "decoder"
-        if getattr(self.config, f"use_batch_norm_{side}"):
-            p = f"{norm}.batch_norm."
-            mean, variance = self.state[p + "running_mean"], self.state[p + "running_var"]
-            if self.training:
-                mean, variance = out.mean(0), out.var(0, unbiased=False)
-            out = (out - mean) / torch.sqrt(variance + 1e-3) * self.state[p + "weight"] + self.state[p + "bias"]
-        if getattr(self.config, f"use_layer_norm_{side}"):
-            out = (out - out.mean(1, keepdim=True)) / torch.sqrt(out.var(1, keepdim=True, unbiased=False) + 1e-5)
-        return out.clamp(min=0)
-
-    def gaussian(self, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        def linear(which: str) -> Tensor:
-            return hidden @ self.state[f"{name}.{which}.weight"].T + self.state[f"{name}.{which}.bias"]
-
-        return linear("mean"), torch.exp(linear("variance")) + 1e-4
-
-    @staticmethod
-    def kl(mean: Tensor, variance: Tensor, mean0: Tensor | float, variance0: Tensor | float) -> Tensor:
-        one = torch.distributions.Normal(mean, variance.sqrt())
-        other = torch.distributions.Normal(
-            torch.as_tensor(mean0).expand_as(mean), torch.as_tensor(variance0).sqrt().expand_as(mean)
-        )
-        return torch.distributions.kl_divergence(one, other).sum(1)
-
-    def loss(self, *, kl_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
-        terms: dict[str, Tensor] = {}
-        hidden, sizes = [], {}
-        for name, x in self.x.items():
-            p = f"encoders.{name}."
-            entered = torch.log(1 + x) if name == "rna" else x
-            hidden.append(self.block(p + "layer", p + "layer.block", entered, encoder=True, transposed=True))
-            if name != "atac" or self.config.use_atac_libsize:
-                h = self.block(p + "library.layer", p + "library.layer.block", x, encoder=True, transposed=True)
-                mean, variance = self.gaussian(p + "library.head", h)
-                eps = self.eps.normal(f"{name}.library", 1, dtype=torch.float64)
-                sizes[name] = torch.exp((mean + variance.sqrt() * eps).clamp(max=15)) + 1e-4
-                prior = [self.one_hot @ self.state[f"prior_{k}_{name}"][:, None] for k in ("mean", "variance")]
-                terms[f"kl_divergence_l_{name}"] = self.kl(mean, variance, *prior)
-        h = self.block("latent_encoder.linear", "latent_encoder.block", torch.cat(hidden, 1), encoder=True)
-        mean, variance = self.gaussian("latent_encoder.head", h)
-        terms["kl_divergence_z"] = self.kl(mean, variance, 0.0, 1.0)
-        eps = self.eps.normal("z", mean.shape[1], dtype=torch.float64)
-        self.z = torch.softmax(mean + variance.sqrt() * eps, 1)
-        total = kl_weight * terms["kl_divergence_z"]
-        for name, x in self.x.items():
-            mask = (x.sum(1) > 0).double() if len(self.x) > 1 else torch.ones(len(x), dtype=torch.float64)
-            nll = (
-                self.negative_multinomial(x, sizes.get(name)) if name == "atac" else self.binomial(name, x, sizes[name])
-            )
-            terms[f"reconstruction_loss_{name}"] = nll * mask
-            if name in sizes:
-                terms[f"kl_divergence_l_{name}"] = terms[f"kl_divergence_l_{name}"] * mask
-                total = total + terms[f"kl_divergence_l_{name}"]
-            total = total + nll * mask
-        terms["elbo"] = sum(v for k, v in terms.items())  # type: ignore[assignment]
-        if "adversary.output.weight" in self.state:
-            # The classifier descends (+), what lies before z ascends (-): CE(z) enters with the gradient of
-            # 2 CE(stop z) - CE(z), whose value is CE as well.
-            cross = self.cross_entropy(self.z)
-            terms["adversarial_loss"] = cross
-            total = total + self.config.alpha * (2 * self.cross_entropy(self.z.detach()) - cross)
-        return total.mean(), {name: term.sum().detach() for name, term in terms.items()}
-
-    def cross_entropy(self, z: Tensor) -> Tensor:
-        h = self.block("adversary.linear", "adversary.block", z, encoder=False)
-        logits = h @ self.state["adversary.output.weight"].T + self.state["adversary.output.bias"]
-        return -(self.one_hot * torch.log_softmax(logits, 1)).sum(1)
-
-    def decoder(self, name: str) -> Tensor:
-        return self.block(f"decoders.{name}.linear", f"decoders.{name}.block", self.z, encoder=False)
-
-    def binomial(self, name: str, x: Tensor, size: Tensor) -> Tensor:
-        p = f"decoders.{name}."
-        mu = size * torch.softmax(self.decoder(name) @ self.state[p + "weight"].T + self.state[p + "bias"], 1)
-        log_theta = self.state[p + "log_theta"]
-        theta = torch.exp(log_theta if log_theta.dim() == 1 else self.one_hot @ log_theta.T) + 1e-4
-        log_sum = torch.log(theta + mu + 1e-8)
-        ll = theta * (torch.log(theta + 1e-8) - log_sum) + x * (torch.log(mu + 1e-8) - log_sum)
-        ll = ll + torch.lgamma(x + theta) - torch.lgamma(theta) - torch.lgamma(x + 1)
-        return -ll.sum(1)
-
-    def negative_multinomial(self, y: Tensor, size: Tensor | None) -> Tensor:
-        h = self.decoder("atac")
-        h = h if size is None else torch.cat([h, size], 1)
-        odds = torch.exp(h @ self.state["decoders.atac.weight"].T + self.state["decoders.atac.bias"])
-        p, p0 = odds / (1 + odds.sum(1, keepdim=True)), 1 / (1 + odds.sum(1))
-        raw, n = self.state["decoders.atac.r_raw"], y.sum(1)
-        r = torch.log(1 + torch.exp(raw)).clamp(1e-10, 1e5)
-        r = r if len(raw) == 1 and self.config.dispersion_atac == "constant" else self.one_hot @ r
-        if self.config.likelihood == "per-cell":
-            return -((y * torch.log(p)).sum(1) + r * torch.log(p0) + torch.lgamma(r + n) - torch.lgamma(r))
-        coupled = (r * torch.log(p0 + 1e-10)).sum() - torch.lgamma(r).sum()
-        return -((y * torch.log(p + 1e-10)).sum(1) + torch.lgamma(r + n) + coupled)
-
-
-def combinations(number: int) -> list[dict[str, Any]]:
-    """Random combinations of every flag, so that pairs no preset has are met too."""
-    rng = np.random.default_rng(20)
-    sets = [("rna",), ("atac",), ("adt",), ("rna", "atac"), ("rna", "adt"), ("atac", "adt"), ("rna", "atac", "adt")]
-    choices: dict[str, list[Any]] = {
-        "modalities": sets,
-        "adversarial": [True, False],
-        "conditional_encoder": [True, False],
-        "conditional_decoder": [True, False],
-        "dispersion_rna": ["gene", "gene-batch"],
-        "dispersion_atac": ["constant", "batch"],
-        "dispersion_adt": ["ADT", "ADT-batch"],
-        "use_atac_libsize": [True, False],
-        "use_batch_norm_encoder": [True, False],
-        "use_batch_norm_decoder": [True, False],
-        "use_layer_norm_encoder": [True, False],
-        "use_layer_norm_decoder": [True, False],
-        "likelihood": ["per-cell", "original"],
-        "samples": [1, 3],
-        "training": [True, False],
-    }
-    return [{name: v[rng.integers(len(v))] for name, v in choices.items()} for _ in range(number)]
-
-
-@pytest.mark.parametrize("impl", ["reference", "auto"])
-@pytest.mark.parametrize("index", range(16))
-def test_loss_terms_and_gradients_are_the_dense_formulas(index: int, impl: Any) -> None:
-    flags = combinations(16)[index]
-    samples, training = flags.pop("samples"), flags.pop("training")
-    modalities = flags["modalities"]
-    model_name = "bavae" if len(modalities) > 1 else f"{modalities[0]}-only"
-    alpha = 3.0 if flags["adversarial"] else None
-    config = ModelConfig(model=model_name, alpha=alpha, n_latent=4, n_hidden=6, dropout_rate=0.0, impl=impl, **flags)
-    model = Liam(config, data(modalities, samples=samples), seed=index).double().train(training)
-    cells = toy(modalities, samples=samples, seed=index)
-    if flags["use_batch_norm_encoder"] or flags["use_batch_norm_decoder"]:
-        _unsettle_batch_norm(model)
-    dense = Dense(model, cells)
-    expected, terms = dense.loss(kl_weight=0.3)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    ours = model(cells, step=9, seed=5, kl_weight=0.3, cell_weight=1 / CELLS)
-    ours.loss.backward()
-    if not training:
-        assert all(torch.equal(buffers[name], b) for name, b in model.named_buffers())
-    torch.testing.assert_close(ours.loss, expected, rtol=1e-10, atol=1e-10)
-    assert set(ours.terms) == set(terms)
-    for name, value in terms.items():
-        torch.testing.assert_close(ours.terms[name], value, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-    for name, parameter, gradient in zip(names, parameters, gradients, strict=True):
-        assert parameter.grad is not None, f"{name} has no gradient"
-        wanted = torch.zeros_like(parameter) if gradient is None else gradient
-        scale = wanted.abs().max().clamp(min=1e-6)
-        assert ((parameter.grad - wanted).abs().max() / scale) < 1e-8, name
-
-
-def _unsettle_batch_norm(model: Liam) -> None:
-    """Running statistics and weights that are not 0 and 1."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm1d):
-                assert module.running_mean is not None
-                assert module.running_var is not None
-                for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
-                    tensor.uniform_(0.5, 1.5, generator=generator)
-
-
-ALL = tuple(FEATURES)
-
-
-def named(model: ModelName, *, samples: int = 3, **options: Any) -> list[Liam]:
+def named(model: ModelName, data: Any, *, samples: int = 3, **options: Any) -> list[Liam]:
     samples = 1 if model == "vae" else samples
     configs = resolve(ModelConfig(model=model, n_hidden=8, **options), modalities=ALL, num_samples=samples)
     return [Liam(config, data(ALL, samples=samples)) for config in configs]
 
 
 @pytest.mark.parametrize("model", get_args(ModelName))
-def test_every_model_of_the_paper_learns(model: ModelName) -> None:
+def test_every_model_of_the_paper_learns(model: ModelName, toy: Any, data: Any) -> None:
     cells = toy(ALL, dtype=np.float32, samples=1 if model == "vae" else 3)
-    for liam in named(model):
+    for liam in named(model, data):
         optimizer = torch.optim.Adam(liam.parameters(), lr=0.02)
         losses = []
         for step in range(60):
@@ -284,7 +43,7 @@ def test_every_model_of_the_paper_learns(model: ModelName) -> None:
 
 @pytest.mark.parametrize("likelihood", ["per-cell", "original"])
 @pytest.mark.parametrize("dispersion", ["constant", "batch"])
-def test_ranks_add_up_to_the_global_minibatch(likelihood: Any, dispersion: Any) -> None:
+def test_ranks_add_up_to_the_global_minibatch(likelihood: Any, dispersion: Any, toy: Any, data: Any, part: Any) -> None:
     """Loss and gradients are the same on one rank and on three unequal ones, one of them without any ATAC."""
     config = ModelConfig(n_latent=4, n_hidden=6, likelihood=likelihood, dispersion_atac=dispersion)
     model = Liam(config, data(ALL)).double()
@@ -308,7 +67,7 @@ def test_ranks_add_up_to_the_global_minibatch(likelihood: Any, dispersion: Any) 
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-8, atol=1e-10, msg=lambda m, n=name: n + m)
 
 
-def test_dropout_depends_on_the_place_and_not_on_the_rank() -> None:
+def test_dropout_depends_on_the_place_and_not_on_the_rank(toy: Any, data: Any, part: Any) -> None:
     config = ModelConfig(n_latent=4, n_hidden=6, dropout_rate=0.4)
     model = Liam(config, data(ALL)).double().train()
     cells = toy(ALL)
@@ -319,7 +78,7 @@ def test_dropout_depends_on_the_place_and_not_on_the_rank() -> None:
     assert (whole.encoded["rna"].hidden == 0).double().mean() > 0.5
 
 
-def test_evaluation_drops_nothing_and_latent_draws_nothing() -> None:
+def test_evaluation_drops_nothing_and_latent_draws_nothing(toy: Any, data: Any) -> None:
     model = Liam(ModelConfig(n_latent=4, n_hidden=6, dropout_rate=0.9), data(ALL)).double()
     cells = toy(ALL)
     trained = model.train().latent(cells)
@@ -330,7 +89,7 @@ def test_evaluation_drops_nothing_and_latent_draws_nothing() -> None:
     torch.testing.assert_close(inference.latent.variance, evaluated[1])
 
 
-def test_first_weights_depend_on_seed_and_name_alone() -> None:
+def test_first_weights_depend_on_seed_and_name_alone(data: Any) -> None:
     one, same, other = (Liam(ModelConfig(), data(ALL), seed=seed) for seed in (3, 3, 4))
     fewer = Liam(ModelConfig(modalities=("rna", "adt")), data(ALL), seed=3)
     states = [model.state_dict() for model in (one, same, other, fewer)]
@@ -348,7 +107,7 @@ def test_first_weights_are_those_of_a_torch_linear() -> None:
 
 
 @pytest.mark.parametrize("modalities", [("rna",), ALL])
-def test_gradient_buffers_change_nothing(modalities: tuple[str, ...]) -> None:
+def test_gradient_buffers_change_nothing(modalities: tuple[str, ...], toy: Any, data: Any) -> None:
     name = "bavae" if len(modalities) > 1 else "rna-only"
     model = Liam(ModelConfig(model=name, n_hidden=8), data(modalities))
     cells = toy(modalities, dtype=np.float32)
@@ -371,7 +130,7 @@ def test_gradient_buffers_change_nothing(modalities: tuple[str, ...]) -> None:
     assert model.encoders["rna"].grad_buffers is None
 
 
-def test_a_single_modality_counts_every_cell_that_has_it() -> None:
+def test_a_single_modality_counts_every_cell_that_has_it(toy: Any, data: Any) -> None:
     """A cell of the store without counts still has the modality; a cell that lacks it never counts."""
     model = Liam(ModelConfig(model="rna-only", n_hidden=8), data(("rna",))).double()
     cells = toy(("rna",))
@@ -387,7 +146,7 @@ def test_a_single_modality_counts_every_cell_that_has_it() -> None:
     assert (terms.reconstruction["rna"] != 0).equal(is_present)
 
 
-def test_the_sum_of_cell_terms_is_the_elbo_of_the_objective() -> None:
+def test_the_sum_of_cell_terms_is_the_elbo_of_the_objective(toy: Any, data: Any) -> None:
     model = Liam(ModelConfig(n_hidden=8), data(ALL)).double()
     cells = toy(ALL)
     terms = model.cell_terms(cells, model.infer(cells, Noise(seed=0, step=0, place=cells.place)))
@@ -395,7 +154,7 @@ def test_the_sum_of_cell_terms_is_the_elbo_of_the_objective() -> None:
     torch.testing.assert_close(terms.elbo.sum(), objective.terms["elbo"])
 
 
-def test_no_cells_give_no_loss() -> None:
+def test_no_cells_give_no_loss(toy: Any, data: Any, part: Any) -> None:
     """A rank may hold no cell of a step and still takes part in it."""
     model = Liam(ModelConfig(n_hidden=8), data(ALL)).double()
     none = part(toy(ALL), torch.zeros(0, dtype=torch.int64))
@@ -405,7 +164,7 @@ def test_no_cells_give_no_loss() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_refusals() -> None:
+def test_refusals(data: Any) -> None:
     with pytest.raises(ValueError, match="got concat, which is 3 models"):
         Liam(ModelConfig(model="concat"), data(ALL))
     with pytest.raises(ValueError, match="got 3 for model vae"):
