@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not DATA.is_dir(), reason=f"no folder of real data at {DATA}"),
     # mudata on proteins called like genes (CD4, CD14).
     pytest.mark.filterwarnings("ignore:Cannot join columns with the same name:UserWarning"),
+    pytest.mark.filterwarnings("ignore:var_names are not unique:UserWarning"),
 ]
 
 
