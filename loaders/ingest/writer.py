@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -353,7 +353,10 @@ def _quiet_anndata() -> Iterator[None]:
 
     String arrays have no final Zarr v3 specification yet; anndata and zarr write and read them all the same.
     """
-    with warnings.catch_warnings(), anndata.settings.override(auto_shard_zarr_v3=False):
+    # The setting came with a later 0.12; before it nothing was sharded.
+    has_setting = hasattr(anndata.settings, "auto_shard_zarr_v3")
+    unsharded = anndata.settings.override(auto_shard_zarr_v3=False) if has_setting else nullcontext()
+    with warnings.catch_warnings(), unsharded:
         warnings.filterwarnings("ignore", message="zarr v3 autosharding will be the default")
         warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
         warnings.filterwarnings("ignore", message=".*not.* part in the Zarr format 3 specification.*")
