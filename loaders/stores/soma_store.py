@@ -90,7 +90,12 @@ class SomaStore:
         self._obs_names = list(self._experiment.obs.keys())
         self._id_column = _first_known(self._obs_names, CELL_ID_COLUMNS)
         self._joinids = self._read_obs([])["soma_joinid"].to_numpy(np.int64)
-        self._parts = self._open_parts(measurements, layer)
+        try:
+            self._parts = self._open_parts(measurements, layer)
+        except self._soma.SOMAError as error:
+            raise RuntimeError(
+                f"store {self.uri}: its measurements cannot be opened: {error}; check or copy the experiment"
+            ) from error
         self._ids = once(self._read_ids)
         self.schema = Schema(
             num_cells=len(self._joinids),

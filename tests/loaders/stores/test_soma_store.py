@@ -212,18 +212,38 @@ def test_what_is_no_experiment(experiment: Path, tmp_path: Path) -> None:
         open_store(experiment, modality="rna")
 
 
-def test_without_tiledbsoma_the_extra_is_named(experiment: Path) -> None:
+def test_without_tiledbsoma_the_extra_is_named(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tiledbsoma", None)
+    with pytest.raises(ValueError, match=r'tiledbsoma cannot be imported .*run `pip install "liam-scale\[soma\]"`'):
+        open_store(experiment)
+
+
+def test_damage_is_named(tmp_path: Path, toy: ModuleType) -> None:
+    write_experiment(tmp_path / "exp", toy, {"rna": np.arange(NUM_CELLS)})
+    (values,) = (tmp_path / "exp/ms/RNA/X").rglob("a0.tdb")
+    values.write_bytes(b"\xff" * values.stat().st_size)
+    with pytest.raises(RuntimeError, match=r"(?s)ms/RNA/X/data: cells of joinid \d+ to \d+ cannot be read: .*copy"):
+        open_store(tmp_path / "exp").read_rows("rna", 0, NUM_CELLS)
+    for footer in (tmp_path / "exp/ms/RNA/X").rglob("__fragment_metadata.tdb"):
+        footer.write_bytes(b"\xff" * footer.stat().st_size)
+    with pytest.raises(RuntimeError, match=r"(?s)exp: its measurements cannot be opened: .*copy"):
+        open_store(tmp_path / "exp")
+
+
+def test_processes_write_one_embedding(experiment: Path) -> None:
     script = (
-        "import sys; sys.modules['tiledbsoma'] = None\n"
-        "from loaders.stores import open_store\n"
-        "try:\n    open_store(sys.argv[1])\n"
-        "except ValueError as error:\n    print(error)\n"
+        "import sys, numpy as np\nfrom loaders.stores import open_store\n"
+        "start, stop = int(sys.argv[2]), int(sys.argv[3])\n"
+        "values = np.arange(start * 2, stop * 2, dtype=np.float32).reshape(-1, 2)\n"
+        "open_store(sys.argv[1]).write_embedding('X_liam', start, values, 50)\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(experiment)],
-        cwd=Path(__file__).resolve().parents[3],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert 'run `pip install "liam-scale[soma]"`' in run.stdout
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(experiment), str(start), str(stop)],
+            cwd=Path(__file__).resolve().parents[3],
+        )
+        for start, stop in ((0, 20), (20, 50))
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    values = open_store(experiment).read_embedding("X_liam", 0, NUM_CELLS)
+    np.testing.assert_array_equal(values, np.arange(100, dtype=np.float32).reshape(50, 2))
