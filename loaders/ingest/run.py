@@ -226,7 +226,7 @@ def _checked(
     chunk = job.memory // 8 // (workers + 2)
     waiting: deque[tuple[RawRows, Future[Counted]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
-        for raw in part.matrix.chunks(memory=chunk, spill=job.staging.spill):
+        for raw in _readable(part, chunk, job.staging.spill):
             waiting.append((raw, pool.submit(check_and_map, raw, columns, num_features, place)))
             if len(waiting) > workers:
                 first, done = waiting.popleft()
@@ -234,6 +234,21 @@ def _checked(
         while waiting:
             first, done = waiting.popleft()
             yield first.start, done.result()
+
+
+def _readable(part: Part, chunk: int, spill: Path) -> Iterator[RawRows]:
+    """Chunks of a matrix; what HDF5 and Zarr say of damaged bytes gets the file's name and a cure."""
+    rows = 0
+    try:
+        for raw in part.matrix.chunks(memory=chunk, spill=spill):
+            rows = raw.start + len(raw.indptr) - 1
+            yield raw
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise RuntimeError(
+            f"{part.matrix.where}: rows from {rows} on cannot be read ({error}); copy or download the file again"
+        ) from error
 
 
 @dataclass

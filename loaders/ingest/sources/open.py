@@ -90,7 +90,10 @@ def _open_file(path: Path, files: ExitStack) -> Any:
             ) from error
     if not h5py.is_hdf5(path):
         raise ValueError(f"{path}: not an HDF5 file; give an .h5ad, .h5mu, 10x .h5 or .zarr (uncompressed, complete)")
-    return files.enter_context(h5py.File(path, "r"))
+    try:
+        return files.enter_context(h5py.File(path, "r"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be opened ({error}); copy or download the file again") from error
 
 
 def _only(source: Source, modality: str) -> Source:

@@ -110,6 +110,26 @@ def test_a_damaged_csc_matrix(make, tmp_path):
     refused(f"rna={tmp_path / 'a.h5ad'}", tmp_path, r"got row 100 in a CSC matrix of 100 rows")
 
 
+def test_a_truncated_file(make, tmp_path):
+    make.anndata(100, 40).write_h5ad(tmp_path / "a.h5ad")
+    whole = (tmp_path / "a.h5ad").read_bytes()
+    (tmp_path / "a.h5ad").write_bytes(whole[: len(whole) // 2])
+    refused(f"rna={tmp_path / 'a.h5ad'}", tmp_path, r"a.h5ad: cannot be opened \(.*truncated file.*copy or download")
+
+
+def test_damaged_bytes_within_a_file(make, tmp_path):
+    make.anndata(3000, 200).write_h5ad(tmp_path / "a.h5ad", compression="gzip")
+    with h5py.File(tmp_path / "a.h5ad") as file:
+        last = file["X"]["data"].id.get_num_chunks() - 1
+        place = file["X"]["data"].id.get_chunk_info(last).byte_offset
+    with open(tmp_path / "a.h5ad", "r+b") as file:
+        file.seek(place + 100)
+        file.write(b"\0" * 200)
+    with pytest.raises(RuntimeError, match=r"a.h5ad: X: rows from \d+ on cannot be read \(.*copy or download"):
+        ingest(f"rna={tmp_path / 'a.h5ad'}", out=tmp_path / "o.zarr", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.h5ad"]
+
+
 def test_repeated_entries_are_added_up(make, tmp_path):
     adata = make.anndata(40, 12)
     rows = adata.X.tocsr()
