@@ -241,6 +241,8 @@ def _write(config: EmbedConfig, store: Store, pieces: Path, num_models: int) -> 
         columns.append(whole)
     embedding = np.concatenate(columns, axis=1)
     if config.out is None:
+        # An earlier one may have had another width. Until the new one stands, its pieces are beside the run.
+        store.drop_embedding(config.key)
         store.write_embedding(config.key, 0, embedding, store.schema.num_cells)
         return
     partial = config.out.with_name(f".{config.out.name}.partial")

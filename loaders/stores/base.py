@@ -74,6 +74,10 @@ class Store(Protocol):
         """(stop - start, d) rows of obsm[name]; ValueError where there is no such embedding."""
         ...
 
+    def drop_embedding(self, name: str) -> None:
+        """Remove obsm[name] where it is; for one process, before an embedding of another width is written."""
+        ...
+
     def obs_frame(self) -> pd.DataFrame:
         """All obs columns, indexed by cell id. Memory grows with the number of cells."""
         ...

@@ -136,6 +136,10 @@ class ChainedStore:
         pieces = _pieces(self._starts, start, stop) or [(0, 0, 0)]
         return np.concatenate([self.stores[i].read_embedding(name, first, last) for i, first, last in pieces])
 
+    def drop_embedding(self, name: str) -> None:
+        for store in self.stores:
+            store.drop_embedding(name)
+
     def obs_frame(self) -> pd.DataFrame:
         return pd.concat([store.obs_frame() for store in self.stores])
 

@@ -119,3 +119,6 @@ class MatchedStore:
 
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return self.store.read_embedding(name, start, stop)
+
+    def drop_embedding(self, name: str) -> None:
+        self.store.drop_embedding(name)

@@ -80,6 +80,16 @@ def read(
     return values
 
 
+def drop(soma: Any, context: Any, measurement: str, name: str) -> None:
+    """Remove obsm[name] where it exists."""
+    with soma.open(measurement, context=context) as group:
+        if "obsm" not in group or name not in group["obsm"]:
+            return
+        obsm = str(group["obsm"].uri)
+    with soma.open(obsm, "w", context=context) as group:
+        del group[name]
+
+
 def _open_or_create(soma: Any, context: Any, measurement: str, name: str, width: int) -> str:
     """Address of the array obsm[name]."""
     import pyarrow

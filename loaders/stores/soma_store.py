@@ -183,6 +183,9 @@ class SomaStore:
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return soma_embeddings.read(self._soma, self._context, self._home, name, self._joinids[start:stop])
 
+    def drop_embedding(self, name: str) -> None:
+        soma_embeddings.drop(self._soma, self._context, self._home, name)
+
     def obs_frame(self) -> pd.DataFrame:
         columns = list(self.schema.obs_columns)
         return self._read_obs(columns)[columns].set_index(pd.Index(self._ids()))

@@ -76,6 +76,13 @@ def test_an_interrupted_embedding_goes_on_and_leaves_no_pieces(
     assert not list(run.glob("embedding-*"))
 
 
+def test_an_embedding_of_another_width_replaces_the_old_one(trained: Path, store: Path) -> None:
+    opened = open_store(store)
+    opened.write_embedding("X_liam", 0, np.ones((600, 7), dtype=np.float32), 600)
+    embed(EmbedConfig(run=trained, store=(str(store),)))
+    assert mudata.read_zarr(store).obsm["X_liam"].shape == (600, 4)
+
+
 def test_a_separate_anndata_carries_obs_and_leaves_the_store_alone(
     trained: Path, multiome: Path, tmp_path: Path
 ) -> None:
