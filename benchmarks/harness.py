@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -70,6 +69,12 @@ class Process:
         self._process.wait()
 
 
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process. `ru_maxrss` will not do: Linux carries the parent's through fork and exec."""
+    status = Path("/proc/self/status").read_text()
+    return next(float(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+
+
 def serve(work: Callable[[], dict[str, Any]], **ready: Any) -> None:
     """The peer's side: do `work` once for every line on standard input."""
     print(json.dumps({"ready": True, **ready}), flush=True)
@@ -77,7 +82,7 @@ def serve(work: Callable[[], dict[str, Any]], **ready: Any) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         measured = work()
         result = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, **measured}
-        result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        result["peak_rss_mb"] = peak_rss_mb()
         print(json.dumps(result), flush=True)
 
 

@@ -31,10 +31,10 @@ def train(store: Path, steps: int, memory: str) -> dict[str, float]:
     # The last row leaves out the first half: imports, compilation, first windows.
     arguments += ["--training.validate-every", str(steps // 2), "--loader.validation-share", "0"]
     program = (
-        "import json, resource, sys; from liam_scale.train import main; code = main(sys.argv[1:]); "
-        "print(json.dumps({'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024})); sys.exit(code)"
+        "import json, sys; from harness import peak_rss_mb; from liam_scale.train import main; "
+        "code = main(sys.argv[1:]); print(json.dumps({'peak': peak_rss_mb() * 2**20})); sys.exit(code)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
