@@ -21,13 +21,13 @@ from liam_scale.kernels.vector_math import FAST_MATH, exp, store
 TILE_ELEMENTS = 2**18
 """Logits of a tile: 1 MiB in float32, which one core's L2 cache holds."""
 
-MIN_TILE, MAX_TILE = 64, 2048
+MIN_TILE, MAX_TILE = 256, 2048
 """Features of a tile."""
 
 
 def tile_features(cells: int) -> int:
     """Features of a tile, so that a tile has about TILE_ELEMENTS logits."""
-    return max(MIN_TILE, min(MAX_TILE, TILE_ELEMENTS // max(1, cells) // MIN_TILE * MIN_TILE))
+    return max(MIN_TILE, min(MAX_TILE, TILE_ELEMENTS // max(1, cells) // 64 * 64))
 
 
 @dataclass(frozen=True)
