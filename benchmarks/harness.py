@@ -70,7 +70,7 @@ class Process:
 
 
 def peak_rss_mb() -> float:
-    """Peak resident memory of this process. `ru_maxrss` will not do: Linux carries the parent's through fork and exec."""
+    """Peak resident memory of this process; `ru_maxrss` carries the parent's through fork and exec."""
     status = Path("/proc/self/status").read_text()
     return next(float(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
