@@ -16,7 +16,9 @@ from loaders.buffers import Pool
 from loaders.csr import centred_log_ratio, gather_rows, transpose_rows
 from loaders.minibatch import Minibatch, SparseCounts
 from loaders.plan import Epoch, Rows
-from loaders.windows import WindowRows
+from loaders.windows import ModalitySource, WindowRows
+
+TRANSFORMS = ("clr", "none")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,26 @@ class OutputFormat:
     is_clr: bool
     pools: tuple[Pool, Pool, Pool]
     """Memory of indices, values and feature offsets."""
+
+
+def output_formats(
+    sources: Mapping[str, ModalitySource], transforms: Mapping[str, str], *, transpose: bool
+) -> dict[str, OutputFormat]:
+    """Format of each modality; refuses a transform it does not know."""
+    for name, transform in transforms.items():
+        if transform not in TRANSFORMS:
+            raise ValueError(f"transforms: got {transform!r} for {name}; choose from {', '.join(TRANSFORMS)}")
+    return {
+        name: OutputFormat(source.num_features, transpose, transforms.get(name) == "clr", (Pool(), Pool(), Pool()))
+        for name, source in sources.items()
+    }
+
+
+def output_bytes(sources: Mapping[str, ModalitySource], *, minibatch: int, transpose: bool) -> float:
+    """Mean bytes of a cell in a finished minibatch."""
+    entries = sum(source.nonzeros_per_cell for source in sources.values())
+    features = sum(source.num_features for source in sources.values()) * 4 / minibatch
+    return 64 + 8 * entries + transpose * (8 * entries + features)
 
 
 @dataclass(frozen=True)

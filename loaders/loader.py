@@ -14,13 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import torch.utils.data
 
-from loaders.assemble import Group, OutputFormat, Slice, assemble, plan_group
-from loaders.buffers import Pool
+from loaders.assemble import Group, Slice, assemble, output_bytes, output_formats, plan_group
 from loaders.memory import parse_memory
 from loaders.minibatch import Minibatch
 from loaders.plan import Epoch, Plan, Window
 from loaders.prefetch import Prefetch, Task, Workers, result_of
-from loaders.selection import encode_column, select_rows, weights_of
+from loaders.selection import encode_column, ids_of, select_rows, weights_of
 from loaders.sizing import Sizes, choose_sizes
 from loaders.sources import open_sources
 from loaders.stores.base import Store
@@ -32,7 +31,6 @@ __all__ = ["Loader", "cell_totals"]
 _log = logging.getLogger(__name__)
 
 Subset = Literal["train", "validation", "all"]
-TRANSFORMS = ("clr", "none")
 DEFAULT_TRANSFORMS: Mapping[str, str] = MappingProxyType({"adt": "clr"})
 
 FIXED_ORDER_WINDOW = 512
@@ -125,14 +123,14 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         _check_counts(minibatch=minibatch, streams=streams, rank=rank, world=world, threads=threads)
         self.store, self.rank, self.world = store, rank, world
         self._sources = open_sources(store, modalities)
-        self._outputs = _output_formats(self._sources, transforms, transpose=transpose)
+        self._outputs = output_formats(self._sources, transforms, transpose=transpose)
         self._sample = None if sample_key is None else encode_column(store, sample_key, allow_missing=False)
         self._obs = {name: encode_column(store, name, allow_missing=True) for name in obs}
         rows = select_rows(store, self._sample, subset=subset, share=validation_share, seed=seed, drop=drop)
         sizes = choose_sizes(
             memory=parse_memory(memory),
             window_bytes_per_cell=sum(source.bytes_per_cell for source in self._sources.values()),
-            output_bytes_per_cell=_output_bytes(self._sources, minibatch=minibatch, transpose=transpose),
+            output_bytes_per_cell=output_bytes(self._sources, minibatch=minibatch, transpose=transpose),
             minibatch=minibatch,
             streams=streams,
             world=world,
@@ -195,6 +193,10 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             raise ValueError(f"epoch: got {epoch}; epochs count from 0")
         if epoch != self._epoch:
             self._epoch, self._step = epoch, 0
+
+    def cell_ids(self, minibatch: Minibatch) -> npt.NDArray[np.str_]:
+        """(B,) ids of a minibatch's cells; for messages and results, as they are read on request."""
+        return ids_of(self.store, minibatch.rows.cpu().numpy())
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the minibatch last handed out, and what the order of cells rests on."""
@@ -359,25 +361,6 @@ def _check_counts(*, minibatch: int, streams: int, rank: int, world: int, thread
         raise ValueError(f"rank: got {rank} of {world} ranks; ranks count from 0 to {world - 1}")
     if streams < world:
         raise ValueError(f"streams: got {streams} for {world} ranks; give at least as many streams as ranks")
-
-
-def _output_formats(
-    sources: Mapping[str, ModalitySource], transforms: Mapping[str, str], *, transpose: bool
-) -> dict[str, OutputFormat]:
-    for name, transform in transforms.items():
-        if transform not in TRANSFORMS:
-            raise ValueError(f"transforms: got {transform!r} for {name}; choose from {', '.join(TRANSFORMS)}")
-    return {
-        name: OutputFormat(source.num_features, transpose, transforms.get(name) == "clr", (Pool(), Pool(), Pool()))
-        for name, source in sources.items()
-    }
-
-
-def _output_bytes(sources: Mapping[str, ModalitySource], *, minibatch: int, transpose: bool) -> float:
-    """Mean bytes of a cell in a finished minibatch."""
-    entries = sum(source.nonzeros_per_cell for source in sources.values())
-    features = sum(source.num_features for source in sources.values()) * 4 / minibatch
-    return 64 + 8 * entries + transpose * (8 * entries + features)
 
 
 def _tell_about_order(store: Store, sizes: Sizes, streams: int) -> None:

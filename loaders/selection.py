@@ -10,6 +10,9 @@ import numpy.typing as npt
 from loaders.plan import Rows, split
 from loaders.stores.base import Store
 
+IDS_PER_READ = 1 << 16
+"""Cell ids held at a time."""
+
 
 def encode_column(store: Store, name: str, *, allow_missing: bool) -> npt.NDArray[np.integer]:
     """(n,) codes of an obs column in the narrowest signed type.
@@ -30,6 +33,31 @@ def encode_column(store: Store, name: str, *, allow_missing: bool) -> npt.NDArra
     return column.codes.astype(np.min_scalar_type(-len(column.categories) - 1))
 
 
+def cell_keys(store: Store) -> npt.NDArray[np.uint64]:
+    """(n,) hash of each cell's id (FNV-1a over its characters), the same wherever the cell stands."""
+    count = store.schema.num_cells
+    keys = np.empty(count, np.uint64)
+    for start in range(0, count, IDS_PER_READ):
+        ids = np.ascontiguousarray(store.cell_ids(start, min(count, start + IDS_PER_READ)), dtype=np.str_)
+        characters = ids.view(np.uint32).reshape(len(ids), -1)
+        hashed = np.full(len(ids), 0xCBF29CE484222325, np.uint64)
+        for column in characters.T:
+            # Shorter ids are padded with zeros, as far as the longest of this read: they must not count.
+            hashed = np.where(column > 0, (hashed ^ column) * np.uint64(0x100000001B3), hashed)
+        keys[start : start + len(ids)] = hashed
+    return keys
+
+
+def ids_of(store: Store, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.str_]:
+    """Ids of some cells, in their order; reads every part of the ids that one of them stands in."""
+    found = np.empty(len(rows), object)
+    for part in np.unique(rows // IDS_PER_READ):
+        start = int(part) * IDS_PER_READ
+        mine = np.flatnonzero(rows // IDS_PER_READ == part)
+        found[mine] = store.cell_ids(start, min(store.schema.num_cells, start + IDS_PER_READ))[rows[mine] - start]
+    return found.astype(np.str_)
+
+
 def select_rows(
     store: Store,
     sample: npt.NDArray[np.integer] | None,
@@ -47,7 +75,8 @@ def select_rows(
     if drop is not None:
         rows = rows[~_dropped(store, drop)]
     if subset != "all":
-        chosen = split(rows.astype(np.uint64), None if sample is None else sample[rows], seed=seed, share=share)
+        keys = cell_keys(store)[rows] if share else rows.astype(np.uint64)
+        chosen = split(keys, None if sample is None else sample[rows], seed=seed, share=share)
         rows = rows[chosen if subset == "validation" else ~chosen]
     if not len(rows):
         raise ValueError(

@@ -104,6 +104,23 @@ def test_train_and_validation_share_the_cells_between_them(store, truth):
         check(minibatch, truth)
 
 
+def test_the_split_goes_with_the_cells_wherever_they_stand(store, tmp_path):
+    identifying_store(tmp_path / "b.zarr", num_cells=400, num_features={"rna": 120})
+    chosen = []
+    for paths in ([store.uri, tmp_path / "b.zarr"], [tmp_path / "b.zarr", store.uri]):
+        loader = raw(open_store(paths), subset="validation", validation_share=0.2, modalities=["rna"])
+        chosen.append(np.sort(np.concatenate([loader.cell_ids(minibatch) for minibatch in loader])))
+    assert len(chosen[0]) == 380
+    assert np.array_equal(*chosen)
+    assert not np.array_equal(chosen[0][:10], [f"cell{row}" for row in range(10)])
+
+
+def test_cell_ids_are_those_of_the_rows(store):
+    loader = raw(store, minibatch=50)
+    minibatch = next(iter(loader))
+    assert loader.cell_ids(minibatch).tolist() == [f"cell{row}" for row in minibatch.rows.tolist()]
+
+
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_any_number_of_ranks_trains_the_same_minibatches(store, truth, world):
     whole = list(raw(store, minibatch=100))
