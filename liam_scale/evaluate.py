@@ -17,10 +17,10 @@ import pandas as pd
 import scipy.sparse
 import tyro
 
-from liam_scale import metrics, plots, scib_scores
-from liam_scale.baseline import NUM_COMPONENTS, TARGET_SUM, baseline_embedding
 from liam_scale.command import parse, run
-from liam_scale.selection import Source, draw_rows, modalities_of_cells, read_in_memory
+from liam_scale.evaluation import metrics, plots, scib_scores
+from liam_scale.evaluation.baseline import NUM_COMPONENTS, TARGET_SUM, baseline_embedding
+from liam_scale.evaluation.selection import Source, draw_rows, modalities_of_cells, read_in_memory
 from loaders.stores import open_store
 from loaders.stores.base import ObsColumn, Store
 

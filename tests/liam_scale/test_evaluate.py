@@ -18,10 +18,10 @@ import scipy.sparse
 import sklearn.metrics
 import sklearn.neighbors
 
-from liam_scale import metrics, plots
-from liam_scale.baseline import baseline_embedding, centred_log_ratio, log_normalised, principal_components
 from liam_scale.evaluate import BASELINE, EvaluateConfig, Evaluation, describe, evaluate, main
-from liam_scale.selection import Source, draw_rows, modalities_of_cells, read_in_memory
+from liam_scale.evaluation import metrics, plots
+from liam_scale.evaluation.baseline import baseline_embedding, centred_log_ratio, log_normalised, principal_components
+from liam_scale.evaluation.selection import Source, draw_rows, modalities_of_cells, read_in_memory
 from loaders.stores import ObsColumn, ZarrStore, open_store
 
 ROOT = Path(__file__).resolve().parents[2]

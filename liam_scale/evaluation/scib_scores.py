@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from liam_scale.metrics import Codes, Measure, nearest
+from liam_scale.evaluation.metrics import Codes, Measure, nearest
 
 QUICK = (
     Measure("scib_ilisi", "scIB iLISI (mixing of samples)", "higher"),
