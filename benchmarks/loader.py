@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 SETTINGS = {"512x32": (512, 32), "2048x8": (2_048, 8)}
 """annbatch's chunk size and number of chunks preloaded: its default, and a better one for large stores."""
 
-WINDOW_16K = {"rna": "300MiB", "atac": "700MiB"}
+WINDOW_16K = {"rna": "190MiB", "atac": "580MiB"}
 """Memory with which the windows hold about 16,000 cells."""
 
 
@@ -172,21 +172,24 @@ def rows_of(chosen: argparse.Namespace, peers: Peers) -> list[Row]:
     both = ["rna", "atac"]
     rows.append(Row("paired", [peers.ours("ours", paired, both), *peers.annbatch("b", paired, both, "uint8")]))
     first = [
-        peers.ours(f"ours, {name}, 16k-cell window", path, [name], kind="first", memory=WINDOW_16K[name])
+        peers.ours(
+            f"ours, {name}, 16k-cell window",
+            path,
+            [name],
+            kind="fresh",
+            memory=WINDOW_16K[name],
+            cells=chosen.atac_cells,
+        )
         for name, path in (("rna", rna), ("atac", paired))
     ]
     rows.append(Row("first minibatch and memory", first))
     plain = peers.ours("ours without checksums, obs, sample", rna, ["rna"], checksum=False, obs=False)
     rows.append(Row("cost of checksums and obs", [peers.ours("ours", rna, ["rna"]), plain]))
-    flat = [
-        peers.ours(
-            f"ours, {cells} cells",
-            store(peers.folder, "flat", cells=cells, genes=4_000, genes_per_cell=200),
-            None,
-            kind="first",
-        )
-        for cells in chosen.flat_cells
-    ]
+    flat = []
+    for cells in chosen.flat_cells:
+        path = store(peers.folder, "flat", cells=cells, genes=4_000, genes_per_cell=200)
+        options = {"kind": "fresh", "cells": 2 * chosen.flat_cells[0]}
+        flat.append(peers.ours(f"ours, {cells} cells", path, None, **options))
     rows.append(Row("size of the store", flat))
     if peers.has_soma:
         rows.append(soma_row(chosen, peers))
@@ -217,7 +220,7 @@ def report(row: Row, results: dict[str, list[dict[str, Any]]]) -> str:
                 spread([1e6 * r["cpu"] / r["cells"] for r in rounds], 2),
                 spread([r["first_seconds"] for r in rounds], 3) if "first_seconds" in rounds[0] else "",
                 spread([r["added_mib"] for r in rounds], 0) if "added_mib" in rounds[0] else "",
-                f"{max(r['peak_rss_mb'] for r in rounds):,.0f}",
+                spread([r["rss_mib"] for r in rounds], 0) if "rss_mib" in rounds[0] else "",
             )
         )
     header = (

@@ -8,7 +8,7 @@ import time
 import warnings
 
 from harness import serve
-from page_cache import drop_from_page_cache
+from process_memory import drop_from_page_cache, peak_of_process
 
 warnings.filterwarnings("ignore")
 
@@ -62,7 +62,7 @@ class Epochs:
             first = time.perf_counter() - start if first is None else first
             cells += minibatches[0]["X"].shape[0]
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-        return {"cells": cells, "wall": wall, "cpu": cpu, "first_seconds": first}
+        return {"cells": cells, "wall": wall, "cpu": cpu, "first_seconds": first, "rss_mib": peak_of_process()}
 
 
 if __name__ == "__main__":

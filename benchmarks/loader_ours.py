@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 from harness import serve
-from page_cache import drop_from_page_cache
+from process_memory import drop_from_page_cache, peak_of_process
 
 from loaders.loader import Loader
 from loaders.stores import sharded
@@ -69,28 +71,45 @@ class Epochs:
             cells += minibatch.num_cells
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         waited = self.loader.waited_seconds - waited
-        return {"cells": cells, "wall": wall, "cpu": cpu, "first_seconds": first, "waited": waited}
+        result = {"cells": cells, "wall": wall, "cpu": cpu, "first_seconds": first, "waited": waited}
+        return {**result, "rss_mib": peak_of_process()}
 
 
-class FirstEpoch(Epochs):
-    """A new store and loader every time: seconds to the first minibatch, and the peak of memory over an epoch."""
-
-    def __call__(self) -> dict:
-        base = resident_mib()
-        with Peak() as peak:
-            start = time.perf_counter()
-            self.store = self.open()
-            self.loader = self.make()
-            iterator = iter(self.loader)
-            cells = next(iterator).num_cells
-            first = time.perf_counter() - start
-            cells += sum(minibatch.num_cells for minibatch in iterator)
-        wall = time.perf_counter() - start
-        sizes = self.loader.window_cells * self.loader.streams
-        return {"cells": cells, "wall": wall, "first_seconds": first, "added_mib": peak.mib - base, "window": sizes}
+class Fresh:
+    """A new process every round, as memory that was used once stays with a process."""
 
     def __init__(self, options: dict) -> None:
-        self.options = options
+        self.command = [sys.executable, __file__, json.dumps({**options, "kind": "once"})]
+
+    def __call__(self) -> dict:
+        done = subprocess.run(self.command, stdout=subprocess.PIPE, text=True, check=True)
+        return json.loads(done.stdout.strip().rsplit("\n", 1)[-1])
+
+
+def once(options: dict) -> dict:
+    """Seconds from the path to the first minibatch; then speed and memory over a fixed number of cells."""
+    small = {**options, "minibatch": 16, "memory": "100MiB"}
+    next(iter(Epochs(small).loader))  # loads the kernels
+    base = resident_mib()
+    with Peak() as peak:
+        start = time.perf_counter()
+        epochs = Epochs(options)
+        iterator = iter(epochs.loader)
+        next(iterator)
+        first = time.perf_counter() - start
+        # What the first windows and fresh memory cost is not the speed.
+        minibatches = chain(iterator, chain.from_iterable(epochs.loader for _ in count()))
+        warm, cells, limit = 0, 0, options["cells"]
+        while warm < limit / 2:
+            warm += next(minibatches).num_cells
+        start, cpu = time.perf_counter(), time.process_time()
+        while cells < limit:
+            cells += next(minibatches).num_cells
+        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+    window = epochs.loader.window_cells * epochs.loader.streams
+    epochs.loader.close()
+    result = {"cells": cells, "wall": wall, "cpu": cpu, "first_seconds": first, "window": window}
+    return {**result, "added_mib": peak.mib - base, "rss_mib": peak.mib}
 
 
 class Floor:
@@ -115,4 +134,7 @@ class Floor:
 
 if __name__ == "__main__":
     chosen = json.loads(sys.argv[1])
-    serve({"epochs": Epochs, "first": FirstEpoch, "floor": Floor}[chosen["kind"]](chosen))
+    if chosen["kind"] == "once":
+        print(json.dumps(once(chosen)))
+    else:
+        serve({"epochs": Epochs, "fresh": Fresh, "floor": Floor}[chosen["kind"]](chosen))

@@ -7,6 +7,7 @@ import sys
 import time
 
 from harness import serve
+from process_memory import peak_of_process
 
 
 def prepare(store: str, out: str) -> None:
@@ -47,7 +48,7 @@ class Epochs:
         for matrix, _ in self.dataset:
             first = time.perf_counter() - start if first is None else first
             cells += matrix.shape[0]
-        return {"cells": cells, "first_seconds": first}
+        return {"cells": cells, "first_seconds": first, "rss_mib": peak_of_process()}
 
 
 if __name__ == "__main__":
