@@ -200,7 +200,9 @@ class Plan:
         order = np.argsort(bits, kind="stable")
         used = self.used_streams
         pieces = [
-            _stream_pieces(edges, order[v::used], phase=(v + 0.5) / used, window_cells=self.window_cells)
+            _stream_pieces(
+                edges, order[v::used], (v + 0.5) / used, self.window_cells, may_split=self.row_alignment == 1
+            )
             for v in range(used)
         ]
         empty = (np.empty((0, 2), np.int64), np.zeros(1, np.int64))
@@ -212,12 +214,18 @@ Pieces = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 def _stream_pieces(
-    edges: npt.NDArray[np.int64], blocks: npt.NDArray[np.int64], *, phase: float, window_cells: int
+    edges: npt.NDArray[np.int64],
+    blocks: npt.NDArray[np.int64],
+    phase: float,
+    window_cells: int,
+    *,
+    may_split: bool,
 ) -> Pieces:
     """Blocks of one stream as pieces in windows; the first window is cut short by the stream's phase.
 
     Streams advance at the same pace, so with equal first windows all would open their next window at the same
-    step, and twice the windows would stand in memory. The rest of a split first block comes last.
+    step, and twice the windows would stand in memory. The rest of a split first block comes last; a block that is one
+    tile on disk stays whole, as reading half of it costs as much.
     """
     pieces = np.stack((edges[blocks], edges[blocks + 1]), axis=1)
     count = len(pieces)
@@ -226,13 +234,13 @@ def _stream_pieces(
     cells = (pieces[:, 1] - pieces[:, 0]).sum()
     per_window = max(1, round(window_cells * count / max(1, int(cells))))
     first = int(phase * per_window)
-    if first == 0:
+    if first == 0 and may_split:
         low, high = pieces[0]
         middle = low + int(phase * per_window * (high - low))
         if low < middle < high:
             pieces = np.concatenate(([[low, middle]], pieces[1:], [[middle, high]]))
-        first, count = 1, len(pieces)
-    windows = np.arange(first, count, per_window, dtype=np.int64)
+        count = len(pieces)
+    windows = np.arange(max(1, first), count, per_window, dtype=np.int64)
     return pieces, np.concatenate(([0], windows, [count]))
 
 
