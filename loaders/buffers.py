@@ -57,3 +57,7 @@ class Pool:
             # An eighth of room to grow, so that the next, slightly larger window finds this buffer large enough.
             raw = np.empty(-(-(size + size // 8 + 1) // GRANULE) * GRANULE, np.uint8)
         return np.asarray(_Lease(raw, self._free))[:size].view(kind)
+
+    def clear(self) -> None:
+        """Give what is not on loan back to the system."""
+        self._free.clear()

@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 Subset = Literal["train", "validation", "all"]
 DEFAULT_TRANSFORMS: Mapping[str, str] = MappingProxyType({"adt": "clr"})
 
-FIXED_ORDER_WINDOW = 512
-"""Cells of a window without shuffling: validation cells lie far apart, so that one window reads 20 times as many, and
+FIXED_ORDER_WINDOW = {"all": 2_048, "train": 2_048, "validation": 512}
+"""Cells of a window without shuffling. Validation cells lie far apart, so that a window reads 20 times as many cells;
 several small ones are read at the same time."""
 
 
@@ -143,7 +143,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             minibatch,
             streams if shuffle else world,
             sizes.block_cells,
-            sizes.window_cells if shuffle else min(sizes.window_cells, FIXED_ORDER_WINDOW),
+            sizes.window_cells if shuffle else min(sizes.window_cells, FIXED_ORDER_WINDOW[subset]),
             seed,
             order="shuffled" if shuffle else "ranges" if subset == "all" else "disk",
             row_alignment=getattr(store, "row_alignment", 1) if shuffle else 1,
@@ -271,6 +271,17 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
                     del minibatch
         finally:
             workers.close()
+            if self._plan.order != "shuffled":
+                # The next pass is far away, and the memory is better with the training cells until then.
+                self._forget_buffers()
+
+    def _forget_buffers(self) -> None:
+        for source in self._sources.values():
+            source.indices_pool.clear()
+            source.values_pool.clear()
+        for output in self._outputs.values():
+            for pool in output.pools:
+                pool.clear()
 
     def _schedule(self, epoch: Epoch, step: int, workers: Workers) -> Iterator[Task[list[Minibatch]]]:
         """Tasks that gather the groups of an epoch; each first submits the windows it opens.

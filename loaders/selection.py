@@ -67,7 +67,7 @@ def select_rows(
     seed: int,
     drop: npt.NDArray[np.bool_] | Mapping[str, Sequence[str]] | None,
 ) -> Rows:
-    """Rows of a subset, ascending, without those dropped."""
+    """Rows of a subset, ascending, without those dropped; none where no cell validates."""
     if subset not in ("train", "validation", "all"):
         raise ValueError(f"subset: got {subset!r}; choose train, validation or all")
     count = store.schema.num_cells
@@ -78,11 +78,8 @@ def select_rows(
         keys = cell_keys(store)[rows] if share else rows.astype(np.uint64)
         chosen = split(keys, None if sample is None else sample[rows], seed=seed, share=share)
         rows = rows[chosen if subset == "validation" else ~chosen]
-    if not len(rows):
-        raise ValueError(
-            f"subset {subset!r}: got no cells of {count} in {store.uri};"
-            + (" drop fewer cells" if drop is not None else " raise validation_share, or use another subset")
-        )
+    if not len(rows) and subset != "validation":
+        raise ValueError(f"subset {subset!r}: got no cells of {count} in {store.uri}; drop fewer cells")
     return rows
 
 
