@@ -68,17 +68,35 @@ def test_an_epoch_step_by_step(count, minibatch):
     assert np.array_equal(np.sort(np.concatenate(one)), plan.rows)
 
 
-def test_a_hundred_thousand_cells():
-    plan = make(100_000, 128, 16, 1024, 1024, seed=1)
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(1, 100_000),
+    minibatch=st.integers(1, 8_192),
+    streams=st.integers(1, 64),
+    block_cells=st.integers(64, 4_096),
+    window_cells=st.integers(64, 8_192),
+    seed=st.integers(0, 2**32),
+)
+def test_up_to_a_hundred_thousand_cells(**shape):
+    plan = make(**shape)
     order = plan.epoch(2)
     edges = order.positions(np.arange(plan.num_steps + 1))
     sizes = np.diff(edges.sum(axis=1))
-    assert sizes.max() - sizes.min() <= 16
-    assert sizes.min() > 100
+    assert sizes.sum() == shape["count"]
+    assert sizes.min() >= 1
+    assert sizes.max() - sizes.min() <= plan.used_streams
+    assert np.all(np.diff(edges, axis=0) >= 0)
+    rows = [order.window_rows(w) for v in range(plan.streams) for w in order.windows(v, 0, int(edges[-1, v]))]
+    assert np.array_equal(np.sort(np.concatenate(rows)), plan.rows)
+
+
+def test_streams_and_minibatches_are_even():
+    plan = make(100_000, 128, 16, 1024, 1024, seed=1)
+    order = plan.epoch(2)
+    sizes = np.diff(order.positions(np.arange(plan.num_steps + 1)).sum(axis=1))
+    assert sizes.max() - sizes.min() <= 2
     shares = order.stream_cells / order.stream_cells.mean()
     assert shares.max() / shares.min() < 1.001
-    rows = [order.window_rows(w) for v in range(16) for w in order.windows(v, 0, int(edges[-1, v]))]
-    assert np.array_equal(np.sort(np.concatenate(rows)), plan.rows)
 
 
 def test_new_order_per_epoch_and_seed_same_order_for_the_same_key():
