@@ -179,3 +179,31 @@ def test_weights_are_expected_copies():
     plan = Plan(rows, 32, 4, 16, 32, weights=weights)
     assert plan.num_cells == 325
     assert sum(len(m) for m in global_order(plan, 3, 2)) == 325
+
+
+def relative_entropy(plan, types, num_types):
+    """Mean and smallest entropy of the types in a minibatch, relative to that of a full shuffle."""
+    order = plan.epoch(0)
+
+    def entropy(rows):
+        shares = np.bincount(types[rows], minlength=num_types) / len(rows)
+        return -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
+
+    got = [entropy(order.cells(step)[0]) for step in range(0, plan.num_steps, 5)]
+    full = np.argsort(random_bits(len(types), seed=1, purpose=9))
+    expected = np.mean([entropy(full[k : k + plan.minibatch]) for k in range(0, len(full) - plan.minibatch, 5_000)])
+    return np.mean(got) / expected, np.min(got) / expected
+
+
+def test_small_blocks_and_large_windows_mix_a_store_sorted_by_type():
+    types = np.repeat(np.arange(20), 10_000)
+    rows = np.arange(len(types), dtype=np.uint32)
+    mean, lowest = relative_entropy(Plan(rows, 1_024, 16, block_cells=64, window_cells=4_096), types, 20)
+    assert mean > 0.99
+    assert lowest > 0.97
+    mean, lowest = relative_entropy(Plan(rows, 1_024, 16, block_cells=2_048, window_cells=2_048), types, 20)
+    assert lowest < 0.9
+    mixed = types[np.argsort(random_bits(len(types), seed=3, purpose=9))]
+    mean, lowest = relative_entropy(Plan(rows, 1_024, 16, block_cells=2_048, window_cells=2_048), mixed, 20)
+    assert mean > 0.999
+    assert lowest > 0.99
