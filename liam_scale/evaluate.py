@@ -19,7 +19,7 @@ import tyro
 
 from liam_scale.command import parse, run
 from liam_scale.evaluation import metrics, plots, scib_scores
-from liam_scale.evaluation.baseline import NUM_COMPONENTS, TARGET_SUM, baseline_embedding
+from liam_scale.evaluation.baseline import NUM_COMPONENTS, TARGET_SUM, normalised, principal_components
 from liam_scale.evaluation.selection import Source, draw_rows, modalities_of_cells, read_in_memory
 from loaders.stores import open_store
 from loaders.stores.base import ObsColumn, Store
@@ -215,17 +215,17 @@ def _embeddings(
     """The embedding, before it the baseline, and which cells have which modality."""
     holder = source if config.embedding_file is None else _embedding_file(config.embedding_file, source)
     wanted = {config.embedding: holder.embedding(config.embedding, rows)}
-    counts: dict[str, scipy.sparse.csr_matrix] = {}
+    blocks: list[scipy.sparse.csr_matrix] = []
     presence: dict[str, npt.NDArray[np.bool_]] = {}
     for modality in source.modalities:
         if config.baseline:
-            counts[modality], presence[modality] = source.counts(modality, rows)
+            counts, presence[modality] = source.counts(modality, rows)
+            blocks.append(normalised(modality, counts, target_sum=config.target_sum))
         else:
             presence[modality] = source.presence(modality, rows)
-    if not counts:
+    if not blocks:
         return wanted, presence
-    before = baseline_embedding(counts, num_components=config.components, target_sum=config.target_sum)
-    return {BASELINE: before, **wanted}, presence
+    return {BASELINE: principal_components(blocks, num_components=config.components), **wanted}, presence
 
 
 def _embedding_file(name: str, source: Source) -> Source:

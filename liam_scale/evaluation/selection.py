@@ -95,8 +95,7 @@ class Source:
         within = self.store.modality_rows(modality)
         places = rows if within is None else np.asarray(within[rows], np.int64)
         present = places >= 0
-        picked = _read_scattered(self.store, modality, places[present])
-        return _spread(picked, present), present
+        return _read_scattered(self.store, modality, places[present], present), present
 
     def presence(self, modality: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """(m,) whether each of the cells has the modality."""
@@ -162,24 +161,33 @@ def read_in_memory(path: Path) -> anndata.AnnData | mudata.MuData:
         return mudata.read_h5mu(path)
 
 
-def _read_scattered(store: Store, modality: str, places: npt.NDArray[np.int64]) -> scipy.sparse.csr_matrix:
-    """Ascending rows of a modality, read by blocks of which only the wanted rows are kept."""
-    parts: list[scipy.sparse.csr_matrix] = []
+def _read_scattered(
+    store: Store, modality: str, places: npt.NDArray[np.int64], present: npt.NDArray[np.bool_]
+) -> scipy.sparse.csr_matrix:
+    """(m, F) ascending rows of a modality at the cells that have it, empty ones elsewhere.
+
+    Read by blocks of which only the wanted rows are kept, into memory that is allocated once.
+    """
+    offsets = store.row_nonzeros(modality)
+    indptr = _offsets(offsets[places + 1] - offsets[places], present)
+    indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
+    filled = 0
     for block in np.split(places, np.flatnonzero(np.diff(places // _BLOCK_CELLS)) + 1) if len(places) else []:
         start, stop = int(block[0]), int(block[-1]) + 1
         read = store.read_rows(modality, start, stop).to_scipy()
-        parts.append(read if len(block) == stop - start else read[block - start])
-    if parts:
-        return scipy.sparse.vstack(parts, format="csr")
-    return store.read_rows(modality, 0, 0).to_scipy()
+        wanted = read if len(block) == stop - start else read[block - start]
+        entries = slice(filled, filled + wanted.nnz)
+        indices[entries], values[entries] = wanted.indices, wanted.data
+        filled += wanted.nnz
+    num_features = store.schema.modalities[modality].num_features
+    return scipy.sparse.csr_matrix((values, indices, indptr), shape=(len(present), num_features))
 
 
-def _spread(picked: scipy.sparse.csr_matrix, present: npt.NDArray[np.bool_]) -> scipy.sparse.csr_matrix:
-    """Rows of `picked` at the places that are present, empty rows elsewhere."""
-    lengths = np.zeros(len(present), np.int64)
-    lengths[present] = np.diff(picked.indptr)
-    indptr = np.concatenate([[0], np.cumsum(lengths)])
-    return scipy.sparse.csr_matrix((picked.data, picked.indices, indptr), shape=(len(present), picked.shape[1]))
+def _offsets(lengths: npt.NDArray[np.integer], present: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """indptr of rows of these lengths where they are present, and empty rows between them."""
+    all_lengths = np.zeros(len(present), np.int64)
+    all_lengths[present] = lengths
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(all_lengths)])
 
 
 def _counts_in_memory(
@@ -190,4 +198,7 @@ def _counts_in_memory(
     part = data.mod[modality]
     places = part.obs_names.get_indexer(data.obs_names[rows])
     present = places >= 0
-    return _spread(scipy.sparse.csr_matrix(part.X[places[present]], dtype=np.float32), present), present
+    picked = scipy.sparse.csr_matrix(part.X[places[present]], dtype=np.float32)
+    indptr = _offsets(np.diff(picked.indptr), present)
+    shape = (len(rows), picked.shape[1])
+    return scipy.sparse.csr_matrix((picked.data, picked.indices, indptr), shape=shape), present
