@@ -132,6 +132,7 @@ def serve_multivi(store: str, minibatch: int, steps: int) -> None:
     """MultiVI with its defaults on cells in memory; the clock runs inside Lightning's training loop."""
     import anndata
     import lightning.pytorch as lightning
+    import mudata
     import numpy as np
     import scipy.sparse
     import scvi
@@ -147,13 +148,12 @@ def serve_multivi(store: str, minibatch: int, steps: int) -> None:
         indptr = matrix["indptr"][: num_cells + 1]
         entries = (matrix["data"][: indptr[-1]], matrix["indices"][: indptr[-1]].astype(np.int32), indptr)
         blocks.append(scipy.sparse.csr_matrix(entries, shape=(num_cells, features), dtype=np.float32))
-    adata = anndata.AnnData(scipy.sparse.hstack(blocks, format="csr"))
     codes = root["obs"]["sample"]["codes"][:num_cells]
-    adata.obs["sample"] = np.array([f"s{code}" for code in codes])
-    adata.obs["modality"] = "paired"
+    data = mudata.MuData({name: anndata.AnnData(block) for name, block in zip(("rna", "atac"), blocks, strict=True)})
+    data.obs["sample"] = np.array([f"s{code}" for code in codes])
     scvi.settings.verbosity = 50
-    scvi.model.MULTIVI.setup_anndata(adata, batch_key="sample")
-    model = scvi.model.MULTIVI(adata, n_genes=GENES, n_regions=PEAKS)
+    scvi.model.MULTIVI.setup_mudata(data, batch_key="sample", modalities={"rna_layer": "rna", "atac_layer": "atac"})
+    model = scvi.model.MULTIVI(data)
 
     class Clock(lightning.Callback):
         wall = cpu = 0.0
@@ -173,7 +173,6 @@ def serve_multivi(store: str, minibatch: int, steps: int) -> None:
             train_size=1.0,
             batch_size=minibatch,
             early_stopping=False,
-            save_best=False,
             check_val_every_n_epoch=None,
             enable_progress_bar=False,
             enable_model_summary=False,
