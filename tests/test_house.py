@@ -78,6 +78,6 @@ def test_the_options_are_those_that_were_agreed_on(capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             getattr(importlib.import_module(module), function)(["--help"])
         said = capsys.readouterr().out
-        options = sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z0-9.-]*", said)) - {"--help"})
+        options = sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)*", said)) - {"--help"})
         found += [f"{name} {option}" for option in options]
     assert found == OPTIONS.read_text().split("\n")[:-1]
