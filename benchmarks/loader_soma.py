@@ -11,17 +11,23 @@ from process_memory import peak_of_process
 
 
 def prepare(store: str, out: str) -> None:
-    """Write the RNA of a store as a SOMA experiment, as `tiledbsoma.io` does by default."""
+    """Write the RNA of a store as a SOMA experiment with the tiles that `tiledbsoma.io` makes by default."""
     import anndata
     import numpy as np
+    import scipy.sparse
     import tiledbsoma.io
     import zarr
 
     group = zarr.open_group(store, mode="r")["mod/rna"]
-    matrix = anndata.io.read_elem(group["X"])
-    matrix.indices, matrix.data = matrix.indices.astype(np.int32), matrix.data.astype(np.float32)
+    stored = anndata.io.read_elem(group["X"])
+    # With indices and indptr of different types scipy copies the whole matrix for every row it is asked for.
+    matrix = scipy.sparse.csr_matrix(
+        (stored.data.astype(np.float32), stored.indices.astype(np.int32), stored.indptr.astype(np.int32)), stored.shape
+    )
     adata = anndata.AnnData(matrix, obs=anndata.io.read_elem(group["obs"]), var=anndata.io.read_elem(group["var"]))
-    tiledbsoma.io.from_anndata(out, adata, measurement_name="RNA")
+    # Its default of 100 million entries at a time takes more than 10 GB.
+    pieces = {"tiledb": {"create": {"goal_chunk_nnz": 16_000_000}}}
+    tiledbsoma.io.from_anndata(out, adata, measurement_name="RNA", platform_config=pieces)
 
 
 class Epochs:
