@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mudata
@@ -112,11 +112,12 @@ def run_demo(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("options", [(), ("--multiome",)])
 def test_the_whole_demo(tmp_path, options):
     out = tmp_path / "demo"
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run_demo(out, *options)
-    seconds = time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    assert seconds < 180
+    # Three minutes of two cores, whatever else the machine is doing.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 360
     table = pd.read_csv(out / "metrics.csv", index_col=0)
     assert table.loc["same_sample_ratio", "X_liam"] < table.loc["same_sample_ratio", "PCA"]
     assert table.loc["label_accuracy", "X_liam"] > table.loc["label_accuracy", "PCA"] - 0.02
