@@ -7,16 +7,13 @@ entry per cell (ids, obs columns, totals) is written column by column at the end
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import anndata
 import mudata
 import numba
 import numpy as np
@@ -29,6 +26,7 @@ from loaders.csr import SparseRows
 from loaders.ingest.shards import ShardedArrayWriter
 from loaders.ingest.staging import Staging, explain_disk_errors
 from loaders.schema import MODALITIES, SCHEMA_KEY, ModalitySchema, Schema, sha256_of_names
+from loaders.stores.anndata_zarr import quiet_anndata
 
 CELLS_PER_CHUNK = 256
 """Inner chunks hold about this many cells: small for random windows, still reads of 256 KB and more."""
@@ -161,7 +159,7 @@ class StoreWriter:
         columns = ((str(name), obs[name]) for name in obs) if isinstance(obs, pd.DataFrame) else obs
         self._layouts = {name: self._layouts[name] for name in MODALITIES if name in self._layouts}
         masks = {name: present.get(name) for name in self._layouts}
-        with explain_disk_errors(self.out), _quiet_anndata():
+        with explain_disk_errors(self.out), quiet_anndata():
             matrices = {name: self._streams[name].close() for name in self._layouts}
             for name, mask in masks.items():
                 rows = len(cell_ids) if mask is None else int(mask.sum())
@@ -345,19 +343,3 @@ def _write_strings(group: zarr.Group, name: str, values: npt.NDArray[Any]) -> No
     for start in range(0, len(values), _OBS_CHUNK):
         array[start : start + _OBS_CHUNK] = values[start : start + _OBS_CHUNK].astype(np.dtypes.StringDType())
     array.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
-
-
-@contextmanager
-def _quiet_anndata() -> Iterator[None]:
-    """Write columns unsharded whatever anndata's default, without its notices about Zarr v3.
-
-    String arrays have no final Zarr v3 specification yet; anndata and zarr write and read them all the same.
-    """
-    # The setting came with a later 0.12; before it nothing was sharded.
-    has_setting = hasattr(anndata.settings, "auto_shard_zarr_v3")
-    unsharded = anndata.settings.override(auto_shard_zarr_v3=False) if has_setting else nullcontext()
-    with warnings.catch_warnings(), unsharded:
-        warnings.filterwarnings("ignore", message="zarr v3 autosharding will be the default")
-        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
-        warnings.filterwarnings("ignore", message=".*not.* part in the Zarr format 3 specification.*")
-        yield
