@@ -89,6 +89,7 @@ class Peers:
             "minibatch": 4_096,
             "memory": "1GiB",
             "transpose": False,
+            "streams": None,
             "threads": None,
             "cold": False,
             "obs": True,
@@ -204,7 +205,9 @@ def soma_row(chosen: argparse.Namespace, peers: Peers) -> Row:
         subprocess.run([*script, "prepare", source, str(out)], check=True, stdout=subprocess.DEVNULL)
     options = json.dumps({"paths": [str(out)], "minibatch": 4_096})
     theirs = Peer("tiledbsoma-ml", [*script, "serve", options], threads=peers.cores)
-    return Row("soma", [peers.ours("ours", str(out), ["rna"], obs=False), theirs])
+    # Eight blocks of 2,048 cells mixed at a time, as tiledbsoma-ml's setting does.
+    ours = peers.ours("ours", str(out), ["rna"], obs=False, streams=8, memory="400MiB")
+    return Row("soma", [ours, theirs])
 
 
 def report(row: Row, results: dict[str, list[dict[str, Any]]]) -> str:

@@ -57,7 +57,9 @@ class Epochs:
         return open_store(source, **self.options.get("open", {}))
 
     def make(self) -> Loader:
-        chosen = {key: self.options[key] for key in ("minibatch", "memory", "transpose", "threads", "modalities")}
+        chosen = {
+            key: self.options[key] for key in ("minibatch", "memory", "transpose", "streams", "threads", "modalities")
+        }
         if self.options.get("obs"):
             chosen |= {"sample_key": "sample", "obs": ("cell_type",)}
         return Loader(self.store, subset="all", **chosen)
