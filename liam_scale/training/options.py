@@ -17,6 +17,8 @@ class TrainingConfig:
     """Stop when the validation loss has not improved for `patience` evaluations."""
     patience: int = 10
     """Evaluations without improvement before training stops."""
+    patience_steps: int = 600
+    """And at least so many steps: ten epochs of a small data set are too short to tell an end from noise."""
     min_delta: float = 0.0
     """Smallest decrease of the validation loss that counts as an improvement, nats per cell."""
     validate_every: int | None = None

@@ -65,6 +65,7 @@ class Progression:
     global_step: int = 0
     best_metric: float = float("inf")
     best_epoch: int = -1
+    best_step: int = 0
     evaluations_since_best: int = 0
 
 
@@ -225,7 +226,9 @@ class Trainer:
         return self.at.global_step % every == 0
 
     def _has_converged(self) -> bool:
-        return self.config.early_stopping and self.at.evaluations_since_best >= self.config.patience
+        is_patient = self.at.evaluations_since_best < self.config.patience
+        is_early = self.at.global_step - self.at.best_step < self.config.patience_steps
+        return self.config.early_stopping and not (is_patient or is_early)
 
     def _agree_to_stop(self) -> bool:
         """Every few steps: look at the losses, save if it is time, and say whether any rank was told to stop."""
@@ -319,7 +322,8 @@ class Trainer:
         if metric >= self.at.best_metric - self.config.min_delta:
             self.at.evaluations_since_best += 1
             return False
-        self.at.best_metric, self.at.best_epoch, self.at.evaluations_since_best = metric, self.at.epoch, 0
+        self.at.best_metric, self.at.evaluations_since_best = metric, 0
+        self.at.best_epoch, self.at.best_step = self.at.epoch, self.at.global_step
         weights = self.model.state_dict()
         if self._best is None:
             self._best = {name: value.detach().clone() for name, value in weights.items()}

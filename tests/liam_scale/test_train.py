@@ -171,6 +171,14 @@ def test_a_finished_run_is_left_as_it_is(multiome: Path, tmp_path: Path) -> None
         np.testing.assert_array_equal(value, before[name])
 
 
+def test_early_stopping_waits_for_evaluations_and_for_steps(multiome: Path, tmp_path: Path) -> None:
+    arguments = (multiome, "--batch-key", "sample", "--max-epochs", 12, "--lr", 0, "--training.patience", 2, *SHORT)
+    assert run_main(*arguments, "--training.patience-steps", 1, "--out", tmp_path / "short") == 0
+    assert pd.read_csv(tmp_path / "short" / "history.csv")["epoch"].tolist() == [0, 1, 2]
+    assert run_main(*arguments, "--out", tmp_path / "long") == 0
+    assert len(pd.read_csv(tmp_path / "long" / "history.csv")) == 12
+
+
 def test_from_python_the_options_have_the_same_names(multiome: Path, tmp_path: Path) -> None:
     run = liam_scale.train(
         multiome, out=tmp_path / "run", batch_key="sample", max_steps=3, n_hidden=16, n_latent=4, alpha=5.0
