@@ -15,7 +15,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,8 @@ WINDOW_16K = {"rna": "190MiB", "atac": "580MiB"}
 """Memory with which the windows hold about 16,000 cells."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One comparison: the first peer is the one the others are compared with."""
-
-    name: str
-    peers: list[Peer]
+Row = Callable[[], list[Peer]]
+"""One comparison: the first of its peers is the one the others are compared with. Stores are made when it is called."""
 
 
 def arguments() -> argparse.Namespace:
@@ -143,10 +140,10 @@ def _probe(command: list[Any], option: str) -> str | None:
     return None
 
 
-def single_modality(peers: Peers, name: str, path: str) -> list[Row]:
-    """RNA or ATAC alone: minibatch sizes, transposes, the floor, both collections of annbatch, warm and cold."""
+def warm(peers: Peers, name: str, path: str) -> list[Peer]:
+    """Minibatch sizes, transposes, the floor, and annbatch on both of its collections."""
     one = [name]
-    warm = [
+    return [
         peers.ours("ours", path, one),
         peers.ours("ours, minibatch 1024", path, one, minibatch=1_024),
         peers.ours("ours, minibatch 128", path, one, minibatch=128),
@@ -155,50 +152,42 @@ def single_modality(peers: Peers, name: str, path: str) -> list[Row]:
         *peers.annbatch("b", path, one, "uint8"),
         *peers.annbatch("a", path, one, "float32"),
     ]
-    rows = [Row(name, warm)]
-    if peers.annbatch_python is not None:
-        collection = peers.collection(path, name, "float32")
-        foreign = peers.ours("ours", collection, None, open={"modality": name}, obs=False)
-        rows.append(
-            Row(f"{name}, annbatch's default collection", [foreign, *peers.annbatch("a", path, one, "float32")])
-        )
-    cold = [peers.ours("ours", path, one, cold=True), *peers.annbatch("b", path, one, "uint8", cold=True)]
-    return [*rows, Row(f"{name}, cold page cache", cold)]
 
 
-def rows_of(chosen: argparse.Namespace, peers: Peers) -> list[Row]:
-    rna = store(peers.folder, "rna", cells=chosen.rna_cells, genes=20_000)
-    paired = store(peers.folder, "paired", cells=chosen.atac_cells, genes=20_000, peaks=100_000)
-    rows = [*single_modality(peers, "rna", rna), *single_modality(peers, "atac", paired)]
-    both = ["rna", "atac"]
-    rows.append(Row("paired", [peers.ours("ours", paired, both), *peers.annbatch("b", paired, both, "uint8")]))
-    first = [
-        peers.ours(
-            f"ours, {name}, 16k-cell window",
-            path,
-            [name],
-            kind="fresh",
-            memory=WINDOW_16K[name],
-            cells=chosen.atac_cells,
-        )
-        for name, path in (("rna", rna), ("atac", paired))
+def foreign(peers: Peers, name: str, path: str) -> list[Peer]:
+    """Both read the collection that annbatch writes by default."""
+    if peers.annbatch_python is None:
+        return []
+    collection = peers.collection(path, name, "float32")
+    ours = peers.ours("ours", collection, None, open={"modality": name}, obs=False)
+    return [ours, *peers.annbatch("a", path, [name], "float32")]
+
+
+def cold(peers: Peers, name: str, path: str) -> list[Peer]:
+    return [peers.ours("ours", path, [name], cold=True), *peers.annbatch("b", path, [name], "uint8", cold=True)]
+
+
+def first(peers: Peers, paths: dict[str, str], cells: int) -> list[Peer]:
+    options = {"kind": "fresh", "cells": cells}
+    return [
+        peers.ours(f"ours, {name}, 16k-cell window", path, [name], memory=WINDOW_16K[name], **options)
+        for name, path in paths.items()
     ]
-    rows.append(Row("first minibatch and memory", first))
-    plain = peers.ours("ours without checksums, obs, sample", rna, ["rna"], checksum=False, obs=False)
-    rows.append(Row("cost of checksums and obs", [peers.ours("ours", rna, ["rna"]), plain]))
-    flat = []
-    for cells in chosen.flat_cells:
+
+
+def flat(peers: Peers, sizes: Sequence[int]) -> list[Peer]:
+    """The same number of cells out of stores of different size."""
+    result = []
+    for cells in sizes:
         path = store(peers.folder, "flat", cells=cells, genes=4_000, genes_per_cell=200)
-        options = {"kind": "fresh", "cells": 2 * chosen.flat_cells[0]}
-        flat.append(peers.ours(f"ours, {cells} cells", path, None, **options))
-    rows.append(Row("size of the store", flat))
-    if peers.has_soma:
-        rows.append(soma_row(chosen, peers))
-    return rows
+        result.append(peers.ours(f"ours, {cells} cells", path, None, kind="fresh", cells=2 * sizes[0]))
+    return result
 
 
-def soma_row(chosen: argparse.Namespace, peers: Peers) -> Row:
-    source = store(peers.folder, "rna", cells=chosen.soma_cells, genes=20_000)
+def soma(peers: Peers, cells: int) -> list[Peer]:
+    if not peers.has_soma:
+        return []
+    source = store(peers.folder, "rna", cells=cells, genes=20_000)
     out = Path(source).with_suffix(".soma")
     script = [sys.executable, *_soma_script()]
     if not out.exists():
@@ -206,13 +195,35 @@ def soma_row(chosen: argparse.Namespace, peers: Peers) -> Row:
     options = json.dumps({"paths": [str(out)], "minibatch": 4_096})
     theirs = Peer("tiledbsoma-ml", [*script, "serve", options], threads=peers.cores)
     # Eight blocks of 2,048 cells mixed at a time, as tiledbsoma-ml's setting does.
-    ours = peers.ours("ours", str(out), ["rna"], obs=False, streams=8, memory="400MiB")
-    return Row("soma", [ours, theirs])
+    return [peers.ours("ours", str(out), ["rna"], obs=False, streams=8, memory="400MiB"), theirs]
 
 
-def report(row: Row, results: dict[str, list[dict[str, Any]]]) -> str:
+def rows_of(chosen: argparse.Namespace, peers: Peers) -> dict[str, Row]:
+    paths = {
+        "rna": store(peers.folder, "rna", cells=chosen.rna_cells, genes=20_000),
+        "atac": store(peers.folder, "paired", cells=chosen.atac_cells, genes=20_000, peaks=100_000),
+    }
+    rows: dict[str, Row] = {}
+    for name, path in paths.items():
+        rows[f"{name}, warm"] = partial(warm, peers, name, path)
+        rows[f"{name}, annbatch's default collection"] = partial(foreign, peers, name, path)
+        rows[f"{name}, cold page cache"] = partial(cold, peers, name, path)
+    paired, both = paths["atac"], ["rna", "atac"]
+    rows["paired"] = lambda: [peers.ours("ours", paired, both), *peers.annbatch("b", paired, both, "uint8")]
+    rows["first minibatch and memory"] = partial(first, peers, paths, chosen.atac_cells)
+    rows["cost of checksums and obs"] = lambda: [
+        peers.ours("ours", paths["rna"], ["rna"]),
+        peers.ours("ours without checksums, obs, sample", paths["rna"], ["rna"], checksum=False, obs=False),
+    ]
+    rows["size of the store"] = partial(flat, peers, chosen.flat_cells)
+    rows["soma"] = partial(soma, peers, chosen.soma_cells)
+    return rows
+
+
+def report(title: str, results: dict[str, list[dict[str, Any]]]) -> str:
     speeds = {name: [r["cells"] / r["wall"] / 1e3 for r in rounds] for name, rounds in results.items()}
-    ours = quartiles(speeds[row.peers[0].name])[0]
+    first_name = next(iter(results))
+    ours = quartiles(speeds[first_name])[0]
     lines = []
     for name, rounds in results.items():
         lines.append(
@@ -227,9 +238,9 @@ def report(row: Row, results: dict[str, list[dict[str, Any]]]) -> str:
             )
         )
     header = (
-        row.name,
+        title,
         "thousand cells/s",
-        f"{row.peers[0].name} is x times as fast",
+        f"{first_name} is x times as fast",
         "CPU µs a cell",
         "first minibatch s",
         "MiB added",
@@ -243,11 +254,14 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     describe_machine()
     tables = []
-    for row in rows_of(chosen, Peers(chosen)):
-        if chosen.rows and not any(part in row.name for part in chosen.rows):
+    for name, row in rows_of(chosen, Peers(chosen)).items():
+        if chosen.rows and not any(part in name for part in chosen.rows):
             continue
-        print(json.dumps({"row": row.name, "peers": [peer.name for peer in row.peers]}), flush=True)
-        tables.append(report(row, take_turns(row.peers, rounds=chosen.rounds)))
+        row_peers = row()
+        if not row_peers:
+            continue
+        print(json.dumps({"row": name, "peers": [peer.name for peer in row_peers]}), flush=True)
+        tables.append(report(name, take_turns(row_peers, rounds=chosen.rounds)))
     print("\n\n".join(tables))
 
 
