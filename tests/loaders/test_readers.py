@@ -125,7 +125,8 @@ def test_a_deleted_shard_is_an_error_and_not_zeros(path, tmp_path):
     copy = tmp_path / "copy.zarr"
     shutil.copytree(path, copy)
     (copy / "mod" / "rna" / "X" / "indices" / "c" / "0").unlink()
-    with pytest.raises(RuntimeError, match=r"rna/indices: got a damaged chunk .* cannot be opened.*cells 0 to"):
+    # Which of the shard's chunks is named depends on the thread that comes first.
+    with pytest.raises(RuntimeError, match=r"rna/indices: got a damaged chunk .* cannot be opened.*cells \d+ to \d+"):
         list(Loader(open_store(copy), minibatch=64, subset="all"))
 
 
