@@ -53,7 +53,8 @@ def serve_liam(store: str, minibatch: int, steps: int, impl: str, precision: str
     opened = open_stores([store])
     config = ModelConfig(modalities=("rna", "atac"), impl=impl, precision=precision)  # type: ignore[arg-type]
     model = Liam(config, model_data(opened, config, "sample", {}))
-    model.use_gradient_buffers(True)
+    optimizer = build_optimizer(model, OptimConfig())
+    optimizer.register_step_post_hook(lambda *_: model.keep_gradients())
     options = TrainConfig(
         store=(store,),
         out=Path(tempfile.mkdtemp()),
@@ -63,7 +64,7 @@ def serve_liam(store: str, minibatch: int, steps: int, impl: str, precision: str
     loader, _ = ExitStack().enter_context(training_loaders(opened, options, config.modalities, World()))
     trainer = Trainer(
         model,
-        build_optimizer(model, OptimConfig()),
+        optimizer,
         train=loader,
         validation=None,
         world=World(),
@@ -237,27 +238,48 @@ def show_parts(store: Path, options: argparse.Namespace) -> None:
         print(table(("part of a step", "CPU ms"), rows))
 
 
+def train_command(store: Path, out: Path, *, ranks: int, minibatch: int) -> list[str]:
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    command = [sys.executable, "-m", *launcher, "liam_scale.train", str(store), "--batch-key", "sample"]
+    command += ["--out", str(out), "--minibatch", str(minibatch), "--max-steps", "32", "--training.validate-every", "8"]
+    return [*command, "--loader.validation-share", "0", "--training.checkpoint-seconds", "1e9"]
+
+
 def compare_ranks(store: Path, options: argparse.Namespace) -> None:
-    """Two ranks of one thread against one, the same global minibatch, through the training command."""
-    rates: dict[int, list[float]] = {1: [], 2: []}
+    """Two ranks of one thread against one, the same global minibatch, through the training command.
+
+    Two processes that train on their own, side by side, show what of the difference to 2 is the machine's.
+    """
+    two_alone = "two processes on their own, minibatch 512 each"
+    plans = {"one rank": [(1, 1024)], "two ranks": [(2, 1024)], two_alone: [(1, 512), (1, 512)]}
+    rates: dict[str, list[float]] = {name: [] for name in plans}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     for turn in range(max(3, options.rounds // 2)):
-        for ranks in (1, 2) if turn % 2 else (2, 1):
-            out = Path(tempfile.mkdtemp()) / "run"
-            command = [sys.executable, "-m"]
-            command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
-            command += ["liam_scale.train", str(store), "--batch-key", "sample", "--out", str(out)]
-            command += ["--minibatch", "1024", "--max-steps", "12", "--training.validate-every", "4"]
-            command += ["--loader.validation-share", "0", "--training.checkpoint-seconds", "1e9"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-            subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-            with (out / "history.csv").open() as file:
-                own = [float(row["cells_per_second"]) for row in csv.DictReader(file)]
-            rates[ranks] += own[1:]
-            shutil.rmtree(out)
-    gain = quartiles(rates[2])[0] / quartiles(rates[1])[0]
-    rows = [(ranks, spread(own)) for ranks, own in rates.items()]
-    print(f"\nglobal minibatch 1,024, one thread a rank, all-reduce included: {gain:.2f}x\n")
-    print(table(("ranks", "cells / s"), rows))
+        for place in range(len(plans)):
+            name = list(plans)[(turn + place) % len(plans)]
+            folder = Path(tempfile.mkdtemp())
+            outs = [folder / str(k) for k in range(len(plans[name]))]
+            commands = [
+                train_command(store, out, ranks=ranks, minibatch=minibatch)
+                for out, (ranks, minibatch) in zip(outs, plans[name], strict=True)
+            ]
+            running = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for command in commands]
+            codes = [process.wait() for process in running]
+            if any(codes):
+                raise RuntimeError(f"{name}: training failed")
+            own = [[float(row["cells_per_second"]) for row in read_history(out)] for out in outs]
+            # The first window compiles and fills the loader.
+            rates[name] += [sum(window) for window in list(zip(*own, strict=True))[1:]]
+            shutil.rmtree(folder)
+    one = quartiles(rates["one rank"])[0]
+    rows = [(name, spread(own, 0), f"{quartiles(own)[0] / one:.2f}") for name, own in rates.items()]
+    print("\nglobal minibatch 1,024, one thread a rank\n")
+    print(table(("what", "cells / s", "x one rank"), rows))
+
+
+def read_history(run: Path) -> list[dict[str, str]]:
+    with (run / "history.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 def show_scaling(options: argparse.Namespace) -> None:
@@ -275,8 +297,8 @@ def show_scaling(options: argparse.Namespace) -> None:
     rows = []
     for features in (10_000, 100_000, 1_000_000):
         model = Liam(ModelConfig(), ModelData({"atac": features}, ("a", "b")))
-        model.use_gradient_buffers(True)
         optimizer = build_optimizer(model, OptimConfig())
+        optimizer.register_step_post_hook(lambda *_, model=model: model.keep_gradients())
         for cells in (64, 256, 1_024, 4_096):
             per_cell = features // 30
             if cells * features > 1.1e9 and options.quick:

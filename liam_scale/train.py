@@ -97,11 +97,12 @@ def _create(directory: RunDirectory, config: TrainConfig, store: Store, models: 
 def _train_part(directory: RunDirectory, config: TrainConfig, store: Store, world: World) -> Outcome:
     record = directory.record()
     model = Liam(record.model, record.data, seed=config.seed).to(world.device)
-    model.use_gradient_buffers(world.size == 1)
+    optimizer = build_optimizer(model, config.optim)
+    optimizer.register_step_post_hook(lambda *_: model.keep_gradients())
     with training_loaders(store, config, record.model.modalities, world) as (train_loader, validation_loader):
         trainer = Trainer(
             model,
-            build_optimizer(model, config.optim),
+            optimizer,
             train=train_loader,
             validation=validation_loader,
             world=world,

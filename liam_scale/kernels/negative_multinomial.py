@@ -156,7 +156,8 @@ def _evaluate_cpu(
         hidden=layer.hidden.detach()[chosen].contiguous(),
         weight=layer.weight.detach().contiguous(),
         bias=layer.bias.detach().contiguous(),
-        is_bf16=precision == "bf16" and dtype == torch.float32 and has_bf16(),
+        # A loss without gradients (validation, ELBO) is worth its full precision.
+        is_bf16=precision == "bf16" and dtype == torch.float32 and has_bf16() and targets is not None,
     )
     cells = Cells(
         total=layer.counts.totals().double()[chosen],

@@ -52,8 +52,8 @@ class Layer:
     weight, bias
         (F, H), (F,) contiguous.
     is_bf16
-        Products of the gradients in bfloat16. The logits stay float32: they reach hundreds (the size of a cell is an
-        input of the layer), where bfloat16 would be off by one.
+        Products in bfloat16, except for the last input: the size of a cell, where it is one, drives the logits into
+        the hundreds, where bfloat16 would be off by one.
     """
 
     entries: ByFeature
@@ -79,8 +79,18 @@ class Layer:
         return slice(tile * self.tile, min((tile + 1) * self.tile, len(self.weight)))
 
     def logits(self, features: slice) -> Tensor:
-        """(T, C), without the bias."""
-        return multiply_transposed(self.weight[features], self.hidden)
+        """(T, C), without the bias; good until this thread's next call."""
+        weight = self.weight[features]
+        if not self.is_bf16:
+            return multiply_transposed(weight, self.hidden)
+        product = torch.mm(weight[:, :-1].to(torch.bfloat16), self._narrow_hidden)
+        logits = workers.workspace("logits", product.shape, weight.dtype)
+        _add_last_input(as_array(product), weight[:, -1].numpy(), self.hidden[:, -1].numpy(), logits.numpy())
+        return logits
+
+    @functools.cached_property
+    def _narrow_hidden(self) -> Tensor:
+        return self.hidden[:, :-1].to(torch.bfloat16).T
 
     def scratch_bytes(self, *, with_entries: bool) -> int:
         """What the walks allocate beside the cache."""
@@ -88,6 +98,13 @@ class Layer:
         elements = workers.num_workers() * (2 * self.tile * (self.num_cells + width) + 3 * self.num_cells * width)
         noted = len(self.entries.cells) if with_entries else 0
         return (elements + noted) * self.weight.dtype.itemsize
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+def _add_last_input(product: Any, weight: Any, inputs: Any, logits: Any) -> None:
+    for t in range(len(logits)):
+        for c in range(len(inputs)):
+            logits[t, c] = load(product, t, c) + weight[t] * inputs[c]
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,9 @@ class Decoder(nn.Module):
     def _big_parameters(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "bias": self.bias}
 
-    def use_gradient_buffers(self, wanted: bool) -> None:
-        big = self._big_parameters()
-        self.grad_buffers = {name: torch.empty_like(p) for name, p in big.items()} if wanted else None
+    def keep_gradients(self) -> None:
+        # `.data`: as in encoders.py
+        self.grad_buffers = {name: p.grad.data for name, p in self._big_parameters().items() if p.grad is not None}
 
 
 class NegativeBinomialDecoder(Decoder):

@@ -119,9 +119,10 @@ class ModalityEncoder(nn.Module):
         library_hidden_BH = self.library.layer(library_BH, sample_B, noise)
         return Encoded(self.layer(product_BH, sample_B, noise), library_hidden_BH, self.library.head(library_hidden_BH))
 
-    def use_gradient_buffers(self, wanted: bool) -> None:
+    def keep_gradients(self) -> None:
         weights = [self.layer.weight, *([self.library.layer.weight] if self.library is not None else [])]
-        self.grad_buffers = {f"weight{k}": torch.empty_like(w) for k, w in enumerate(weights)} if wanted else None
+        # `.data` counts its own versions, where the views into a bucket of DDP share one counter.
+        self.grad_buffers = {f"weight{k}": w.grad.data for k, w in enumerate(weights) if w.grad is not None}
 
 
 class LatentEncoder(nn.Module):

@@ -20,6 +20,7 @@ from liam_scale.training.meter import Meter
 from liam_scale.training.optim import KLSchedule, load_optimizer_tensors, optimizer_tensors
 from liam_scale.training.options import TrainingConfig
 from liam_scale.training.progress import Progress
+from liam_scale.training.shared_reduction import reduce_through_shared_memory
 from liam_scale.training.signals import StopRequest
 from loaders.minibatch import Minibatch
 
@@ -121,6 +122,7 @@ class Trainer:
             switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
             self._module = DistributedDataParallel(model, device_ids=devices, **options)
+            reduce_through_shared_memory(self._module, world)
         self.max_steps = max_epochs * train.steps_per_epoch
         if config.max_steps is not None:
             self.max_steps = min(self.max_steps, config.max_steps)

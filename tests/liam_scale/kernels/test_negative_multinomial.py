@@ -204,20 +204,34 @@ def test_the_original_on_ranks_adds_up_to_the_whole_minibatch(evaluator, constan
         torch.testing.assert_close(total, gradient)
 
 
-def test_bf16_leaves_the_loss_alone_and_errs_little_in_the_gradients():
-    if not has_bf16():
-        pytest.skip("this processor has no bfloat16 products; precision='bf16' computes in float32 here")
-    counts = make_counts(64, 5000)
-    inputs, cell_weight = make_inputs(64, 5000, 33)
-    for tile_bytes in (0, 2**26):
+@pytest.mark.skipif(not has_bf16(), reason="this processor has no bfloat16 products; bf16 computes in float32 here")
+class TestBfloat16:
+    @staticmethod
+    def inputs():
+        """A layer whose last input is the size of the cell: it drives the logits to +-300."""
+        (hidden, weight, bias, r), cell_weight = make_inputs(64, 5000, 33)
+        hidden[:, -1] = torch.linspace(1000, 9000, 64)
+        weight[:, -1] *= 0.03
+        return (hidden, weight, bias, r), cell_weight
+
+    @pytest.mark.parametrize("tile_bytes", [0, 2**26])
+    def test_errs_little(self, tile_bytes):
+        counts = make_counts(64, 5000)
+        inputs, cell_weight = self.inputs()
         single = run(counts, inputs, cell_weight, dtype=torch.float32, tile_bytes=tile_bytes)
         half = run(counts, inputs, cell_weight, dtype=torch.float32, precision="bf16", tile_bytes=tile_bytes)
         for name, a, b in zip(NAMES, single, half, strict=True):
-            if name in ("loss", "log_likelihood", "r"):
-                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-            else:
-                assert (a - b).norm() <= 2**-8 * a.norm(), name
-                assert not torch.equal(a, b), name
+            assert (a - b).norm() <= (1e-4 if name in ("loss", "log_likelihood", "r") else 2**-7) * a.norm(), name
+            assert not torch.equal(a, b), name
+
+    def test_a_loss_without_gradients_is_that_of_float32(self):
+        counts = make_counts(64, 5000)
+        inputs, cell_weight = self.inputs()
+        single, half = (
+            negative_multinomial(counts, *inputs, cell_weight=cell_weight, precision=precision)
+            for precision in ("float32", "bf16")
+        )
+        assert all(torch.equal(a, b) for a, b in zip(single, half, strict=True))
 
 
 def test_buffers_become_the_gradients():
