@@ -48,7 +48,7 @@ PUBLISHED = {
 MEASURES = {
     "label_purity": "label purity",
     "label_accuracy": "label from other samples",
-    "nmi": "NMI",
+    "kmeans_nmi": "NMI",
     "same_sample_ratio": "same-sample neighbours / expected",
 }
 

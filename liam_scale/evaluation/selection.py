@@ -13,13 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.sparse
-import zarr
 
 from loaders.schema import MODALITIES
 from loaders.stores.base import ObsColumn, Store
 
 _BLOCK_CELLS = 256
 """Cells drawn together from a shuffled store: about one chunk, so that a draw reads what it needs and no more."""
+
+_EMBEDDING_CELLS = 65_536
+"""Cells whose embedding is read at a time."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,16 @@ class Source:
         ValueError
             There is no such embedding, or it is not complete at these cells.
         """
-        array, known = self._obsm(name)
-        if array is None:
-            raise ValueError(
-                f"--embedding: got {name!r}, but obsm of {self.name} holds {', '.join(known) or 'nothing'};"
-                f" write it with python -m liam_scale.embed, or name one that is there"
-            )
-        is_zarr = isinstance(array, zarr.Array)
-        values = np.asarray(array.oindex[rows, :] if is_zarr else np.asarray(array)[rows], np.float32)
+        if self.store is not None:
+            values = _read_embedding(self.store, name, rows)
+        else:
+            assert self.data is not None
+            if name not in self.data.obsm:
+                raise ValueError(
+                    f"--embedding: got {name!r}, but obsm of {self.name} holds"
+                    f" {', '.join(sorted(self.data.obsm)) or 'nothing'}; name one that is there"
+                )
+            values = np.asarray(np.asarray(self.data.obsm[name])[rows], np.float32)
         missing = int((~np.isfinite(values)).any(axis=1).sum())
         if missing:
             raise ValueError(
@@ -103,19 +107,6 @@ class Source:
             return self.data.mod[modality].obs_names.get_indexer(self.data.obs_names[rows]) >= 0
         within = self.store.modality_rows(modality) if self.store is not None else None
         return np.ones(len(rows), bool) if within is None else np.asarray(within[rows]) >= 0
-
-    def _obsm(self, name: str) -> tuple[Any, list[str]]:
-        if self.data is not None:
-            return self.data.obsm.get(name), sorted(self.data.obsm.keys())
-        group = getattr(self.store, "group", None)
-        if group is None:
-            raise ValueError(
-                f"--embedding: {self.name} is of a format whose embeddings cannot be read; write one to a file with"
-                f" python -m liam_scale.embed RUN --out FILE and add --embedding-file FILE"
-            )
-        # A fresh look: the group that was opened may carry metadata from before the embedding was written.
-        obsm = zarr.open_group(group.store, path=group.path, mode="r", use_consolidated=False).get("obsm", {})
-        return obsm.get(name), sorted(obsm)
 
     def _memory_columns(self) -> list[str]:
         assert self.data is not None
@@ -159,6 +150,17 @@ def read_in_memory(path: Path) -> anndata.AnnData | mudata.MuData:
         return anndata.read_h5ad(path)
     with mudata.set_options(pull_on_update=False):
         return mudata.read_h5mu(path)
+
+
+def _read_embedding(store: Store, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """(m, d) ascending rows of an embedding, block by block."""
+    blocks = np.split(rows, np.flatnonzero(np.diff(rows // _EMBEDDING_CELLS)) + 1)
+    try:
+        return np.concatenate(
+            [store.read_embedding(name, int(b[0]), int(b[-1]) + 1)[b - b[0]] for b in blocks if len(b)]
+        )
+    except ValueError as error:
+        raise ValueError(f"--embedding: {error}") from error
 
 
 def _read_scattered(
