@@ -15,6 +15,7 @@ import torch
 import liam_scale
 from liam_scale import embed as module
 from liam_scale.embed import EmbedConfig, compute, embed, main
+from liam_scale.evaluate import EvaluateConfig, evaluate
 from liam_scale.model import logistic_normal_mean
 from loaders import Loader, open_store
 
@@ -143,3 +144,23 @@ def test_the_run_says_what_it_was_trained_on(trained: Path, multiome: Path) -> N
     record = json.loads((trained / "run.json").read_text())
     assert record["stores"] == [str(multiome)]
     assert record["data"]["num_features"] == {"rna": 60, "atac": 150}
+
+
+def test_a_soma_experiment_is_trained_on_embedded_and_evaluated(multiome: Path, tmp_path: Path) -> None:
+    soma_io = pytest.importorskip("tiledbsoma.io", reason="tiledbsoma is an extra: pip install liam-scale[soma]")
+    atlas = mudata.read_zarr(multiome)
+    data = atlas["rna"].copy()
+    for column in ("sample", "cell_type"):
+        data.obs[column] = atlas.obs[column].astype(str).to_numpy()
+    data.X = data.X.astype(np.float32)
+    experiment = str(tmp_path / "experiment")
+    soma_io.from_anndata(experiment, data, "RNA")
+    options = {"model": "rna-only", "n_hidden": 16, "n_latent": 4, "minibatch": 64, "memory": "64MiB"}
+    run = liam_scale.train(experiment, out=tmp_path / "run", batch_key="sample", max_epochs=2, **options)
+    run.embed()
+    written = open_store(experiment).read_embedding("X_liam", 0, data.n_obs)
+    np.testing.assert_allclose(written.sum(axis=1), 1.0, atol=1e-5)
+    found = evaluate(EvaluateConfig(experiment, batch_key="sample", label_key="cell_type", scib="none"))
+    assert np.isfinite(found.table["X_liam"]).all()
+    with pytest.raises(ValueError, match=r"--embedding: .*got 'X_lima', it holds X_liam"):
+        evaluate(EvaluateConfig(experiment, embedding="X_lima", batch_key="sample", label_key="cell_type"))
