@@ -133,7 +133,7 @@ def _evaluate_cpu(
     num_cells, dtype = layer.counts.num_cells, layer.weight.dtype
     slope_theta = torch.exp(log_theta if log_theta.dim() == 2 else log_theta[:, None]).contiguous()
     sample = sample if log_theta.dim() == 2 else torch.zeros(num_cells, dtype=torch.int64)
-    whole = (layer.weight.detach().contiguous(), layer.bias.detach().contiguous(), slope_theta)
+    weight, bias = layer.weight.detach().contiguous(), layer.bias.detach().contiguous()
     entries, is_bf16 = by_feature(layer.counts, dtype), precision == "bf16" and dtype == torch.float32 and has_bf16()
     chosen = layer.cell_weight.nonzero()[:, 0]  # the others have no part in the loss
     log_likelihood = torch.zeros(num_cells, dtype=torch.float64)
@@ -148,8 +148,9 @@ def _evaluate_cpu(
     for first, cells in enumerate(chosen.split(at_once) if len(chosen) else ()):
         column = np.full(num_cells, -1, np.int32)
         column[cells.numpy()] = np.arange(len(cells), dtype=np.int32)
-        by_cell = (sample[cells], library[cells], layer.cell_weight.detach()[cells])
-        group = cpu.Group(entries, column, layer.hidden.detach()[cells].contiguous(), *whole, *by_cell, is_bf16)
+        hidden, cell_weight = layer.hidden.detach()[cells].contiguous(), layer.cell_weight.detach()[cells]
+        tiled = (entries, column, hidden, weight, bias, is_bf16)
+        group = cpu.Group(*tiled, slope_theta, sample[cells], library[cells], cell_weight)
         found = cpu.softmax(group)
         sums = cpu.likelihood(group, found, theta_gradient)
         log_likelihood[cells] = sums.log_likelihood

@@ -25,6 +25,7 @@ from liam_scale.kernels.products import multiply_transposed
 from liam_scale.kernels.reference import NB_EPSILON, THETA_FLOOR
 from liam_scale.kernels.softmax_tiles import (
     Cache,
+    TiledLayer,
     as_array,
     augmented,
     exponentiate,
@@ -33,59 +34,27 @@ from liam_scale.kernels.softmax_tiles import (
     merge,
     tile_features,
 )
-from liam_scale.kernels.sparse_walk import ByFeature
 from liam_scale.kernels.vector_math import FAST_MATH, log
 
 
 @dataclass(frozen=True)
-class Group:
-    """Some cells of a minibatch, and the output layer.
+class Group(TiledLayer):
+    """Some cells of a minibatch, and the output layer; `is_bf16` is for the products of the gradients alone.
 
     Attributes
     ----------
-    entries
-        Counts by feature; their cells are numbered 0..B-1.
-    column
-        (B,) int32 place of each cell in the group, -1 for the others.
-    hidden
-        (C, H) contiguous.
-    weight, bias
-        (F, H), (F,) contiguous.
     slope_theta
         (F, S) exp(log_theta): theta without its floor, and d theta / d log_theta.
     sample
         (C,) int64 column of slope_theta.
     library, cell_weight
         (C,) in the weight's dtype.
-    is_bf16
-        Products of the gradients in bfloat16; the logits stay float32.
     """
 
-    entries: ByFeature
-    column: Any
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
     slope_theta: Tensor
     sample: Tensor
     library: Tensor
     cell_weight: Tensor
-    is_bf16: bool
-
-    @property
-    def num_cells(self) -> int:
-        return len(self.hidden)
-
-    @functools.cached_property
-    def tile(self) -> int:
-        return min(tile_features(self.num_cells), len(self.weight))
-
-    @property
-    def num_tiles(self) -> int:
-        return -(-len(self.weight) // self.tile)
-
-    def features(self, tile: int) -> slice:
-        return slice(tile * self.tile, min((tile + 1) * self.tile, len(self.weight)))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from liam_scale.kernels.products import multiply_transposed
 from liam_scale.kernels.reference import ORIGINAL_EPSILON
 from liam_scale.kernels.softmax_tiles import (
     Cache,
+    TiledLayer,
     as_array,
     augmented,
     exponentiate,
@@ -31,52 +32,16 @@ from liam_scale.kernels.softmax_tiles import (
     make_cache,
     merge,
     probabilities,
-    tile_features,
 )
-from liam_scale.kernels.sparse_walk import ByFeature
 from liam_scale.kernels.vector_math import FAST_MATH, load
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A decoder's output layer and the counts it explains.
+class Layer(TiledLayer):
+    """The layer of the negative multinomial.
 
-    Attributes
-    ----------
-    entries
-        Counts by feature; their cells are numbered 0..B-1.
-    column
-        (B,) int32 place of each cell among those that count, -1 for the others.
-    hidden
-        (C, H) contiguous.
-    weight, bias
-        (F, H), (F,) contiguous.
-    is_bf16
-        Products in bfloat16, except for the last input: the size of a cell, where it is one, drives the logits into
-        the hundreds, where bfloat16 would be off by one.
+    With `is_bf16` all products are in bfloat16, except for the last input: the size of a cell, where it is one, drives
+    the logits into the hundreds, where bfloat16 would be off by one.
     """
-
-    entries: ByFeature
-    column: Any
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
-    is_bf16: bool
-
-    @property
-    def num_cells(self) -> int:
-        return len(self.hidden)
-
-    @functools.cached_property
-    def tile(self) -> int:
-        return tile_features(self.num_cells)
-
-    @property
-    def num_tiles(self) -> int:
-        return -(-len(self.weight) // self.tile)
-
-    def features(self, tile: int) -> slice:
-        return slice(tile * self.tile, min((tile + 1) * self.tile, len(self.weight)))
 
     def logits(self, features: slice) -> Tensor:
         """(T, C), without the bias; good until this thread's next call."""

@@ -1,11 +1,12 @@
 """Tiles of a softmax over all features, on the CPU: the exponentials are kept where they fit, else made again.
 
-Shapes: B cells, F features, H hidden units, T features of a tile. A tile is feature-major (T, B), so that sums over
-features run down columns and vectorise, and the walk over the non-zeros of a feature stays in one row.
+Shapes: B cells, C cells that count, F features, H hidden units, T features of a tile. A tile is feature-major (T, B), so
+that sums over features run down columns and vectorise, and the walk over the non-zeros of a feature stays in one row.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from liam_scale.kernels import workers
 from liam_scale.kernels.products import multiply_transposed
+from liam_scale.kernels.sparse_walk import ByFeature
 from liam_scale.kernels.vector_math import FAST_MATH, exp, store
 
 TILE_ELEMENTS = 2**18
@@ -28,6 +30,47 @@ MIN_TILE, MAX_TILE = 256, 2048
 def tile_features(cells: int) -> int:
     """Features of a tile, so that a tile has about TILE_ELEMENTS logits."""
     return max(MIN_TILE, min(MAX_TILE, TILE_ELEMENTS // max(1, cells) // 64 * 64))
+
+
+@dataclass(frozen=True)
+class TiledLayer:
+    """A decoder's output layer and the counts it explains, cut into tiles of features.
+
+    Attributes
+    ----------
+    entries
+        Counts by feature; their cells are numbered 0..B-1.
+    column
+        (B,) int32 place of each cell among the C of the layer, -1 for the others.
+    hidden
+        (C, H) contiguous.
+    weight, bias
+        (F, H), (F,) contiguous.
+    is_bf16
+        Products in bfloat16; a subclass says which.
+    """
+
+    entries: ByFeature
+    column: Any
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    is_bf16: bool
+
+    @property
+    def num_cells(self) -> int:
+        return len(self.hidden)
+
+    @functools.cached_property
+    def tile(self) -> int:
+        return min(tile_features(self.num_cells), max(1, len(self.weight)))
+
+    @property
+    def num_tiles(self) -> int:
+        return -(-len(self.weight) // self.tile)
+
+    def features(self, tile: int) -> slice:
+        return slice(tile * self.tile, min((tile + 1) * self.tile, len(self.weight)))
 
 
 @dataclass(frozen=True)

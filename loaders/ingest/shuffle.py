@@ -14,11 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from loaders.csr import SparseRows
+from loaders.csr import SparseRows, gather_rows
 from loaders.ingest.writer import index_dtype
 
 _ROW_BYTES = 24
@@ -115,7 +114,8 @@ class Shuffle:
             entries = int(length[chosen].sum())
             indices = np.empty(entries, self._index_dtype)
             values = np.empty(entries, self._value_dtype)
-            gather_rows(first[chosen], length[chosen], self._indices, self._values, indices, values)
+            places = np.cumsum(length[chosen]) - length[chosen]
+            gather_rows(self._indices, self._values, first[chosen], length[chosen], places, indices, values)
             segment = _Segment(self._file.tell(), len(chosen), entries, self._value_dtype)
             local = destination[chosen] - number * self._rows_per_bucket
             for part in (local.astype(np.uint32), length[chosen].astype(np.uint32), indices, values):
@@ -151,7 +151,9 @@ class Shuffle:
             own_indices = self._read(at, segment.num_entries, self._index_dtype)
             at += own_indices.nbytes
             own_values = self._read(at, segment.num_entries, segment.value_dtype)
-            place_rows(indptr[local], length.astype(np.int64), own_indices, own_values, indices, values)
+            length = length.astype(np.int64)
+            starts = np.cumsum(length) - length
+            gather_rows(own_indices, own_values, starts, length, indptr[local], indices, values)
         return SparseRows(indptr, indices, values, self._num_features)
 
     def _read(self, offset: int, count: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -171,39 +173,3 @@ class Shuffle:
         with suppress(OSError):
             self._file.close()
         self._path.unlink(missing_ok=True)
-
-
-@numba.njit(nogil=True, cache=True)
-def gather_rows(
-    first: npt.NDArray[np.int64],
-    length: npt.NDArray[np.int64],
-    indices: npt.NDArray[Any],
-    values: npt.NDArray[Any],
-    out_indices: npt.NDArray[Any],
-    out_values: npt.NDArray[Any],
-) -> None:
-    """Copy rows, given by first entry and length, one after the other."""
-    out = 0
-    for row in range(len(first)):
-        for entry in range(first[row], first[row] + length[row]):
-            out_indices[out] = indices[entry]
-            out_values[out] = values[entry]
-            out += 1
-
-
-@numba.njit(nogil=True, cache=True)
-def place_rows(
-    first: npt.NDArray[np.int64],
-    length: npt.NDArray[np.int64],
-    indices: npt.NDArray[Any],
-    values: npt.NDArray[Any],
-    out_indices: npt.NDArray[Any],
-    out_values: npt.NDArray[Any],
-) -> None:
-    """Copy rows that stand one after the other to their first entries."""
-    entry = 0
-    for row in range(len(first)):
-        for out in range(first[row], first[row] + length[row]):
-            out_indices[out] = indices[entry]
-            out_values[out] = values[entry]
-            entry += 1
