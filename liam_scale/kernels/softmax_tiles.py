@@ -1,7 +1,7 @@
 """Tiles of a softmax over all features, on the CPU: the exponentials are kept where they fit, else made again.
 
-Shapes: B cells, C cells that count, F features, H hidden units, T features of a tile. A tile is feature-major (T, B), so
-that sums over features run down columns and vectorise, and the walk over the non-zeros of a feature stays in one row.
+Shapes: B cells, C cells that count, F features, H hidden units, T features of a tile. A tile is feature-major (T, B):
+sums over features run down columns and vectorise, and the walk over the non-zeros of a feature stays in one row.
 """
 
 from __future__ import annotations
