@@ -86,6 +86,7 @@ class Peers:
             "minibatch": 4_096,
             "memory": "1GiB",
             "transpose": False,
+            "values": "float32",
             "streams": None,
             "threads": None,
             "cold": False,
@@ -145,6 +146,7 @@ def warm(peers: Peers, name: str, path: str) -> list[Peer]:
     one = [name]
     return [
         peers.ours("ours", path, one),
+        peers.ours("ours, counts as stored", path, one, values="stored"),
         peers.ours("ours, minibatch 1024", path, one, minibatch=1_024),
         peers.ours("ours, minibatch 128", path, one, minibatch=128),
         peers.ours("ours, minibatch 128, transposed", path, one, minibatch=128, transpose=True),
@@ -209,7 +211,11 @@ def rows_of(chosen: argparse.Namespace, peers: Peers) -> dict[str, Row]:
         rows[f"{name}, annbatch's default collection"] = partial(foreign, peers, name, path)
         rows[f"{name}, cold page cache"] = partial(cold, peers, name, path)
     paired, both = paths["atac"], ["rna", "atac"]
-    rows["paired"] = lambda: [peers.ours("ours", paired, both), *peers.annbatch("b", paired, both, "uint8")]
+    rows["paired"] = lambda: [
+        peers.ours("ours", paired, both),
+        peers.ours("ours, counts as stored", paired, both, values="stored"),
+        *peers.annbatch("b", paired, both, "uint8"),
+    ]
     rows["first minibatch and memory"] = partial(first, peers, paths, chosen.atac_cells)
     rows["cost of checksums and obs"] = lambda: [
         peers.ours("ours", paths["rna"], ["rna"]),

@@ -58,7 +58,8 @@ class Epochs:
 
     def make(self) -> Loader:
         chosen = {
-            key: self.options[key] for key in ("minibatch", "memory", "transpose", "streams", "threads", "modalities")
+            key: self.options[key]
+            for key in ("minibatch", "memory", "transpose", "streams", "threads", "modalities", "values")
         }
         if self.options.get("obs"):
             chosen |= {"sample_key": "sample", "obs": ("cell_type",)}

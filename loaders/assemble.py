@@ -19,6 +19,7 @@ from loaders.plan import Epoch, Rows
 from loaders.windows import ModalitySource, WindowRows
 
 TRANSFORMS = ("clr", "none")
+VALUES = ("float32", "stored")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class OutputFormat:
     """How one modality leaves the loader."""
 
     num_features: int
+    value_dtype: np.dtype[np.generic]
     transpose: bool
     is_clr: bool
     pools: tuple[Pool, Pool, Pool]
@@ -33,23 +35,31 @@ class OutputFormat:
 
 
 def output_formats(
-    sources: Mapping[str, ModalitySource], transforms: Mapping[str, str], *, transpose: bool
+    sources: Mapping[str, ModalitySource], transforms: Mapping[str, str], *, transpose: bool, values: str
 ) -> dict[str, OutputFormat]:
-    """Format of each modality; refuses a transform it does not know."""
+    """Format of each modality; refuses a transform or a type of values it does not know."""
     for name, transform in transforms.items():
         if transform not in TRANSFORMS:
             raise ValueError(f"transforms: got {transform!r} for {name}; choose from {', '.join(TRANSFORMS)}")
-    return {
-        name: OutputFormat(source.num_features, transpose, transforms.get(name) == "clr", (Pool(), Pool(), Pool()))
-        for name, source in sources.items()
-    }
+    if values not in VALUES:
+        raise ValueError(f"values: got {values!r}; choose from {', '.join(VALUES)}")
+    formats = {}
+    for name, source in sources.items():
+        is_clr = transforms.get(name) == "clr"
+        dtype = source.reader.value_dtype if values == "stored" and not is_clr else np.dtype(np.float32)
+        formats[name] = OutputFormat(source.num_features, dtype, transpose, is_clr, (Pool(), Pool(), Pool()))
+    return formats
 
 
-def output_bytes(sources: Mapping[str, ModalitySource], *, minibatch: int, transpose: bool) -> float:
+def output_bytes(
+    sources: Mapping[str, ModalitySource], outputs: Mapping[str, OutputFormat], *, minibatch: int
+) -> float:
     """Mean bytes of a cell in a finished minibatch."""
-    entries = sum(source.nonzeros_per_cell for source in sources.values())
-    features = sum(source.num_features for source in sources.values()) * 4 / minibatch
-    return 64 + 8 * entries + transpose * (8 * entries + features)
+    total = 64.0
+    for name, output in outputs.items():
+        entries = (4 + output.value_dtype.itemsize) * sources[name].nonzeros_per_cell
+        total += entries + output.transpose * (entries + 4 * output.num_features / minibatch)
+    return total
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,7 @@ def gather_counts(
     np.cumsum(lengths, out=offsets[1:])
     total = int(offsets[-1])
     pool_indices, pool_values, pool_features = output.pools
-    indices, values = pool_indices.take(total, np.int32), pool_values.take(total, np.float32)
+    indices, values = pool_indices.take(total, np.int32), pool_values.take(total, output.value_dtype)
     done = 0
     for piece, part in zip(slices, parts, strict=True):
         where = group.target[done : done + piece.stop - piece.start]
@@ -153,7 +163,7 @@ def gather_counts(
     if output.transpose:
         width = output.num_features + 1
         features = pool_features.take(steps * width, np.int32)
-        by_feature = pool_indices.take(total, np.int32), pool_values.take(total, np.float32)
+        by_feature = pool_indices.take(total, np.int32), pool_values.take(total, output.value_dtype)
         for k in range(steps):
             low, high = int(entry_edges[k]), int(entry_edges[k + 1])
             transpose_rows(

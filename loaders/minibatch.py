@@ -26,11 +26,11 @@ class SparseCounts:
     indices
         (N,) int32, feature of each entry, ascending within a cell.
     values
-        (N,) float32.
+        (N,) float32, or the type they are stored in where that was asked for.
     num_features
         F.
     feature_indptr, cells, feature_values
-        The transpose: (F + 1,) int32, (N,) int32 cell of each entry (ascending within a feature), (N,) float32.
+        The transpose: (F + 1,) int32, (N,) int32 cell of each entry (ascending within a feature), (N,) as values.
         None where it was not asked for.
     """
 
@@ -48,17 +48,22 @@ class SparseCounts:
 
     def totals(self) -> Tensor:
         """(B,) sum of the values of each cell, float32 or the values' wider dtype."""
+        values = self._floating_values()
         if self.num_cells == 0:
-            return self.values.new_zeros(0)
+            return values.new_zeros(0)
         lengths = (self.indptr[1:] - self.indptr[:-1]).long()
-        return torch.segment_reduce(self.values, "sum", lengths=lengths, initial=0.0, unsafe=True)
+        return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
+
+    def _floating_values(self) -> Tensor:
+        return self.values if self.values.is_floating_point() else self.values.float()
 
     def to_dense(self) -> Tensor:
-        """(B, F) dense counts. For tests and small data: training never makes them."""
+        """(B, F) dense counts, floating. For tests and small data: training never makes them."""
         lengths = (self.indptr[1:] - self.indptr[:-1]).long()
         rows = torch.repeat_interleave(torch.arange(self.num_cells, device=lengths.device), lengths)
-        dense = torch.zeros(self.num_cells, self.num_features, dtype=self.values.dtype, device=self.values.device)
-        dense[rows, self.indices.long()] = self.values
+        values = self._floating_values()
+        dense = torch.zeros(self.num_cells, self.num_features, dtype=values.dtype, device=values.device)
+        dense[rows, self.indices.long()] = values
         return dense
 
     def to_torch_csr(self) -> Tensor:

@@ -52,6 +52,22 @@ def check(minibatch, truth, names=tuple(FEATURES)):
             assert np.array_equal(counts.feature_values.numpy(), by_feature.data)
 
 
+def test_counts_may_keep_the_type_they_are_stored_in(store):
+    stored = next(iter(Loader(store, minibatch=64, subset="all", values="stored")))
+    widened = next(iter(Loader(store, minibatch=64, subset="all")))
+    for name, counts in stored.counts.items():
+        kind = np.float32 if name == "adt" else store.schema.modalities[name].value_dtype
+        assert counts.values.numpy().dtype == counts.feature_values.numpy().dtype == kind
+        plain = widened.counts[name]
+        for field in ("indptr", "indices", "values", "feature_indptr", "cells", "feature_values"):
+            assert torch.equal(getattr(counts, field).float(), getattr(plain, field).float())
+        torch.testing.assert_close(counts.totals(), plain.totals())
+        assert torch.equal(counts.to_dense(), plain.to_dense())
+    assert stored.counts["rna"].values.dtype != torch.float32
+    with pytest.raises(ValueError, match="values: got 'uint8'; choose from float32, stored"):
+        Loader(store, values="uint8")
+
+
 def raw(store, **options):
     """A loader that hands out ADT counts as they are."""
     return Loader(store, **{"transforms": {}, **options})
