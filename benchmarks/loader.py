@@ -197,7 +197,7 @@ def soma(peers: Peers, cells: int) -> list[Peer]:
     options = json.dumps({"paths": [str(out)], "minibatch": 4_096})
     theirs = Peer("tiledbsoma-ml", [*script, "serve", options], threads=peers.cores)
     # Eight blocks of 2,048 cells mixed at a time, as tiledbsoma-ml's setting does.
-    return [peers.ours("ours", str(out), ["rna"], obs=False, streams=8, memory="400MiB"), theirs]
+    return [peers.ours("ours", str(out), ["rna"], obs=False, streams=8, memory="320MiB"), theirs]
 
 
 def rows_of(chosen: argparse.Namespace, peers: Peers) -> dict[str, Row]:
