@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+CREATION_PAUSES = (0.0, 0.0, 0.1, 0.3, 1.0, 3.0)
+"""Seconds before each attempt to find or create an embedding that other processes may be creating too."""
 
 
 def write(
@@ -94,12 +98,17 @@ def _open_or_create(soma: Any, context: Any, measurement: str, name: str, width:
     """Address of the array obsm[name]."""
     import pyarrow
 
-    with soma.open(measurement, context=context) as group:
-        if "obsm" in group and name in group["obsm"]:
-            return str(group["obsm"][name].uri)
-        num_rows = max(int(group["X"][layer].shape[0]) for layer in group["X"])
-    with contextlib.suppress(soma.AlreadyExistsError), soma.open(measurement, "w", context=context) as group:
-        obsm = group["obsm"] if "obsm" in group else group.add_new_collection("obsm")
-        obsm.add_new_sparse_ndarray(name, type=pyarrow.float32(), shape=(num_rows, width))
-    with soma.open(measurement, context=context) as group:
-        return str(group["obsm"][name].uri)
+    for pause in CREATION_PAUSES:
+        time.sleep(pause)
+        with soma.open(measurement, context=context) as group:
+            if "obsm" in group and name in group["obsm"]:
+                return str(group["obsm"][name].uri)
+            num_rows = max(int(group["X"][layer].shape[0]) for layer in group["X"])
+        # Another process may be making it at this moment: then tiledbsoma raises one or the other.
+        with (
+            contextlib.suppress(soma.AlreadyExistsError, KeyError),
+            soma.open(measurement, "w", context=context) as group,
+        ):
+            obsm = group["obsm"] if "obsm" in group else group.add_new_collection("obsm")
+            obsm.add_new_sparse_ndarray(name, type=pyarrow.float32(), shape=(num_rows, width))
+    raise RuntimeError(f"{measurement}/obsm: got no array {name!r} though it was created; run the same command again")
