@@ -241,7 +241,7 @@ def show_parts(store: Path, options: argparse.Namespace) -> None:
 
 def serve_train(arguments: list[str]) -> None:
     """The training command with a clock around the averaging of gradients; waiting for the other ranks counts."""
-    from liam_scale import train
+    from liam_scale.train import main as train
     from liam_scale.training.shared_reduction import SharedReduction
 
     inner, seconds = SharedReduction.average_, []
@@ -253,7 +253,7 @@ def serve_train(arguments: list[str]) -> None:
         return result
 
     SharedReduction.average_ = timed  # type: ignore[method-assign]
-    code = train.main(arguments)
+    code = train(arguments)
     if os.environ.get("RANK") == "0":
         # The first half is warming up; a step averages every bucket once.
         late = seconds[len(seconds) // 2 :]
