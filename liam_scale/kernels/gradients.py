@@ -51,6 +51,12 @@ def checked_buffer(buffers: Mapping[str, Tensor] | None, name: str, parameter: T
     return buffer
 
 
+def kept_gradients(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Buffers for the next step: the memory in which the gradients of this one stand."""
+    # `.data` counts its own versions, where the views into a bucket of DDP share one counter.
+    return {name: p.grad.data for name, p in parameters.items() if p.grad is not None}
+
+
 @dataclass(frozen=True)
 class Targets:
     """Where the gradients of some parameters are written: their buffers, or fresh memory."""

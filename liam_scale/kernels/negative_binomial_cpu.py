@@ -81,7 +81,7 @@ def cells_at_once(num_cells: int, layer_weight: Tensor, tile_bytes: int) -> int:
     """Cells of a group, so that softmax and tiles stay below tile_bytes (at least one cell)."""
     features, width = layer_weight.shape
     item = layer_weight.element_size()
-    tile = min(tile_features(num_cells), max(1, features))
+    tile = tile_features(num_cells, features)
     # beside the softmax a worker holds logits, slopes and their bfloat16 copy, and two results of products
     by_worker = 3 * tile + 2 * (width + 1)
     fixed = workers.num_workers() * 2 * tile * (width + 1) * item

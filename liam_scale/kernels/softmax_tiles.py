@@ -27,9 +27,10 @@ MIN_TILE, MAX_TILE = 256, 2048
 """Features of a tile."""
 
 
-def tile_features(cells: int) -> int:
-    """Features of a tile, so that a tile has about TILE_ELEMENTS logits."""
-    return max(MIN_TILE, min(MAX_TILE, TILE_ELEMENTS // max(1, cells) // 64 * 64))
+def tile_features(cells: int, features: int) -> int:
+    """Features of a tile of a layer, so that a tile has about TILE_ELEMENTS logits."""
+    wanted = max(MIN_TILE, min(MAX_TILE, TILE_ELEMENTS // max(1, cells) // 64 * 64))
+    return min(wanted, max(1, features))
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class TiledLayer:
 
     @functools.cached_property
     def tile(self) -> int:
-        return min(tile_features(self.num_cells), max(1, len(self.weight)))
+        return tile_features(self.num_cells, len(self.weight))
 
     @property
     def num_tiles(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from liam_scale.kernels import Impl, Likelihood, Precision, negative_binomial, negative_multinomial
+from liam_scale.kernels.gradients import kept_gradients
 from liam_scale.model.layers import BlockOptions, Draw, HiddenBlock, SampleLinear
 from loaders.minibatch import SparseCounts
 
@@ -62,8 +63,7 @@ class Decoder(nn.Module):
         return {"weight": self.weight, "bias": self.bias}
 
     def keep_gradients(self) -> None:
-        # `.data`: as in encoders.py
-        self.grad_buffers = {name: p.grad.data for name, p in self._big_parameters().items() if p.grad is not None}
+        self.grad_buffers = kept_gradients(self._big_parameters())
 
 
 class NegativeBinomialDecoder(Decoder):

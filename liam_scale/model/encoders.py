@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from liam_scale.kernels import Impl, sparse_linear
+from liam_scale.kernels.gradients import kept_gradients
 from liam_scale.model.layers import BlockOptions, Draw, Gaussian, GaussianHead, HiddenBlock, SampleLinear
 from liam_scale.model.noise import Noise
 from loaders.minibatch import SparseCounts
@@ -121,8 +122,7 @@ class ModalityEncoder(nn.Module):
 
     def keep_gradients(self) -> None:
         weights = [self.layer.weight, *([self.library.layer.weight] if self.library is not None else [])]
-        # `.data` counts its own versions, where the views into a bucket of DDP share one counter.
-        self.grad_buffers = {f"weight{k}": w.grad.data for k, w in enumerate(weights) if w.grad is not None}
+        self.grad_buffers = kept_gradients({f"weight{k}": weight for k, weight in enumerate(weights)})
 
 
 class LatentEncoder(nn.Module):

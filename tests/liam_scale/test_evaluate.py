@@ -327,7 +327,10 @@ class TestEvaluate:
         [
             ({"batch_key": "doner"}, r"--batch-key: got 'doner', which .* does not have; its columns are: .*donor"),
             ({"label_key": "type"}, r"--label-key: got 'type'"),
-            ({"embedding": "X_lima"}, r"--embedding: .*got 'X_lima', .*holds .*X_liam"),
+            (
+                {"embedding": "X_lima"},
+                r"--embedding: obsm of .*: got 'X_lima', it holds .*X_liam.*; write the emb",
+            ),
             (
                 {"embedding": "X_half"},
                 r"obsm\['X_half'\] of .* is not finite in 100 of 1600 cells .* run the same embed",
