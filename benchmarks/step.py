@@ -1,7 +1,7 @@
-"""A training step end to end against MultiVI of scvi-tools, against dense minibatches, and on two ranks.
+"""A training step end to end against MultiVI of scvi-tools and dense minibatches, and as features and cells grow.
 
     python benchmarks/step.py --peer-python scvi/bin/python       # a virtual environment with scvi-tools 1.4.2
-    python benchmarks/step.py --only scaling | ranks | parts | peers
+    python benchmarks/step.py --only scaling | parts | peers
 
 The shape is the paper's: 13,431 genes x 116,490 peaks, about 800 + 3,600 non-zeros a cell, 13 samples. liam-scale
 streams from a store, loader included; MultiVI holds the same cells in memory. CPU seconds count all threads.
@@ -10,10 +10,7 @@ streams from a store, loader included; MultiVI holds the same cells in memory. C
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +23,6 @@ from typing import Any
 from harness import ROOT, Peer, describe_machine, quartiles, serve, spread, table, take_turns
 
 GENES, PEAKS, SAMPLES = 13_431, 116_490, 13
-STEPS_OF_RANKS = 32
 
 
 def make_store(folder: Path, num_cells: int) -> Path:
@@ -239,79 +235,6 @@ def show_parts(store: Path, options: argparse.Namespace) -> None:
         print(table(("part of a step", "CPU ms"), rows))
 
 
-def serve_train(arguments: list[str]) -> None:
-    """The training command with a clock around the averaging of gradients; waiting for the other ranks counts."""
-    from liam_scale.train import main as train
-    from liam_scale.training.shared_reduction import SharedReduction
-
-    inner, seconds = SharedReduction.average_, []
-
-    def timed(self: SharedReduction, tensor: Any) -> Any:
-        start = time.perf_counter()
-        result = inner(self, tensor)
-        seconds.append(time.perf_counter() - start)
-        return result
-
-    SharedReduction.average_ = timed  # type: ignore[method-assign]
-    code = train(arguments)
-    if os.environ.get("RANK") == "0":
-        # The first half is warming up; a step averages every bucket once.
-        late = seconds[len(seconds) // 2 :]
-        (Path(arguments[arguments.index("--out") + 1]) / "all_reduce").write_text(str(2 * sum(late) / STEPS_OF_RANKS))
-    sys.exit(code)
-
-
-def train_command(store: Path, out: Path, *, ranks: int, minibatch: int) -> list[str]:
-    command = [sys.executable, "-m", "liam_scale.train"]
-    if ranks > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += [__file__, "--serve", "train", "--"]
-    command += [str(store), "--batch-key", "sample", "--max-steps", str(STEPS_OF_RANKS)]
-    command += ["--out", str(out), "--minibatch", str(minibatch), "--training.validate-every", "8"]
-    return [*command, "--loader.validation-share", "0", "--training.checkpoint-seconds", "1e9"]
-
-
-def compare_ranks(store: Path, options: argparse.Namespace) -> None:
-    """Two ranks of one thread against one, the same global minibatch, through the training command.
-
-    Two processes that train on their own, side by side, show what of the difference to 2 is the machine's.
-    """
-    two_alone = "two processes on their own, minibatch 512 each"
-    plans = {"one rank": [(1, 1024)], "two ranks": [(2, 1024)], two_alone: [(1, 512), (1, 512)]}
-    rates: dict[str, list[float]] = {name: [] for name in plans}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    all_reduce: list[float] = []
-    for turn in range(max(2, options.rounds // 2)):
-        for place in range(len(plans)):
-            name = list(plans)[(turn + place) % len(plans)]
-            folder = Path(tempfile.mkdtemp())
-            outs = [folder / str(k) for k in range(len(plans[name]))]
-            commands = [
-                train_command(store, out, ranks=ranks, minibatch=minibatch)
-                for out, (ranks, minibatch) in zip(outs, plans[name], strict=True)
-            ]
-            running = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for command in commands]
-            codes = [process.wait() for process in running]
-            if any(codes):
-                raise RuntimeError(f"{name}: training failed")
-            own = [[float(row["cells_per_second"]) for row in read_history(out)] for out in outs]
-            # The first window compiles and fills the loader.
-            rates[name] += [sum(window) for window in list(zip(*own, strict=True))[1:]]
-            if name == "two ranks":
-                all_reduce.append(1e3 * float((outs[0] / "all_reduce").read_text()))
-            shutil.rmtree(folder)
-    one = quartiles(rates["one rank"])[0]
-    rows = [(name, spread(own, 0), f"{quartiles(own)[0] / one:.2f}") for name, own in rates.items()]
-    print("\nglobal minibatch 1,024, one thread a rank\n")
-    print(table(("what", "cells / s", "x one rank"), rows))
-    print(f"\nall-reduce of two ranks, of the backward pass: {spread(all_reduce)} ms a step")
-
-
-def read_history(run: Path) -> list[dict[str, str]]:
-    with (run / "history.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
 def show_scaling(options: argparse.Namespace) -> None:
     """Cost of a step as features and minibatch grow, on minibatches in memory."""
     import numpy as np
@@ -366,18 +289,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps of 128 cells in a round")
     parser.add_argument("--cells", type=int, default=20_000)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "liam-scale-benchmarks")
-    parser.add_argument("--only", choices=("peers", "parts", "ranks", "scaling"))
+    parser.add_argument("--only", choices=("peers", "parts", "scaling"))
     parser.add_argument("--quick", action="store_true", help="few rounds and cells, to see that it runs")
-    parser.add_argument("--serve", choices=("liam", "multivi", "train"), help=argparse.SUPPRESS)
-    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", choices=("liam", "multivi"), help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
     parser.add_argument("--minibatch", type=int, default=128, help=argparse.SUPPRESS)
     parser.add_argument("--impl", default="auto", help=argparse.SUPPRESS)
     parser.add_argument("--precision", default="float32", help=argparse.SUPPRESS)
     parser.add_argument("--with-parts", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve == "train":
-        serve_train(options.arguments)
     if options.serve == "liam":
         serve_liam(options.store, options.minibatch, options.steps, options.impl, options.precision, options.with_parts)
         return
@@ -390,13 +310,11 @@ def main() -> None:
     describe_machine()
     options.folder.mkdir(parents=True, exist_ok=True)
     store = make_store(options.folder, options.cells)
-    chosen = [options.only] if options.only else ["peers", "parts", "ranks", "scaling"]
+    chosen = [options.only] if options.only else ["peers", "parts", "scaling"]
     if "peers" in chosen:
         compare_peers(store, options)
     if "parts" in chosen:
         show_parts(store, options)
-    if "ranks" in chosen:
-        compare_ranks(store, options)
     if "scaling" in chosen:
         show_scaling(options)
 

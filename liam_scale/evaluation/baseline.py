@@ -5,7 +5,7 @@ Shapes: n cells, F features, d components, b columns of a block of vectors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -92,17 +92,6 @@ def principal_components(
     scores = basis @ vectors[:, chosen] * np.sqrt(np.maximum(values[chosen], 0.0))
     signs = np.sign(scores[np.abs(scores).argmax(axis=0), np.arange(width)])
     return (scores * np.where(signs == 0, 1.0, signs)).astype(np.float32)
-
-
-def baseline_embedding(
-    counts: Mapping[str, scipy.sparse.csr_matrix],
-    *,
-    num_components: int = NUM_COMPONENTS,
-    target_sum: float = TARGET_SUM,
-) -> npt.NDArray[np.float32]:
-    """(n, d) principal components of the `normalised` modalities, given as (n, F_m) counts of the same cells."""
-    blocks = [normalised(modality, matrix, target_sum=target_sum) for modality, matrix in counts.items()]
-    return principal_components(blocks, num_components=num_components)
 
 
 def _log1p_scaled(counts: scipy.sparse.csr_matrix, scale: npt.NDArray[np.float64]) -> scipy.sparse.csr_matrix:

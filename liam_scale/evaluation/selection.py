@@ -76,7 +76,7 @@ class Source:
             assert self.data is not None
             if name not in self.data.obsm:
                 raise ValueError(
-                    f"--embedding: got {name!r}, but obsm of {self.name} holds"
+                    f"--embedding: obsm of {self.name}: got {name!r}, it holds"
                     f" {', '.join(sorted(self.data.obsm)) or 'nothing'}; name one that is there"
                 )
             values = np.asarray(np.asarray(self.data.obsm[name])[rows], np.float32)

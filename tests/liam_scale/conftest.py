@@ -5,8 +5,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import liam_scale
 from loaders.synthetic import simulate
@@ -55,6 +57,20 @@ def launch(environment: dict[str, str]) -> Command:
             timeout=300,
             **options,  # type: ignore[call-overload]
         )
+
+    return start
+
+
+@pytest.fixture
+def on_ranks(environment: dict[str, str], tmp_path: Path) -> Callable[[str, int], list[Any]]:
+    """Run a script on some ranks; each saves `{its first argument}/{rank}.pt`, which are what is returned."""
+
+    def start(script: str, ranks: int) -> list[Any]:
+        file = tmp_path / "ranks.py"
+        file.write_text(script)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        subprocess.run([*command, file, tmp_path], check=True, env=environment, timeout=120, capture_output=True)
+        return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
     return start
 

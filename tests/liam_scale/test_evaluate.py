@@ -20,7 +20,7 @@ import sklearn.neighbors
 
 from liam_scale.evaluate import BASELINE, EvaluateConfig, Evaluation, describe, evaluate, main
 from liam_scale.evaluation import metrics, plots
-from liam_scale.evaluation.baseline import baseline_embedding, centred_log_ratio, log_normalised, principal_components
+from liam_scale.evaluation.baseline import centred_log_ratio, log_normalised, normalised, principal_components
 from liam_scale.evaluation.selection import Source, draw_rows, modalities_of_cells, read_in_memory
 from loaders.stores import ObsColumn, ZarrStore, open_store
 
@@ -41,7 +41,7 @@ def pbmc() -> mudata.MuData:
     """The shipped mosaic with an embedding: its baseline, every donor centred."""
     data = read_in_memory(PBMC)
     source = Source.of_memory(data)
-    points = baseline_embedding({m: source.counts(m, np.arange(1600))[0] for m in source.modalities})
+    points = principal_components([normalised(m, source.counts(m, np.arange(1600))[0]) for m in source.modalities])
     for donor in data.obs["donor"].cat.categories:
         of_donor = np.asarray(data.obs["donor"] == donor)
         points[of_donor] -= points[of_donor].mean(axis=0)
@@ -172,7 +172,8 @@ class TestBaseline:
         assert not ratio[1].any()
 
     def test_two_cells_are_the_least(self):
-        assert baseline_embedding({"rna": scipy.sparse.eye(4, 3, format="csr", dtype=np.float32)}).shape == (4, 2)
+        identity = scipy.sparse.eye(4, 3, format="csr", dtype=np.float32)
+        assert principal_components([normalised("rna", identity)]).shape == (4, 2)
         with pytest.raises(ValueError, match=r"got 1 cells x 3 features; give at least 2 of each"):
             principal_components([scipy.sparse.csr_matrix((1, 3), dtype=np.float32)])
 
@@ -329,7 +330,7 @@ class TestEvaluate:
             ({"label_key": "type"}, r"--label-key: got 'type'"),
             (
                 {"embedding": "X_lima"},
-                r"--embedding: obsm of .*: got 'X_lima', it holds .*X_liam.*; write the emb",
+                r"--embedding: obsm of .*: got 'X_lima', it holds .*X_liam",
             ),
             (
                 {"embedding": "X_half"},

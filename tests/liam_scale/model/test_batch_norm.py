@@ -1,15 +1,12 @@
 """Batch normalisation: torch's on one rank, and the same over unequal ranks."""
 
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from liam_scale.model.batch_norm import GlobalBatchNorm
-
-ROOT = Path(__file__).resolve().parents[3]
 
 SCRIPT = """
 import sys
@@ -58,13 +55,8 @@ def test_one_cell_and_none_are_finite() -> None:
 
 
 @pytest.mark.slow
-def test_three_unequal_ranks_are_one(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(script)]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=120, capture_output=True)
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+def test_three_unequal_ranks_are_one(on_ranks: Callable[[str, int], list[Any]]) -> None:
+    parts = on_ranks(SCRIPT, 3)
     torch.manual_seed(0)
     inputs = (torch.randn(9, 4, dtype=torch.float64) * 3 + 5).requires_grad_()
     factors = torch.randn(9, 4, dtype=torch.float64)

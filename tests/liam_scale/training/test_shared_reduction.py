@@ -1,12 +1,9 @@
 """Averages over ranks through shared memory: real processes, started by torchrun."""
 
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import torch
-
-ROOT = Path(__file__).resolve().parents[3]
 
 SCRIPT = """
 import os
@@ -40,13 +37,10 @@ with join_world("cpu") as world:
 """
 
 
-def test_averages_are_those_of_all_reduce_and_the_same_on_every_rank(tmp_path: Path) -> None:
-    script = tmp_path / "ranks.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(script)]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=120, capture_output=True)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+def test_averages_are_those_of_all_reduce_and_the_same_on_every_rank(
+    on_ranks: Callable[[str, int], list[Any]],
+) -> None:
+    ranks = on_ranks(SCRIPT, 3)
     given = []
     for rank in range(3):
         torch.manual_seed(rank)
