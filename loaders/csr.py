@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numba
@@ -55,12 +56,17 @@ class SparseRows:
         return cls(rows.indptr.astype(np.int64), rows.indices.astype(np.int32), rows.data, rows.shape[1])
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with Numba without the GIL, and keep the machine code on disk where some place is writable."""
+def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Compile with Numba without the GIL, and keep the machine code on disk where some place is writable.
+
+    Every kernel goes through here, as `@compiled` or with further options of `numba.njit`: `@compiled(fastmath=True)`.
+    """
+    if function is None:
+        return partial(compiled, **options)
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        return numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # a read-only installation without a cache directory: compile in every process (1-2 s)
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, **options)(function)
 
 
 # Kernels count with unsigned integers: with signed ones Numba checks for negative indices, which keeps LLVM from

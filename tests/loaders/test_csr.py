@@ -1,9 +1,15 @@
 """Kernels over sparse rows against SciPy and the plain formula."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import scipy.sparse
 
+from loaders import csr
 from loaders.csr import (
     OUT_OF_RANGE,
     SORTED,
@@ -80,3 +86,22 @@ def test_columns_are_inspected_row_by_row():
         assert inspect_columns(rows.indptr, swapped, 60) == (7, OUT_OF_RANGE)
     repeated = np.array([3, 3])
     assert inspect_columns(np.array([0, 2]), repeated, 60) == (0, UNSORTED)
+
+
+def test_kernels_run_in_an_installation_where_nothing_can_be_written(tmp_path):
+    """`__pycache__` and the home are files here, so that not even root can put machine code into them."""
+    shutil.copy(csr.__file__, tmp_path / "rows.py")
+    for name in ("__pycache__", "home"):
+        (tmp_path / name).touch()
+    script = (
+        "from rows import compiled\nimport numpy as np\nimport rows\n"
+        "@compiled(fastmath=True)\ndef double(x):\n    return 2 * x\n"
+        "print(double(21), rows.inspect_columns(np.array([0, 2]), np.array([1, 0]), 9))"
+    )
+    nowhere = {name: str(tmp_path / "home") for name in ("HOME", "XDG_CACHE_HOME")}
+    environment = {**os.environ, **nowhere, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("42 (0, 1)\n", "")
