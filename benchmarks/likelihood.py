@@ -26,9 +26,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT))
 
-from liam_scale.kernels import negative_binomial, negative_multinomial, sparse_linear
-from liam_scale.kernels.products import has_bf16, has_onednn, multiply_transposed
-from liam_scale.kernels.workers import release_workspaces
+from liam_scale.kernels.cpu.products import has_bf16, has_onednn, multiply_transposed
+from liam_scale.kernels.cpu.threads import release_workspaces
+from liam_scale.kernels.negative_binomial import negative_binomial
+from liam_scale.kernels.negative_multinomial import negative_multinomial
+from liam_scale.kernels.sparse_linear import sparse_linear
 from loaders.minibatch import SparseCounts
 
 CELLS, PEAKS, PEAKS_OPEN, GENES, GENES_SEEN, SAMPLES, HIDDEN = 128, 116_490, 3_600, 13_431, 800, 13, 128

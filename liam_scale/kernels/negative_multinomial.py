@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from liam_scale.kernels import negative_multinomial_cpu as cpu
-from liam_scale.kernels import negative_multinomial_device as device
 from liam_scale.kernels import reference
-from liam_scale.kernels.device import with_values
-from liam_scale.kernels.gradients import Formed, Targets, attach, checked_buffer, make_targets
-from liam_scale.kernels.negative_multinomial_terms import Cells, Coupling, Terms, coupled_terms, per_cell_terms
+from liam_scale.kernels.cpu import negative_multinomial as cpu
+from liam_scale.kernels.device import negative_multinomial as device
+from liam_scale.kernels.gradients import Formed, attach, checked_buffer, make_targets
 from liam_scale.kernels.options import (
     TILE_BYTES,
     Impl,
@@ -23,10 +20,10 @@ from liam_scale.kernels.options import (
     check_choice,
     check_output_layer,
     check_shape,
+    is_for_cpu,
     product_precision,
 )
-from liam_scale.kernels.products import has_bf16
-from liam_scale.kernels.sparse_walk import by_feature
+from liam_scale.kernels.terms import Coupling
 from loaders.minibatch import SparseCounts
 
 
@@ -102,10 +99,10 @@ def negative_multinomial(
     inputs = (hidden, weight, bias, r)
     with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     buffers = [checked_buffer(grad_buffers, "weight", weight), checked_buffer(grad_buffers, "bias", bias)]
-    evaluate = _evaluate_cpu if weight.device.type == "cpu" else _evaluate_device
+    backend = cpu if is_for_cpu(impl, weight.device) else device
     with torch.no_grad(), product_precision(precision, weight.device):
         targets = make_targets(buffers, (weight, bias)) if with_gradients else None
-        terms, hidden_gradient = evaluate(layer, r.detach(), coupling, precision, tile_bytes, targets)
+        terms, hidden_gradient = backend.evaluate(layer, r.detach(), coupling, precision, tile_bytes, targets)
         loss, log_likelihood = terms.loss.to(weight.dtype), terms.log_likelihood.to(weight.dtype)
     if targets is None:
         return loss, log_likelihood
@@ -134,72 +131,3 @@ def _reference(layer: OutputLayer, r: Tensor, coupling: Coupling | None) -> tupl
         loss = -(layer.cell_weight * own).sum() - coupling.weight * (zero.sum() - share * gamma.sum())
         log_likelihood = own + zero.sum() - gamma.sum()
     return loss, torch.where(layer.cell_weight != 0, log_likelihood.detach(), 0)
-
-
-def _evaluate_cpu(
-    layer: OutputLayer,
-    r: Tensor,
-    coupling: Coupling | None,
-    precision: Precision,
-    tile_bytes: int,
-    targets: Targets | None,
-) -> tuple[Terms, Tensor]:
-    """Terms of all cells, and the gradient of the hidden state; fills the targets."""
-    num_cells, dtype = layer.counts.num_cells, layer.weight.dtype
-    # cells of weight 0 need no logits, except that the original's sums run over all cells
-    chosen = torch.arange(num_cells) if coupling is not None else layer.cell_weight.nonzero()[:, 0]
-    column = np.full(num_cells, -1, np.int32)
-    column[chosen.numpy()] = np.arange(len(chosen), dtype=np.int32)
-    walk = cpu.Layer(
-        entries=by_feature(layer.counts, dtype),
-        column=column,
-        hidden=layer.hidden.detach()[chosen].contiguous(),
-        weight=layer.weight.detach().contiguous(),
-        bias=layer.bias.detach().contiguous(),
-        # A loss without gradients (validation, ELBO) is worth its full precision.
-        is_bf16=precision == "bf16" and dtype == torch.float32 and has_bf16() and targets is not None,
-    )
-    cells = Cells(
-        total=layer.counts.totals().double()[chosen],
-        r=r.double()[chosen] if r.dim() else r.double(),
-        weight=layer.cell_weight.detach().double()[chosen],
-    )
-    with_entries = coupling is not None
-    cache_bytes = tile_bytes - walk.scratch_bytes(with_entries=with_entries) if targets is not None else 0
-    found = cpu.first_walk(walk, cache_bytes=cache_bytes, with_entries=with_entries)
-    coefficients = walk.entries.values
-    if coupling is None:
-        terms = per_cell_terms(cells, found.fit, found.normalizer)
-    else:
-        fit, slope, coefficients = cpu.original_fit(walk, found)
-        terms = coupled_terms(cells, fit, slope, found.normalizer, coupling)
-    hidden_gradient = torch.zeros_like(layer.hidden)
-    if targets is not None:
-        slopes = cpu.Slopes(terms.scale, coefficients, cells.weight)
-        hidden_gradient[chosen] = cpu.second_walk(walk, found, slopes, *targets.tensors)
-    return terms.placed(chosen, num_cells), hidden_gradient
-
-
-def _evaluate_device(
-    layer: OutputLayer,
-    r: Tensor,
-    coupling: Coupling | None,
-    precision: Precision,
-    tile_bytes: int,
-    targets: Targets | None,
-) -> tuple[Terms, Tensor]:
-    """The same in plain torch on any device."""
-    counts, dtype = with_values(layer.counts, layer.weight.dtype), layer.weight.dtype
-    tensors = (t.detach() for t in (layer.hidden, layer.weight, layer.bias, layer.cell_weight))
-    walker = device.Walker(OutputLayer(counts, *tensors), tile_bytes, precision == "bf16" and dtype == torch.float32)
-    cells = Cells(counts.totals().double(), r.double(), layer.cell_weight.detach().double())
-    normalizer = device.normalizer(walker)
-    if coupling is None:
-        slopes, terms = counts, per_cell_terms(cells, device.linear_fit(walker), normalizer)
-    else:
-        fit, slope, slopes = device.original_fit(walker, normalizer)
-        terms = coupled_terms(cells, fit, slope, normalizer, coupling)
-    hidden_gradient = torch.zeros_like(layer.hidden)
-    if targets is not None:
-        hidden_gradient = device.second_walk(walker, normalizer, terms.scale, slopes, *targets.tensors)
-    return terms, hidden_gradient

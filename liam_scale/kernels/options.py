@@ -12,8 +12,9 @@ from torch import Tensor
 
 from loaders.minibatch import SparseCounts
 
-Impl = Literal["auto", "reference", "fused"]
-"""`reference`: the plain formula on dense tensors. `fused`: tiles and sparse walks. `auto`: fused."""
+Impl = Literal["auto", "plain", "reference"]
+"""`auto`: tiles and sparse walks, by kernels made for the device where there are any (the CPU), else plain. `plain`:
+the same tiles in plain torch on any device. `reference`: the formula on dense tensors."""
 
 Precision = Literal["float32", "tf32", "bf16"]
 """Precision of matrix products; sums, logarithms and lgamma keep the dtype of the weights."""
@@ -49,6 +50,11 @@ def check_output_layer(counts: SparseCounts, hidden: Tensor, weight: Tensor, bia
         raise ValueError(
             f"weight: got {weight.dtype}; keep weights in float32 (or float64) and choose precision='bf16'"
         )
+
+
+def is_for_cpu(impl: Impl, device: torch.device) -> bool:
+    """Whether the kernels made for the CPU are to be used."""
+    return device.type == "cpu" and impl == "auto"
 
 
 @dataclass(frozen=True)

@@ -5,26 +5,20 @@ Shapes: B cells, F features, O outputs.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from liam_scale.kernels import reference, workers
-from liam_scale.kernels.device import gather_product, transposed_product, with_values
+from liam_scale.kernels import reference
+from liam_scale.kernels.cpu import sparse as cpu
+from liam_scale.kernels.device import sparse as device
 from liam_scale.kernels.gradients import adopt, checked_buffer, is_same_memory
-from liam_scale.kernels.options import Impl, check_choice
-from liam_scale.kernels.sparse_walk import ByFeature, add_product, by_feature, cut_features, write_gradient
+from liam_scale.kernels.options import Impl, check_choice, is_for_cpu
 from loaders.minibatch import SparseCounts
-
-MIN_COLUMNS = 32
-"""Fewest outputs that a thread takes of a product: two AVX-512 registers of float32."""
 
 
 def sparse_linear(
@@ -77,87 +71,35 @@ def sparse_linear(
         pairs = zip(weights, log1p, strict=True)
         return tuple(reference.sparse_linear(dense.to(w.dtype), w, log1p=log) for w, log in pairs)
     buffers = [checked_buffer(grad_buffers, f"weight{k}", weight) for k, weight in enumerate(weights)]
-    if counts.values.device.type == "cpu":
-        return _CpuProduct.apply(
-            [_entries(counts, w.dtype, log) for w, log in zip(weights, log1p, strict=True)], buffers, *weights
-        )
-    return _DeviceProduct.apply(
-        [with_values(counts, w.dtype, log1p=log) for w, log in zip(weights, log1p, strict=True)], buffers, *weights
-    )
+    backend = cpu if is_for_cpu(impl, counts.values.device) else device
+    entries = [backend.entries(counts, w.dtype, log1p=log) for w, log in zip(weights, log1p, strict=True)]
+    return _Product.apply(backend, entries, buffers, *weights)
 
 
-def _entries(counts: SparseCounts, dtype: torch.dtype, log1p: bool) -> ByFeature:
-    entries = by_feature(counts, dtype)
-    return replace(entries, values=np.log1p(entries.values)) if log1p else entries
+class _Product(torch.autograd.Function):
+    """Products by `backend.product`; gradients by `backend.write_gradient`, written where they are to stand."""
 
-
-class _CpuProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, inputs: list[ByFeature], buffers: list[Tensor | None], *weights: Tensor
+        ctx: Any, backend: ModuleType, entries: list[Any], buffers: list[Tensor | None], *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.inputs, ctx.buffers, ctx.weights = inputs, buffers, weights
-        return tuple(_product(entries, w.detach().contiguous()) for entries, w in zip(inputs, weights, strict=True))
+        ctx.backend, ctx.entries, ctx.buffers, ctx.weights = backend, entries, buffers, weights
+        return tuple(backend.product(e, w.detach().contiguous()) for e, w in zip(entries, weights, strict=True))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        return None, None, *_gradients(ctx, upstream, _weight_gradient)
-
-
-class _DeviceProduct(torch.autograd.Function):
-    """The same sums by `embedding_bag`, which every device has and which uses no atomics in its forward direction."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, inputs: list[SparseCounts], buffers: list[Tensor | None], *weights: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.inputs, ctx.buffers, ctx.weights = inputs, buffers, weights
-        return tuple(gather_product(counts, w.detach()) for counts, w in zip(inputs, weights, strict=True))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        return None, None, *_gradients(ctx, upstream, _device_gradient)
-
-
-def _gradients(
-    ctx: Any, upstream: Sequence[Tensor], write: Callable[[Any, Tensor, Tensor], None]
-) -> list[Tensor | None]:
-    """Form the gradients of all weights; those with a buffer are adopted, the others handed to autograd."""
-    gradients: list[Tensor | None] = []
-    for k, (entries, weight, buffer) in enumerate(zip(ctx.inputs, ctx.weights, ctx.buffers, strict=True)):
-        gradients.append(None)
-        if not ctx.needs_input_grad[k + 2]:
-            continue
-        # a second use of the weight in one step finds the buffer taken: autograd then adds the two
-        is_free = buffer is not None and (weight.grad is None or not is_same_memory(weight.grad, buffer))
-        target = buffer if is_free else torch.empty_like(weight, memory_format=torch.contiguous_format)
-        write(entries, upstream[k].contiguous(), target)
-        if is_free:
-            adopt(weight, target)
-        else:
-            gradients[k] = target
-    return gradients
-
-
-def _product(entries: ByFeature, weight: Tensor) -> Tensor:
-    """Threads share the outputs and not the features, so that no sum depends on how many threads there are."""
-    outputs = weight.shape[1]
-    result = torch.zeros(entries.num_cells, outputs, dtype=weight.dtype)
-    parts = max(1, min(workers.num_workers(), outputs // MIN_COLUMNS))
-    edges = [outputs * part // parts for part in range(parts + 1)]
-    arrays = (entries.indptr, entries.cells, entries.values, weight.numpy(), result.numpy())
-    workers.run([functools.partial(add_product, *arrays, a, b) for a, b in pairwise(edges)])
-    return result
-
-
-def _weight_gradient(entries: ByFeature, upstream: Tensor, gradient: Tensor) -> None:
-    """Threads share the features: each row of the gradient is the work of one thread."""
-    arrays = (entries.indptr, entries.cells, entries.values, upstream.numpy(), gradient.numpy())
-    ranges = cut_features(entries.indptr, workers.num_workers())
-    workers.run([functools.partial(write_gradient, *arrays, a, b) for a, b in ranges])
-
-
-def _device_gradient(counts: SparseCounts, upstream: Tensor, gradient: Tensor) -> None:
-    gradient.copy_(transposed_product(counts, upstream))
+        """Those with a buffer are adopted, the others handed to autograd."""
+        gradients: list[Tensor | None] = [None] * len(ctx.weights)
+        for k, (entries, weight, buffer) in enumerate(zip(ctx.entries, ctx.weights, ctx.buffers, strict=True)):
+            if not ctx.needs_input_grad[k + 3]:
+                continue
+            # a second use of the weight in one step finds the buffer taken: autograd then adds the two
+            is_free = buffer is not None and (weight.grad is None or not is_same_memory(weight.grad, buffer))
+            target = buffer if is_free else torch.empty_like(weight, memory_format=torch.contiguous_format)
+            ctx.backend.write_gradient(entries, upstream[k].contiguous(), target)
+            if is_free:
+                adopt(weight, target)
+            else:
+                gradients[k] = target
+        return None, None, None, *gradients

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from liam_scale.kernels.options import Impl, Precision
 from loaders.schema import MODALITIES
 
 ModelName = Literal[
@@ -59,9 +60,9 @@ class ModelConfig:
     """ATAC likelihood: cell by cell, or summed over the minibatch as the original's code does."""
     priors: Literal["present", "original"] = "present"
     """Library priors from the cells that have the modality, or from all cells with log 0 taken as 0 as the original."""
-    impl: Literal["auto", "reference", "fused"] = "auto"
+    impl: Impl = "auto"
     """Which twin of the kernels computes."""
-    precision: Literal["float32", "tf32", "bf16"] = "float32"
+    precision: Precision = "float32"
     """Precision of the matrix products over all features; sums and logarithms stay float32."""
 
     def __post_init__(self) -> None:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from liam_scale.kernels import Impl, Likelihood, Precision, negative_binomial, negative_multinomial
 from liam_scale.kernels.gradients import kept_gradients
+from liam_scale.kernels.negative_binomial import negative_binomial
+from liam_scale.kernels.negative_multinomial import negative_multinomial
+from liam_scale.kernels.options import Impl, Likelihood, Precision
 from liam_scale.model.layers import BlockOptions, Draw, HiddenBlock, SampleLinear
 from loaders.minibatch import SparseCounts
 

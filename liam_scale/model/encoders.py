@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from liam_scale.kernels import Impl, sparse_linear
 from liam_scale.kernels.gradients import kept_gradients
+from liam_scale.kernels.options import Impl
+from liam_scale.kernels.sparse_linear import sparse_linear
 from liam_scale.model.layers import BlockOptions, Draw, Gaussian, GaussianHead, HiddenBlock, SampleLinear
 from liam_scale.model.noise import Noise
 from loaders.minibatch import SparseCounts

@@ -17,7 +17,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from liam_scale.kernels import negative_multinomial, reference
+from liam_scale.kernels import reference
+from liam_scale.kernels.negative_multinomial import negative_multinomial
 from liam_scale.model import CellTerms, Inference, Liam, library_priors
 from liam_scale.model.noise import Noise
 from liam_scale.model.original import as_original, from_original, to_original

@@ -14,7 +14,7 @@ from torch.nn import functional
 from loaders.minibatch import SparseCounts
 
 
-def with_values(counts: SparseCounts, dtype: torch.dtype, *, log1p: bool = False) -> SparseCounts:
+def entries(counts: SparseCounts, dtype: torch.dtype, *, log1p: bool = False) -> SparseCounts:
     """The counts in another dtype, or their log(1 + counts); with the transpose, which is made if it is missing."""
 
     def changed(values: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def with_values(counts: SparseCounts, dtype: torch.dtype, *, log1p: bool = False
     return replace(counts, values=changed(counts.values), feature_values=changed(counts.feature_values))
 
 
-def gather_product(counts: SparseCounts, table: Tensor) -> Tensor:
+def product(counts: SparseCounts, table: Tensor) -> Tensor:
     """(B, O) = counts table, with a table of shape (F, O)."""
     return _bags(counts.indptr, counts.indices, counts.values, table)
 
@@ -37,6 +37,11 @@ def transposed_product(counts: SparseCounts, table: Tensor) -> Tensor:
     assert counts.cells is not None
     assert counts.feature_values is not None
     return _bags(counts.feature_indptr, counts.cells, counts.feature_values, table)
+
+
+def write_gradient(counts: SparseCounts, upstream: Tensor, gradient: Tensor) -> None:
+    """gradient (F, O) = counts^T upstream."""
+    gradient.copy_(transposed_product(counts, upstream))
 
 
 def subtract_transposed_product(result: Tensor, counts: SparseCounts, table: Tensor, max_bytes: int) -> None:

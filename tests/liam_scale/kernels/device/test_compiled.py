@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from liam_scale.kernels.compiled import _dense_log_likelihood, _softmax_slopes, fused_on
+from liam_scale.kernels.device.compiled import _dense_log_likelihood, _softmax_slopes, fused_on
 
 SIZES = [(128, 2048), (127, 2048), (131, 2048), (128, 1794), (64, 300), (126, 301), (3, 7)]
 

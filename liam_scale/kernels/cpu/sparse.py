@@ -1,4 +1,4 @@
-"""Walks over the non-zeros of a minibatch by feature, on the CPU.
+"""Sparse products on the CPU: walks over the non-zeros of a minibatch by feature.
 
 A walk by feature touches a row of the weight once, in order, and finds its accumulators (cells x outputs) in the L2
 cache; a walk by cell would gather one row per non-zero. Measured at 128 cells, 116,490 features, 3,600 non-zeros a
@@ -7,17 +7,23 @@ cell, 129 outputs, one thread: 8.1 ms either way (product) and 9.1 ms (gradient 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from liam_scale.kernels.vector_math import FAST_MATH
+from liam_scale.kernels.cpu import threads
+from liam_scale.kernels.cpu.vector_math import FAST_MATH
+from loaders.csr import compiled
 from loaders.minibatch import SparseCounts
+
+MIN_COLUMNS = 32
+"""Fewest outputs that a thread takes of a product: two AVX-512 registers of float32."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +64,41 @@ def by_feature(counts: SparseCounts, dtype: torch.dtype) -> ByFeature:
     return ByFeature(counts.feature_indptr.numpy(), counts.cells.numpy(), values, counts.num_cells)
 
 
-def cut_features(indptr: npt.NDArray[np.int32], parts: int, *, step: int = 1) -> list[tuple[int, int]]:
-    """Ranges of features of about equal work, a row counting like one non-zero; starts are multiples of step."""
+def entries(counts: SparseCounts, dtype: torch.dtype, *, log1p: bool) -> ByFeature:
+    """The counts by feature, or their log(1 + counts)."""
+    found = by_feature(counts, dtype)
+    return replace(found, values=np.log1p(found.values)) if log1p else found
+
+
+def product(entries: ByFeature, weight: Tensor) -> Tensor:
+    """(B, O) = counts weight. Threads share the outputs and not the features, so no sum depends on their number."""
+    outputs = weight.shape[1]
+    result = torch.zeros(entries.num_cells, outputs, dtype=weight.dtype)
+    parts = max(1, min(threads.num_workers(), outputs // MIN_COLUMNS))
+    edges = [outputs * part // parts for part in range(parts + 1)]
+    arrays = (entries.indptr, entries.cells, entries.values, weight.numpy(), result.numpy())
+    threads.run([functools.partial(_add_product, *arrays, a, b) for a, b in pairwise(edges)])
+    return result
+
+
+def write_gradient(entries: ByFeature, upstream: Tensor, gradient: Tensor) -> None:
+    """gradient (F, O) = counts^T upstream. Threads share the features: each row is the work of one thread."""
+    arrays = (entries.indptr, entries.cells, entries.values, upstream.numpy(), gradient.numpy())
+    ranges = _cut_features(entries.indptr, threads.num_workers())
+    threads.run([functools.partial(_write_rows, *arrays, a, b) for a, b in ranges])
+
+
+def _cut_features(indptr: npt.NDArray[np.int32], parts: int) -> list[tuple[int, int]]:
+    """Ranges of features of about equal work, a row counting like one non-zero."""
     features = len(indptr) - 1
     work = indptr.astype(np.int64) + np.arange(features + 1)
     inner = np.searchsorted(work, np.linspace(0, work[-1], parts + 1)[1:-1])
-    edges = [0, *(int(edge) // step * step for edge in inner), features]
+    edges = [0, *map(int, inner), features]
     return [(a, b) for a, b in pairwise(edges) if b > a]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
-def add_product(indptr: Any, cells: Any, values: Any, weight: Any, result: Any, first: int, last: int) -> None:
+@compiled(fastmath=FAST_MATH)
+def _add_product(indptr: Any, cells: Any, values: Any, weight: Any, result: Any, first: int, last: int) -> None:
     """result[:, first:last] += counts weight[:, first:last], features in ascending order."""
     for f in range(len(indptr) - 1):
         row = weight[f, first:last]
@@ -79,8 +109,8 @@ def add_product(indptr: Any, cells: Any, values: Any, weight: Any, result: Any, 
                 target[o] += value * row[o]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
-def write_gradient(indptr: Any, cells: Any, values: Any, upstream: Any, gradient: Any, first: int, last: int) -> None:
+@compiled(fastmath=FAST_MATH)
+def _write_rows(indptr: Any, cells: Any, values: Any, upstream: Any, gradient: Any, first: int, last: int) -> None:
     """gradient[first:last] = (counts^T upstream)[first:last], cells in ascending order."""
     for f in range(first, last):
         row = gradient[f]

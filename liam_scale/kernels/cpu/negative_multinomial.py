@@ -14,15 +14,13 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from liam_scale.kernels import workers
-from liam_scale.kernels.products import multiply_transposed
-from liam_scale.kernels.reference import ORIGINAL_EPSILON
-from liam_scale.kernels.softmax_tiles import (
+from liam_scale.kernels.cpu import threads
+from liam_scale.kernels.cpu.products import has_bf16, multiply_transposed
+from liam_scale.kernels.cpu.softmax_tiles import (
     Cache,
     TiledLayer,
     as_array,
@@ -33,7 +31,13 @@ from liam_scale.kernels.softmax_tiles import (
     merge,
     probabilities,
 )
-from liam_scale.kernels.vector_math import FAST_MATH, load
+from liam_scale.kernels.cpu.sparse import by_feature
+from liam_scale.kernels.cpu.vector_math import FAST_MATH, load
+from liam_scale.kernels.gradients import Targets
+from liam_scale.kernels.options import OutputLayer, Precision
+from liam_scale.kernels.reference import ORIGINAL_EPSILON
+from liam_scale.kernels.terms import Cells, Coupling, Terms, coupled_terms, per_cell_terms
+from loaders.csr import compiled
 
 
 class Layer(TiledLayer):
@@ -49,7 +53,7 @@ class Layer(TiledLayer):
         if not self.is_bf16:
             return multiply_transposed(weight, self.hidden)
         product = torch.mm(weight[:, :-1].to(torch.bfloat16), self._narrow_hidden)
-        logits = workers.workspace("logits", product.shape, weight.dtype)
+        logits = threads.workspace("logits", product.shape, weight.dtype)
         _add_last_input(as_array(product), weight[:, -1].numpy(), self.hidden[:, -1].numpy(), logits.numpy())
         return logits
 
@@ -60,12 +64,12 @@ class Layer(TiledLayer):
     def scratch_bytes(self, *, with_entries: bool) -> int:
         """What the walks allocate beside the cache."""
         width = self.weight.shape[1] + 1
-        elements = workers.num_workers() * (2 * self.tile * (self.num_cells + width) + 3 * self.num_cells * width)
+        elements = threads.num_workers() * (2 * self.tile * (self.num_cells + width) + 3 * self.num_cells * width)
         noted = len(self.entries.cells) if with_entries else 0
         return (elements + noted) * self.weight.dtype.itemsize
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+@compiled(fastmath=FAST_MATH)
 def _add_last_input(product: Any, weight: Any, inputs: Any, logits: Any) -> None:
     for t in range(len(logits)):
         for c in range(len(inputs)):
@@ -94,15 +98,15 @@ class Normalizers:
     cache: Cache
 
 
-def first_walk(layer: Layer, *, cache_bytes: int, with_entries: bool) -> Normalizers:
+def _first_walk(layer: Layer, *, cache_bytes: int, with_entries: bool) -> Normalizers:
     """Normalisers of all cells; keeps the exponentials of as many tiles as fit into cache_bytes."""
     dtype, cells = layer.weight.dtype, layer.num_cells
     stored = torch.bfloat16 if layer.is_bf16 else dtype
     cache = make_cache(layer.num_tiles, layer.tile, cells, dtype, stored, cache_bytes)
     at_entries = np.empty(len(layer.entries.cells) if with_entries else 0, layer.entries.values.dtype)
-    num = max(1, min(workers.num_workers(), layer.num_tiles))
+    num = max(1, min(threads.num_workers(), layer.num_tiles))
     maxima, sums, fit = np.zeros((num, cells)), np.zeros((num, cells)), np.zeros((num, cells))
-    workers.run(
+    threads.run(
         [
             functools.partial(
                 _first_tiles, layer, range(k, layer.num_tiles, num), cache, at_entries, maxima[k], sums[k], fit[k]
@@ -121,7 +125,7 @@ def _first_tiles(
 ) -> None:
     sums, part, scratch_maxima = (np.empty(layer.num_cells, layer.entries.values.dtype) for _ in range(3))
     # exponentials go to other memory than the logits: with both in one array the loop does not vectorise (31 for 4 ms)
-    scratch = workers.workspace("first tiles", (layer.tile, layer.num_cells), layer.weight.dtype).numpy()
+    scratch = threads.workspace("first tiles", (layer.tile, layer.num_cells), layer.weight.dtype).numpy()
     entries, bias = layer.entries, layer.bias.numpy()
     for tile in tiles:
         features = layer.features(tile)
@@ -136,7 +140,7 @@ def _first_tiles(
         merge(maxima, sums, total_maxima, total_sums)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+@compiled(fastmath=FAST_MATH)
 def _read_entries(
     logits: Any, bias: Any, indptr: Any, cells: Any, values: Any, column: Any, first: int, fit: Any, at_entries: Any
 ) -> None:
@@ -154,7 +158,7 @@ def _read_entries(
                 at_entries[j] = logit
 
 
-def original_fit(layer: Layer, found: Normalizers) -> tuple[Tensor, Tensor, Any]:
+def _original_fit(layer: Layer, found: Normalizers) -> tuple[Tensor, Tensor, Any]:
     """(C,) sum_f y_f log(p_f + eps), (C,) its slope, and (N,) y p / (p + eps) of each non-zero."""
     fit, fit_slope = np.zeros(layer.num_cells), np.zeros(layer.num_cells)
     entries, normalizer = layer.entries, found.normalizer.numpy()
@@ -162,7 +166,7 @@ def original_fit(layer: Layer, found: Normalizers) -> tuple[Tensor, Tensor, Any]
     return torch.from_numpy(fit), torch.from_numpy(fit_slope), found.at_entries
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _fit_original(
     cells: Any, values: Any, column: Any, at_entries: Any, normalizer: Any, fit: Any, fit_slope: Any
 ) -> None:
@@ -197,15 +201,15 @@ class Slopes:
     cell_weight: Tensor
 
 
-def second_walk(
+def _second_walk(
     layer: Layer, found: Normalizers, slopes: Slopes, weight_gradient: Tensor, bias_gradient: Tensor
 ) -> Tensor:
     """Fill the gradients of weight and bias; returns (C, H) that of the hidden state."""
     width = layer.weight.shape[1]
-    num = max(1, min(workers.num_workers(), layer.num_tiles))
+    num = max(1, min(threads.num_workers(), layer.num_tiles))
     dense = torch.zeros(num, width, layer.num_cells, dtype=layer.weight.dtype)
     sparse = torch.zeros(num, layer.num_cells, width, dtype=layer.weight.dtype)
-    workers.run(
+    threads.run(
         [
             functools.partial(
                 _second_tiles,
@@ -266,12 +270,12 @@ def _second_tiles(
 
 def _made_again(layer: Layer, features: slice, normalizer: Tensor) -> Tensor:
     logits = layer.logits(features)
-    kept = workers.workspace("second tiles", logits.shape, torch.bfloat16 if layer.is_bf16 else logits.dtype)
+    kept = threads.workspace("second tiles", logits.shape, torch.bfloat16 if layer.is_bf16 else logits.dtype)
     probabilities(logits.numpy(), layer.bias[features].numpy(), normalizer.numpy(), as_array(kept))
     return kept
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+@compiled(fastmath=FAST_MATH)
 def _write_tile(
     product: Any,
     weight: Any,
@@ -305,3 +309,47 @@ def _write_tile(
                 target[h] -= slope * row[h]
             bias_slope -= slope
         bias_gradient[t] = bias_slope
+
+
+def evaluate(
+    layer: OutputLayer,
+    r: Tensor,
+    coupling: Coupling | None,
+    precision: Precision,
+    tile_bytes: int,
+    targets: Targets | None,
+) -> tuple[Terms, Tensor]:
+    """Terms of all cells, and the gradient of the hidden state; fills the targets."""
+    num_cells, dtype = layer.counts.num_cells, layer.weight.dtype
+    # cells of weight 0 need no logits, except that the original's sums run over all cells
+    chosen = torch.arange(num_cells) if coupling is not None else layer.cell_weight.nonzero()[:, 0]
+    column = np.full(num_cells, -1, np.int32)
+    column[chosen.numpy()] = np.arange(len(chosen), dtype=np.int32)
+    walk = Layer(
+        entries=by_feature(layer.counts, dtype),
+        column=column,
+        hidden=layer.hidden.detach()[chosen].contiguous(),
+        weight=layer.weight.detach().contiguous(),
+        bias=layer.bias.detach().contiguous(),
+        # A loss without gradients (validation, ELBO) is worth its full precision.
+        is_bf16=precision == "bf16" and dtype == torch.float32 and has_bf16() and targets is not None,
+    )
+    cells = Cells(
+        total=layer.counts.totals().double()[chosen],
+        r=r.double()[chosen] if r.dim() else r.double(),
+        weight=layer.cell_weight.detach().double()[chosen],
+    )
+    with_entries = coupling is not None
+    cache_bytes = tile_bytes - walk.scratch_bytes(with_entries=with_entries) if targets is not None else 0
+    found = _first_walk(walk, cache_bytes=cache_bytes, with_entries=with_entries)
+    coefficients = walk.entries.values
+    if coupling is None:
+        terms = per_cell_terms(cells, found.fit, found.normalizer)
+    else:
+        fit, slope, coefficients = _original_fit(walk, found)
+        terms = coupled_terms(cells, fit, slope, found.normalizer, coupling)
+    hidden_gradient = torch.zeros_like(layer.hidden)
+    if targets is not None:
+        slopes = Slopes(terms.scale, coefficients, cells.weight)
+        hidden_gradient[chosen] = _second_walk(walk, found, slopes, *targets.tensors)
+    return terms.placed(chosen, num_cells), hidden_gradient

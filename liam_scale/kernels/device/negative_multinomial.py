@@ -13,15 +13,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from liam_scale.kernels.compiled import softmax_slopes
-from liam_scale.kernels.device import (
+from liam_scale.kernels.device.compiled import softmax_slopes
+from liam_scale.kernels.device.sparse import (
     cell_of_entries,
-    gather_product,
+    entries,
+    product,
     subtract_transposed_product,
     transposed_product,
 )
-from liam_scale.kernels.options import OutputLayer
+from liam_scale.kernels.gradients import Targets
+from liam_scale.kernels.options import OutputLayer, Precision
 from liam_scale.kernels.reference import ORIGINAL_EPSILON
+from liam_scale.kernels.terms import Cells, Coupling, Terms, coupled_terms, per_cell_terms
 from loaders.minibatch import SparseCounts
 
 
@@ -54,7 +57,7 @@ class Walker:
         return torch.addmm(self.layer.bias[features], self.layer.hidden, self.layer.weight[features].T)
 
 
-def normalizer(walker: Walker) -> Tensor:
+def _normalizer(walker: Walker) -> Tensor:
     """(B,) float64 log(1 + sum_f exp l_f)."""
     result = torch.zeros(len(walker.layer.hidden), dtype=torch.float64, device=walker.layer.hidden.device)
     for features in walker.tiles():
@@ -62,15 +65,15 @@ def normalizer(walker: Walker) -> Tensor:
     return result
 
 
-def linear_fit(walker: Walker) -> Tensor:
+def _linear_fit(walker: Walker) -> Tensor:
     """(B,) float64 sum_f y_f l_f = h . (Y W) + Y b."""
     layer = walker.layer
-    product = gather_product(layer.counts, layer.weight)
-    shift = gather_product(layer.counts, layer.bias[:, None])[:, 0]
-    return (product.double() * layer.hidden.double()).sum(dim=1) + shift.double()
+    fit = product(layer.counts, layer.weight)
+    shift = product(layer.counts, layer.bias[:, None])[:, 0]
+    return (fit.double() * layer.hidden.double()).sum(dim=1) + shift.double()
 
 
-def original_fit(walker: Walker, normalizer: Tensor) -> tuple[Tensor, Tensor, SparseCounts]:
+def _original_fit(walker: Walker, normalizer: Tensor) -> tuple[Tensor, Tensor, SparseCounts]:
     """sum_f y_f log(p_f + eps), its slope, and the counts with y p / (p + eps) in their place."""
     layer = walker.layer
     counts = layer.counts
@@ -109,7 +112,7 @@ def _entry_logits(walker: Walker, cells: Tensor, features: Tensor) -> Tensor:
     return result
 
 
-def second_walk(
+def _second_walk(
     walker: Walker,
     normalizer: Tensor,
     scale: Tensor,
@@ -132,4 +135,29 @@ def second_walk(
     weights = layer.cell_weight[:, None]
     subtract_transposed_product(weight_gradient, slopes, weights * layer.hidden, walker.tile_bytes)
     bias_gradient -= transposed_product(slopes, weights)[:, 0]
-    return hidden_gradient - weights * gather_product(slopes, layer.weight)
+    return hidden_gradient - weights * product(slopes, layer.weight)
+
+
+def evaluate(
+    layer: OutputLayer,
+    r: Tensor,
+    coupling: Coupling | None,
+    precision: Precision,
+    tile_bytes: int,
+    targets: Targets | None,
+) -> tuple[Terms, Tensor]:
+    """The same in plain torch on any device."""
+    counts, dtype = entries(layer.counts, layer.weight.dtype), layer.weight.dtype
+    tensors = (t.detach() for t in (layer.hidden, layer.weight, layer.bias, layer.cell_weight))
+    walker = Walker(OutputLayer(counts, *tensors), tile_bytes, precision == "bf16" and dtype == torch.float32)
+    cells = Cells(counts.totals().double(), r.double(), layer.cell_weight.detach().double())
+    normalizer = _normalizer(walker)
+    if coupling is None:
+        slopes, terms = counts, per_cell_terms(cells, _linear_fit(walker), normalizer)
+    else:
+        fit, slope, slopes = _original_fit(walker, normalizer)
+        terms = coupled_terms(cells, fit, slope, normalizer, coupling)
+    hidden_gradient = torch.zeros_like(layer.hidden)
+    if targets is not None:
+        hidden_gradient = _second_walk(walker, normalizer, terms.scale, slopes, *targets.tensors)
+    return terms, hidden_gradient

@@ -10,15 +10,15 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from liam_scale.kernels import workers
-from liam_scale.kernels.products import multiply_transposed
-from liam_scale.kernels.sparse_walk import ByFeature
-from liam_scale.kernels.vector_math import FAST_MATH, exp, store
+from liam_scale.kernels.cpu import threads
+from liam_scale.kernels.cpu.products import multiply_transposed
+from liam_scale.kernels.cpu.sparse import ByFeature
+from liam_scale.kernels.cpu.vector_math import FAST_MATH, exp, store
+from loaders.csr import compiled
 
 TILE_ELEMENTS = 2**18
 """Logits of a tile: 1 MiB in float32, which one core's L2 cache holds."""
@@ -100,8 +100,8 @@ def make_cache(
     """As many tiles as fit into num_bytes, in memory that is kept from call to call."""
     tile_bytes = cells * (tile * store_dtype.itemsize + dtype.itemsize)
     fitting = max(0, min(num_tiles, num_bytes // max(1, tile_bytes)))
-    exponentials = workers.workspace("softmax tiles", (fitting, tile, cells), store_dtype)
-    return Cache(exponentials, workers.workspace("softmax maxima", (fitting, cells), dtype))
+    exponentials = threads.workspace("softmax tiles", (fitting, tile, cells), store_dtype)
+    return Cache(exponentials, threads.workspace("softmax maxima", (fitting, cells), dtype))
 
 
 def as_array(tensor: Tensor) -> Any:
@@ -126,7 +126,7 @@ def gradient_products(slopes: Tensor, augmented_hidden: Tensor, weight: Tensor) 
     return multiply_transposed(slopes, augmented_hidden), multiply_transposed(weight.T, slopes.T)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+@compiled(fastmath=FAST_MATH)
 def exponentiate(logits: Any, bias: Any, kept: Any, maxima: Any, sums: Any, part: Any) -> None:
     """Per cell the tile's maximum and sum of exponentials; kept[t, b] = exp(logit + bias - maximum)."""
     features, cells = logits.shape
@@ -152,7 +152,7 @@ def exponentiate(logits: Any, bias: Any, kept: Any, maxima: Any, sums: Any, part
             sums[b] += part[b]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+@compiled(fastmath=FAST_MATH)
 def merge(maxima: Any, sums: Any, total_maxima: Any, total_sums: Any) -> None:
     """Add a tile's sums, relative to its maxima, to running float64 sums relative to running maxima."""
     for b in range(len(maxima)):
@@ -161,7 +161,7 @@ def merge(maxima: Any, sums: Any, total_maxima: Any, total_sums: Any) -> None:
         total_maxima[b] = top
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+@compiled(fastmath=FAST_MATH)
 def probabilities(logits: Any, bias: Any, normalizer: Any, kept: Any) -> None:
     """kept[t, b] = exp(logit + bias - normalizer of the cell): a tile that was not kept, made again."""
     features, cells = logits.shape

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
+
+from loaders.csr import compiled
 
 MAX_TERMS = 16
 """Largest count whose difference is summed term by term."""
@@ -21,7 +22,7 @@ _SHIFT = 12.0
 """The series below are used from here on; their error is below 1e-16."""
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def log_gamma_and_digamma(z: float) -> tuple[float, float]:
     """lgamma(z) and its derivative for z > 0: recurrence up to 12, then Stirling's series."""
     product, slope = 1.0, 0.0
@@ -38,7 +39,7 @@ def log_gamma_and_digamma(z: float) -> tuple[float, float]:
     return log_gamma, digamma
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def count_terms(x: float, theta: float) -> tuple[float, float]:
     """lgamma(x + theta) - lgamma(theta) - lgamma(x + 1), and its derivative in theta."""
     if x <= MAX_TERMS and x == math.floor(x):

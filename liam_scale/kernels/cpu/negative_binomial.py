@@ -14,16 +14,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from liam_scale.kernels import workers
-from liam_scale.kernels.log_gamma import count_terms
-from liam_scale.kernels.products import multiply_transposed
-from liam_scale.kernels.reference import NB_EPSILON, THETA_FLOOR
-from liam_scale.kernels.softmax_tiles import (
+from liam_scale.kernels.cpu import threads
+from liam_scale.kernels.cpu.log_gamma import count_terms
+from liam_scale.kernels.cpu.products import has_bf16, multiply_transposed
+from liam_scale.kernels.cpu.softmax_tiles import (
     Cache,
     TiledLayer,
     as_array,
@@ -34,7 +32,12 @@ from liam_scale.kernels.softmax_tiles import (
     merge,
     tile_features,
 )
-from liam_scale.kernels.vector_math import FAST_MATH, log
+from liam_scale.kernels.cpu.sparse import by_feature
+from liam_scale.kernels.cpu.vector_math import FAST_MATH, log
+from liam_scale.kernels.gradients import Targets
+from liam_scale.kernels.options import OutputLayer, Precision
+from liam_scale.kernels.reference import NB_EPSILON, THETA_FLOOR
+from loaders.csr import compiled
 
 
 @dataclass(frozen=True)
@@ -77,28 +80,28 @@ class Sums:
     pull: Tensor
 
 
-def cells_at_once(num_cells: int, layer_weight: Tensor, tile_bytes: int) -> int:
+def _cells_at_once(num_cells: int, layer_weight: Tensor, tile_bytes: int) -> int:
     """Cells of a group, so that softmax and tiles stay below tile_bytes (at least one cell)."""
     features, width = layer_weight.shape
     item = layer_weight.element_size()
     tile = tile_features(num_cells, features)
     # beside the softmax a worker holds logits, slopes and their bfloat16 copy, and two results of products
     by_worker = 3 * tile + 2 * (width + 1)
-    fixed = workers.num_workers() * 2 * tile * (width + 1) * item
-    return max(1, min(num_cells, (tile_bytes - fixed) // (item * (features + workers.num_workers() * by_worker))))
+    fixed = threads.num_workers() * 2 * tile * (width + 1) * item
+    return max(1, min(num_cells, (tile_bytes - fixed) // (item * (features + threads.num_workers() * by_worker))))
 
 
-def softmax(group: Group) -> Softmax:
+def _softmax(group: Group) -> Softmax:
     """First walk."""
     dtype, cells = group.weight.dtype, group.num_cells
     cache = make_cache(group.num_tiles, group.tile, cells, dtype, dtype, 2**62)
-    num = max(1, min(workers.num_workers(), group.num_tiles))
+    num = max(1, min(threads.num_workers(), group.num_tiles))
     maxima, sums = np.full((num, cells), -np.inf), np.zeros((num, cells))
     tasks = [
         functools.partial(_exponential_tiles, group, range(k, group.num_tiles, num), cache, maxima[k], sums[k])
         for k in range(num)
     ]
-    workers.run(tasks)
+    threads.run(tasks)
     normalizer = torch.logsumexp(torch.from_numpy(maxima) + torch.from_numpy(sums).log(), dim=0)
     return Softmax(cache, normalizer)
 
@@ -113,9 +116,9 @@ def _exponential_tiles(group: Group, tiles: range, cache: Cache, total_maxima: A
         merge(maxima, sums, total_maxima, total_sums)
 
 
-def likelihood(group: Group, found: Softmax, theta_gradient: Tensor | None) -> Sums:
+def _likelihood(group: Group, found: Softmax, theta_gradient: Tensor | None) -> Sums:
     """Second walk; adds to d loss / d log_theta (F, S) where asked for."""
-    num = max(1, min(workers.num_workers(), group.num_tiles))
+    num = max(1, min(threads.num_workers(), group.num_tiles))
     sums = np.zeros((num, 2, group.num_cells))
     slopes = torch.empty(0, group.slope_theta.shape[1], dtype=group.weight.dtype)
     target = slopes if theta_gradient is None else theta_gradient
@@ -123,7 +126,7 @@ def likelihood(group: Group, found: Softmax, theta_gradient: Tensor | None) -> S
         functools.partial(_likelihood_tiles, group, range(k, group.num_tiles, num), found, sums[k], target)
         for k in range(num)
     ]
-    workers.run(tasks)
+    threads.run(tasks)
     total = torch.from_numpy(sums.sum(axis=0))
     return Sums(total[0], total[1])
 
@@ -151,7 +154,7 @@ def _likelihood_tiles(group: Group, tiles: range, found: Softmax, sums: Any, the
         )
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH, error_model="numpy")
+@compiled(fastmath=FAST_MATH, error_model="numpy")
 def _likelihood_tile(
     exponentials: Any,
     scale: Any,
@@ -216,11 +219,11 @@ def _likelihood_tile(
                 pull[b] = 0
 
 
-def gradients(
+def _gradients(
     group: Group, found: Softmax, sums: Sums, weight_gradient: Tensor, bias_gradient: Tensor, *, is_first: bool
 ) -> Tensor:
     """Third walk: write (first group) or add the gradients of weight and bias; returns (C, H) of the hidden state."""
-    num = max(1, min(workers.num_workers(), group.num_tiles))
+    num = max(1, min(threads.num_workers(), group.num_tiles))
     hidden = torch.zeros(num, group.weight.shape[1], group.num_cells, dtype=group.weight.dtype)
     tasks = [
         functools.partial(
@@ -236,7 +239,7 @@ def gradients(
         )
         for k in range(num)
     ]
-    workers.run(tasks)
+    threads.run(tasks)
     return hidden.sum(dim=0).T
 
 
@@ -252,7 +255,7 @@ def _gradient_tiles(
 ) -> None:
     dtype, width, entries = group.weight.dtype, group.weight.shape[1], group.entries
     hidden_T, stored = augmented(group.hidden), torch.bfloat16 if group.is_bf16 else dtype
-    plain = workers.workspace("slopes", (group.tile, group.num_cells), dtype)
+    plain = threads.workspace("slopes", (group.tile, group.num_cells), dtype)
     rows = np.empty((2, group.num_cells), as_array(group.bias).dtype)
     pull = sums.pull.to(dtype).numpy()
     for tile in tiles:
@@ -285,7 +288,7 @@ def _gradient_tiles(
             bias_gradient[features] += product[:, width]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH, error_model="numpy")
+@compiled(fastmath=FAST_MATH, error_model="numpy")
 def _slope_tile(
     exponentials: Any,
     scale: Any,
@@ -326,3 +329,43 @@ def _slope_tile(
             mean = np.float64(exponentials[t, at] * scale[at] * library[at])
             pulled = mean / (mean + NB_EPSILON) - mean / (np.float64(theta[at]) + mean + NB_EPSILON)
             slopes[t, at] -= number(cell_weight[at] * np.float64(values[j]) * pulled)
+
+
+def evaluate(
+    layer: OutputLayer,
+    library: Tensor,
+    log_theta: Tensor,
+    sample: Tensor,
+    precision: Precision,
+    tile_bytes: int,
+    targets: Targets | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) float64 log-likelihood, gradients of hidden state and library; fills the targets."""
+    num_cells, dtype = layer.counts.num_cells, layer.weight.dtype
+    slope_theta = torch.exp(log_theta if log_theta.dim() == 2 else log_theta[:, None]).contiguous()
+    sample = sample if log_theta.dim() == 2 else torch.zeros(num_cells, dtype=torch.int64)
+    weight, bias = layer.weight.detach().contiguous(), layer.bias.detach().contiguous()
+    entries, is_bf16 = by_feature(layer.counts, dtype), precision == "bf16" and dtype == torch.float32 and has_bf16()
+    chosen = layer.cell_weight.nonzero()[:, 0]  # the others have no part in the loss
+    log_likelihood = torch.zeros(num_cells, dtype=torch.float64)
+    hidden_gradient, library_gradient = torch.zeros_like(layer.hidden), torch.zeros_like(library)
+    theta_gradient = None
+    if targets is not None:
+        theta_gradient = targets.tensors[2].zero_().view(slope_theta.shape)
+        if not len(chosen):
+            targets.tensors[0].zero_()
+            targets.tensors[1].zero_()
+    at_once = _cells_at_once(len(chosen), layer.weight, tile_bytes)
+    for first, cells in enumerate(chosen.split(at_once) if len(chosen) else ()):
+        column = np.full(num_cells, -1, np.int32)
+        column[cells.numpy()] = np.arange(len(cells), dtype=np.int32)
+        hidden, cell_weight = layer.hidden.detach()[cells].contiguous(), layer.cell_weight.detach()[cells]
+        tiled = (entries, column, hidden, weight, bias, is_bf16)
+        group = Group(*tiled, slope_theta, sample[cells], library[cells], cell_weight)
+        found = _softmax(group)
+        sums = _likelihood(group, found, theta_gradient)
+        log_likelihood[cells] = sums.log_likelihood
+        if targets is not None:
+            library_gradient[cells] = (-group.cell_weight * sums.pull / group.library).to(dtype)
+            hidden_gradient[cells] = _gradients(group, found, sums, *targets.tensors[:2], is_first=first == 0)
+    return log_likelihood, hidden_gradient, library_gradient
