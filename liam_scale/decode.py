@@ -21,6 +21,7 @@ from liam_scale.command import parse, run
 from liam_scale.model import Liam
 from liam_scale.model.decoders import NegativeMultinomialDecoder
 from liam_scale.preparation import open_stores, sample_column, sample_table
+from liam_scale.provenance import check_maker
 from liam_scale.run_directory import RunDirectory, RunRecord
 from loaders.stores import Store
 from loaders.stores.anndata_zarr import add_dense_matrix, write_anndata
@@ -92,6 +93,16 @@ def decode(config: DecodeConfig) -> Path:
     chosen = choose_features(directory.features(), config.features, config.modality)
     model = directory.load_model()
     store = open_stores(config.store or record.stores)
+    what = f"obsm[{config.key!r}] of {store.uri}"
+    embed = " ".join(
+        ["python -m liam_scale.embed", str(config.run), *(["--store", *config.store] if config.store else [])]
+    )
+    check_maker(
+        store.embedding_attributes(config.key),
+        record.id,
+        what=what,
+        cure=f"decode with that run, or write this one's first: {embed} --key {config.key} --overwrite",
+    )
     targets = _target_codes(config, store, record)
     partial = config.out.with_name(f".{config.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -103,8 +114,8 @@ def decode(config: DecodeConfig) -> Path:
             embedding = store.read_embedding(config.key, start, stop)
             if embedding.shape[1] != model.num_latent:
                 raise ValueError(
-                    f"obsm[{config.key!r}] of {store.uri} has {embedding.shape[1]} dimensions, the model "
-                    f"{model.num_latent}; write its embedding with: python -m liam_scale.embed {config.run}"
+                    f"{what} has {embedding.shape[1]} dimensions, the model {model.num_latent}; write its embedding "
+                    f"with: {embed} --key {config.key}"
                 )
             decoded = _decode_chunk(model, torch.from_numpy(embedding), [t[start:stop] for t in targets], chosen)
             values[start:stop] = decoded.numpy() * np.float32(config.library_size)

@@ -14,6 +14,7 @@ import anndata
 import numpy as np
 import torch
 import tyro
+import zarr
 from tqdm import tqdm
 
 from liam_scale.command import parse, run
@@ -21,12 +22,13 @@ from liam_scale.model import Liam, logistic_normal_mean
 from liam_scale.model.layers import Gaussian
 from liam_scale.model.noise import Noise
 from liam_scale.preparation import RecodedSamples, open_stores, sample_table
+from liam_scale.provenance import attributes_of, check_maker
 from liam_scale.run_directory import RunDirectory, RunRecord
 from liam_scale.training.checkpoint import sha256_of
 from liam_scale.training.distributed import Device, World, join_world, launched_ranks
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch
-from loaders.stores import Store
+from loaders.stores import Store, embeddings
 from loaders.stores.anndata_zarr import write_anndata
 
 CELLS_PER_STEP = 1_024
@@ -50,6 +52,8 @@ class EmbedConfig:
     """Write a separate AnnData Zarr here instead of into the store."""
     key: str = "X_liam"
     """Name of the embedding in obsm."""
+    overwrite: bool = False
+    """Replace an embedding of that name that another run made."""
     kind: Kind = "mean"
     """mean: E[softmax(N(m, v))]; latent-mean, latent-variance: m, v before the softmax; sample: one draw of softmax."""
     memory: str = "512MiB"
@@ -94,7 +98,8 @@ def embed(config: EmbedConfig) -> str:
     Raises
     ------
     ValueError
-        The run is not finished, the store has other features or samples, or `out` exists.
+        The run is not finished, the store has other features or samples or holds another run's embedding of that name,
+        or `out` exists.
     """
     record = RunDirectory(config.run).record()
     return embed_store(config, open_stores(config.store or record.stores))
@@ -108,6 +113,8 @@ def embed_store(config: EmbedConfig, store: Store) -> str:
         check_features(store, part.record())
     if config.out is not None and config.out.exists():
         raise ValueError(f"--out: {config.out} exists; name a new folder")
+    if config.out is None and not config.overwrite:
+        check_replaces(store, config.key, directory.record().id)
     with join_world(config.device) as world:
         pieces = directory.path / f"embedding-{_fingerprint(config, directory, store)}"
         pieces.mkdir(exist_ok=True)
@@ -115,10 +122,17 @@ def embed_store(config: EmbedConfig, store: Store) -> str:
             _embed_part(config, part, model.to(world.device), store, world, pieces / str(index))
         world.barrier()
         if world.is_main:
-            _write(config, store, pieces, len(models))
+            _write(config, store, pieces, len(models), attributes_of(directory.record().id))
             shutil.rmtree(pieces)
         world.barrier()
     return str(config.out) if config.out else store.uri
+
+
+def check_replaces(store: Store, key: str, run: str | None) -> None:
+    """Refuse to write over the embedding that another run left in a store."""
+    cure = "name another --key, or replace it with --overwrite"
+    what = f"--key: obsm[{key!r}] of {store.uri}"
+    check_maker(store.embedding_attributes(key), run, what=what, cure=cure)
 
 
 def check_features(store: Store, record: RunRecord) -> None:
@@ -224,7 +238,7 @@ def _embed_minibatch(config: EmbedConfig, model: Liam, minibatch: Minibatch) -> 
     return minibatch.rows.cpu().numpy(), values.float().cpu().numpy()
 
 
-def _write(config: EmbedConfig, store: Store, pieces: Path, num_models: int) -> None:
+def _write(config: EmbedConfig, store: Store, pieces: Path, num_models: int, attributes: dict[str, str]) -> None:
     """Put the pieces together in cell order: 80 bytes a cell at 20 dimensions."""
     columns: list[np.ndarray] = []
     for index in range(num_models):
@@ -243,11 +257,13 @@ def _write(config: EmbedConfig, store: Store, pieces: Path, num_models: int) -> 
     if config.out is None:
         # An earlier one may have had another width. Until the new one stands, its pieces are beside the run.
         store.drop_embedding(config.key)
-        store.write_embedding(config.key, 0, embedding, store.schema.num_cells)
+        store.write_embedding(config.key, 0, embedding, store.schema.num_cells, attributes)
         return
     partial = config.out.with_name(f".{config.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write_anndata(anndata.AnnData(obs=store.obs_frame(), obsm={config.key: embedding}), partial)
+    write_anndata(anndata.AnnData(obs=store.obs_frame()), partial)
+    root = zarr.open_group(partial, mode="r+", use_consolidated=False)
+    embeddings.write(root, str(partial), config.key, 0, embedding, len(embedding), attributes)
     partial.rename(config.out)
 
 

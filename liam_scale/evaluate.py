@@ -21,6 +21,8 @@ from liam_scale.command import parse, run
 from liam_scale.evaluation import metrics, plots, scib_scores
 from liam_scale.evaluation.baseline import NUM_COMPONENTS, TARGET_SUM, normalised, principal_components
 from liam_scale.evaluation.selection import Source, draw_rows, modalities_of_cells, read_in_memory
+from liam_scale.provenance import attributes_in_file, check_maker
+from liam_scale.run_directory import RunDirectory
 from loaders.stores import open_store
 from loaders.stores.base import ObsColumn, Store
 
@@ -136,6 +138,8 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
         An option names what is not there.
     """
     source = _source_of(config.store, data)
+    if config.run is not None and data is None:
+        _check_maker(config, config.run, source)
     rows, columns = _choose_cells(source, config)
     embeddings, presence = _embeddings(source, config, rows)
     columns["modalities"] = modalities_of_cells(presence)
@@ -236,6 +240,21 @@ def _embedding_file(name: str, source: Source) -> Source:
             " name the file that was embedded from this store"
         )
     return Source.of_memory(data, name=name)
+
+
+def _check_maker(config: EvaluateConfig, run: Path, source: Source) -> None:
+    """Refuse losses of one run beside the embedding of another."""
+    file = config.embedding_file or (None if source.store else config.store)
+    held = attributes_in_file(Path(file), config.embedding) if file else []
+    if source.store and file is None:
+        held = source.store.embedding_attributes(config.embedding)
+    directory = RunDirectory(run)
+    check_maker(
+        held,
+        directory.record().id if directory.is_run else None,
+        what=f"--run: obsm[{config.embedding!r}] of {file or source.name}",
+        cure="name the run that made it, or embed the cells with this one",
+    )
 
 
 def _scores(

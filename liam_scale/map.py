@@ -20,7 +20,7 @@ from torch import Tensor
 
 from liam_scale.command import parse, run, to_toml
 from liam_scale.config import TrainConfig
-from liam_scale.embed import EmbedConfig, embed_store
+from liam_scale.embed import EmbedConfig, check_replaces, embed_store
 from liam_scale.model import Liam, ModelData
 from liam_scale.preparation import RecodedSamples, model_data, open_stores, sample_table, training_loaders
 from liam_scale.run_directory import RunDirectory, RunRecord
@@ -48,6 +48,8 @@ class MapConfig:
     """Epochs of training the parameters of the new samples."""
     key: str = "X_liam"
     """Name of the embedding in obsm."""
+    overwrite: bool = False
+    """Replace an embedding of that name that another run made."""
     memory: str = "512MiB"
     """Memory of the loader."""
     seed: int = 0
@@ -111,11 +113,14 @@ def map_store(config: MapConfig) -> RunDirectory:
         data=data,
         fingerprint=store.schema.fingerprint,
     )
-    directory.create(new_record, to_toml(training), source.features())
+    options = to_toml(training)
+    if not config.overwrite:
+        check_replaces(store, config.key, directory.identified(new_record, options).id)
+    directory.create(new_record, options, source.features())
     if masks:
         _train(extended, masks, training, store, new_record, directory)
     directory.save_weights(extended.state_dict())
-    embed_store(EmbedConfig(run=out, key=config.key, memory=config.memory), store)
+    embed_store(EmbedConfig(run=out, key=config.key, overwrite=config.overwrite, memory=config.memory), store)
     return directory
 
 

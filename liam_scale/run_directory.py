@@ -8,6 +8,7 @@ A run of several models (`concat`) holds one such folder for each of its parts.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import tomllib
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class RunRecord:
     features_sha256: dict[str, str]
     parts: tuple[str, ...] = ()
     """Folders of the models of a late integration; empty for a single model."""
+    id: str | None = None
+    """Name by which its embeddings know the run; None where an older version made it."""
 
     def to_json(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -111,10 +114,20 @@ class RunDirectory:
 
     def create(self, record: RunRecord, options: str, features: dict[str, list[str]]) -> None:
         """Lay the folder down; `run.json` comes last."""
+        record = self.identified(record, options)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self.path / "config.toml", options)
         write_text_atomically(self.path / "features.json", json.dumps(features))
         write_text_atomically(self.path / RUN_FILE, json.dumps(record.to_json(), indent=1))
+
+    def identified(self, record: RunRecord, options: str) -> RunRecord:
+        """The record with the id of a run here: the folder's name, and a hash of its path, options and data.
+
+        The same training into the same folder has the same id; a folder that is moved keeps its own.
+        """
+        path, named = self.path.resolve(), dataclasses.replace(record, id=None)
+        digest = hashlib.sha256(json.dumps([str(path), options, named.to_json()]).encode()).hexdigest()
+        return dataclasses.replace(record, id=f"{path.name}-{digest[:12]}")
 
     def save_weights(self, weights: dict[str, Tensor]) -> None:
         partial = self.path / f".{WEIGHTS_FILE}.partial"

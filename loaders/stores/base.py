@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -66,12 +67,26 @@ class Store(Protocol):
         """Rows [start, stop) of the modality's matrix."""
         ...
 
-    def write_embedding(self, name: str, start: int, values: npt.NDArray[np.float32], num_cells: int) -> None:
-        """Put (m, d) values into obsm[name] at the cells [start, start + m); creates the array when it is missing."""
+    def write_embedding(
+        self,
+        name: str,
+        start: int,
+        values: npt.NDArray[np.float32],
+        num_cells: int,
+        attributes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Put (m, d) values into obsm[name] at the cells [start, start + m).
+
+        The array is created, with `attributes`, when it is missing.
+        """
         ...
 
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """(stop - start, d) rows of obsm[name]; ValueError where there is no such embedding."""
+        ...
+
+    def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
+        """Attributes of obsm[name], such as who made it; one entry for each store underneath that holds it."""
         ...
 
     def drop_embedding(self, name: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -120,7 +121,14 @@ class ChainedStore:
             return view.read_rows(modality, 0, 0)
         return parts[0] if len(parts) == 1 else concat_rows(parts)
 
-    def write_embedding(self, name: str, start: int, values: npt.NDArray[np.float32], num_cells: int) -> None:
+    def write_embedding(
+        self,
+        name: str,
+        start: int,
+        values: npt.NDArray[np.float32],
+        num_cells: int,
+        attributes: Mapping[str, str] | None = None,
+    ) -> None:
         if num_cells != self.schema.num_cells:
             raise ValueError(
                 f"obsm[{name!r}]: got an embedding of {num_cells} cells for {self.uri} of {self.schema.num_cells};"
@@ -129,12 +137,15 @@ class ChainedStore:
         done = 0
         for i, first, last in _pieces(self._starts, start, start + len(values)):
             part = values[done : done + last - first]
-            self.stores[i].write_embedding(name, first, part, self.stores[i].schema.num_cells)
+            self.stores[i].write_embedding(name, first, part, self.stores[i].schema.num_cells, attributes)
             done += last - first
 
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         pieces = _pieces(self._starts, start, stop) or [(0, 0, 0)]
         return np.concatenate([self.stores[i].read_embedding(name, first, last) for i, first, last in pieces])
+
+    def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
+        return [entry for store in self.stores for entry in store.embedding_attributes(name)]
 
     def drop_embedding(self, name: str) -> None:
         for store in self.stores:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,17 @@ EMBEDDING_CHUNK_CELLS = 8192
 """Cells of one chunk. Writers whose ranges begin and end at multiples of it never touch each other's files."""
 
 
-def write(root: zarr.Group, uri: str, name: str, start: int, values: npt.NDArray[np.float32], num_cells: int) -> None:
-    """Put (m, d) values into obsm[name] at the rows [start, start + m); the array is created when it is missing.
+def write(
+    root: zarr.Group,
+    uri: str,
+    name: str,
+    start: int,
+    values: npt.NDArray[np.float32],
+    num_cells: int,
+    attributes: Mapping[str, str] | None = None,
+) -> None:
+    """Put (m, d) values into obsm[name] at the rows [start, start + m); the array is created, with attributes, when it
+    is missing.
 
     Ranges that do not cover whole chunks are read, changed and written under a lock of the folder, which processes on
     one machine respect; on a remote store only whole chunks may be written by several processes.
@@ -40,7 +50,7 @@ def write(root: zarr.Group, uri: str, name: str, start: int, values: npt.NDArray
             f"obsm[{name!r}] of {uri}: got values of shape {values.shape} at cell {start}; give (cells, width) within"
             f" {num_cells} cells"
         )
-    array = _open_or_create(root, name, (num_cells, values.shape[1]))
+    array = _open_or_create(root, name, (num_cells, values.shape[1]), attributes or {})
     if array.shape != (num_cells, values.shape[1]):
         raise ValueError(
             f"obsm[{name!r}] of {uri}: got an embedding of width {values.shape[1]} where one of shape {array.shape}"
@@ -69,6 +79,12 @@ def read(root: zarr.Group, uri: str, name: str, start: int, stop: int) -> npt.ND
     return np.asarray(held[name][start:stop], dtype=np.float32)
 
 
+def attributes(root: zarr.Group, name: str) -> list[dict[str, Any]]:
+    """Attributes of obsm[name]; none where there is no such array."""
+    held = root.get("obsm", {})
+    return [dict(held[name].attrs)] if name in held else []
+
+
 def drop(root: zarr.Group, name: str) -> None:
     """Remove obsm[name] where it exists."""
     if "obsm" in root and name in root["obsm"]:
@@ -76,7 +92,7 @@ def drop(root: zarr.Group, name: str) -> None:
         _consolidate_again(root)
 
 
-def _open_or_create(root: zarr.Group, name: str, shape: tuple[int, int]) -> zarr.Array:
+def _open_or_create(root: zarr.Group, name: str, shape: tuple[int, int], own: Mapping[str, str]) -> zarr.Array:
     obsm = root.require_group("obsm")
     if "encoding-type" not in obsm.attrs:
         obsm.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
@@ -89,7 +105,7 @@ def _open_or_create(root: zarr.Group, name: str, shape: tuple[int, int]) -> zarr
             chunks=(EMBEDDING_CHUNK_CELLS, shape[1]),
             dtype=np.float32,
             fill_value=np.nan,
-            attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
+            attributes={**own, "encoding-type": "array", "encoding-version": "0.2.0"},
         )
     except (zarr.errors.ContainsArrayError, FileExistsError):  # another process made it a moment ago
         return obsm[name]

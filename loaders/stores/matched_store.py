@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -114,11 +115,21 @@ class MatchedStore:
     def row_nonzeros(self, modality: str) -> npt.NDArray[np.int64]:
         return self._measure(modality)[1]
 
-    def write_embedding(self, name: str, start: int, values: npt.NDArray[np.float32], num_cells: int) -> None:
-        self.store.write_embedding(name, start, values, num_cells)
+    def write_embedding(
+        self,
+        name: str,
+        start: int,
+        values: npt.NDArray[np.float32],
+        num_cells: int,
+        attributes: Mapping[str, str] | None = None,
+    ) -> None:
+        self.store.write_embedding(name, start, values, num_cells, attributes)
 
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return self.store.read_embedding(name, start, stop)
+
+    def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
+        return self.store.embedding_attributes(name)
 
     def drop_embedding(self, name: str) -> None:
         self.store.drop_embedding(name)

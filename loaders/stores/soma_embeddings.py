@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ def write(
     name: str,
     joinids: npt.NDArray[np.int64],
     values: npt.NDArray[np.float32],
+    attributes: Mapping[str, str],
 ) -> None:
-    """Put (m, d) values at the cells of (m,) joinids; the array is made when it is missing.
+    """Put (m, d) values at the cells of (m,) joinids; the array, whose metadata take attributes, is made when missing.
 
     Parameters
     ----------
@@ -53,6 +55,7 @@ def write(
     }
     with soma.open(uri, "w", context=context) as array:
         array.write(pyarrow.table(entries))
+        array.metadata.update(attributes)
 
 
 def read(
@@ -82,6 +85,14 @@ def read(
             wanted = joinids[rows] == cells
             values[rows[wanted], dimensions[wanted]] = table["soma_data"].to_numpy()[wanted]
     return values
+
+
+def attributes(soma: Any, context: Any, measurement: str, name: str) -> list[dict[str, Any]]:
+    """Metadata of obsm[name]; none where there is no such array."""
+    with soma.open(measurement, context=context) as group:
+        if "obsm" not in group or name not in group["obsm"]:
+            return []
+        return [dict(group["obsm"][name].metadata)]
 
 
 def drop(soma: Any, context: Any, measurement: str, name: str) -> None:

@@ -162,7 +162,14 @@ class SomaStore:
         lengths = np.diff(rows.indptr)[cells - cells[0]]
         return SparseRows(_offsets(lengths), rows.indices, rows.values, rows.num_features)
 
-    def write_embedding(self, name: str, start: int, values: npt.NDArray[np.float32], num_cells: int) -> None:
+    def write_embedding(
+        self,
+        name: str,
+        start: int,
+        values: npt.NDArray[np.float32],
+        num_cells: int,
+        attributes: Mapping[str, str] | None = None,
+    ) -> None:
         """Put values into obsm[name] of the first measurement, at the joinids of the cells [start, start + m).
 
         Every call adds a fragment, so a call should hold thousands of cells. Processes may write at the same time.
@@ -174,7 +181,9 @@ class SomaStore:
                 f" the experiment has {len(self._joinids)} chosen cells"
             )
         try:
-            soma_embeddings.write(self._soma, self._context, self._home, name, self._joinids[start:stop], values)
+            soma_embeddings.write(
+                self._soma, self._context, self._home, name, self._joinids[start:stop], values, attributes or {}
+            )
         except self._soma.SOMAError as error:
             raise RuntimeError(
                 f"store {self.uri}: cannot be written ({error}); make it writable, or write the embedding to a file"
@@ -182,6 +191,9 @@ class SomaStore:
 
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return soma_embeddings.read(self._soma, self._context, self._home, name, self._joinids[start:stop])
+
+    def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
+        return soma_embeddings.attributes(self._soma, self._context, self._home, name)
 
     def drop_embedding(self, name: str) -> None:
         soma_embeddings.drop(self._soma, self._context, self._home, name)

@@ -124,7 +124,14 @@ class ZarrStore:
             raise ValueError(f"{self.uri} {modality}: got rows {start}:{stop}; give rows within 0:{matrix.num_rows}")
         return matrix.read(start, stop)
 
-    def write_embedding(self, name: str, start: int, values: npt.NDArray[np.float32], num_cells: int) -> None:
+    def write_embedding(
+        self,
+        name: str,
+        start: int,
+        values: npt.NDArray[np.float32],
+        num_cells: int,
+        attributes: Mapping[str, str] | None = None,
+    ) -> None:
         if num_cells != self.schema.num_cells:
             raise ValueError(
                 f"obsm[{name!r}]: got an embedding of {num_cells} cells for {self.uri} of {self.schema.num_cells};"
@@ -133,16 +140,17 @@ class ZarrStore:
         with self._write_lock:
             root = self._writable()
             try:
-                embeddings.write(root, self.uri, name, start, values, num_cells)
+                embeddings.write(root, self.uri, name, start, values, num_cells, attributes)
             except ValueError:
                 raise
             except Exception as error:  # a backend's own: no permission, a server that takes no writes, a full disk
                 raise self._unwritable(error) from error
 
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        return embeddings.read(
-            open_root(self._source, storage_options=self._storage_options), self.uri, name, start, stop
-        )
+        return embeddings.read(self._reopened(), self.uri, name, start, stop)
+
+    def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
+        return embeddings.attributes(self._reopened(), name)
 
     def drop_embedding(self, name: str) -> None:
         """Remove obsm[name], if it is there; for one process, before others write an embedding of another width."""
@@ -156,6 +164,10 @@ class ZarrStore:
         if modality not in self._parts:
             raise ValueError(f"modality: got {modality!r}; {self.uri} holds {', '.join(self._parts)}")
         return self._parts[modality]
+
+    def _reopened(self) -> zarr.Group:
+        """The root as it stands now, embeddings that others wrote included."""
+        return open_root(self._source, storage_options=self._storage_options)
 
     def _writable(self) -> zarr.Group:
         try:

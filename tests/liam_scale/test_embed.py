@@ -160,6 +160,8 @@ def test_a_soma_experiment_is_trained_on_embedded_and_evaluated(multiome: Path, 
     run.embed()
     written = open_store(experiment).read_embedding("X_liam", 0, data.n_obs)
     np.testing.assert_allclose(written.sum(axis=1), 1.0, atol=1e-5)
+    held = open_store(experiment).embedding_attributes("X_liam")
+    assert [entry["liam_scale_run"] for entry in held] == [run.record.id]
     found = evaluate(EvaluateConfig(experiment, batch_key="sample", label_key="cell_type", scib="none"))
     assert np.isfinite(found.table["X_liam"]).all()
     with pytest.raises(ValueError, match=r"--embedding: .*got 'X_lima', it holds X_liam"):

@@ -187,6 +187,7 @@ def test_embedding_is_written_at_the_joinids_and_read_back(experiment: Path, toy
         table = opened.ms["RNA"].obsm["X_liam"].read().tables().concat().to_pandas()
     assert len(table) == NUM_CELLS * 3
     np.testing.assert_array_equal(np.unique(table["soma_dim_0"]), joinid_of(np.arange(NUM_CELLS)))
+    assert store.embedding_attributes("X_other") == []
     with pytest.raises(ValueError, match=r"width 2 .* shape \(7148, 3\) stands; use another name"):
         store.write_embedding("X_liam", 0, values[:, :2], NUM_CELLS)
     with pytest.raises(ValueError, match=r"obsm: got 'X_other', it holds X_liam"):
