@@ -24,8 +24,8 @@ from liam_scale.model.noise import Noise
 from liam_scale.preparation import RecodedSamples, open_stores, sample_table
 from liam_scale.provenance import attributes_of, check_maker
 from liam_scale.run_directory import RunDirectory, RunRecord
-from liam_scale.training.checkpoint import sha256_of
 from liam_scale.training.distributed import Device, World, join_world, launched_ranks
+from loaders.durable import sha256_of
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch
 from loaders.stores import Store, embeddings

@@ -10,17 +10,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from liam_scale.model import Liam, ModelConfig, ModelData
-from liam_scale.training.checkpoint import write_text_atomically
+from liam_scale.training.checkpoint import Checkpoint, load_weights, newest_checkpoint, save_weights
+from loaders.durable import write_text
 from loaders.options import LoaderConfig
+from loaders.schema import sha256_of_names
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -65,7 +69,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self._inside("checkpoints")
 
     @property
     def history(self) -> Path:
@@ -90,16 +94,33 @@ class RunDirectory:
         ------
         ValueError
             The folder holds no run.
+        RuntimeError
+            Its file is damaged.
         """
+        file = self.path / RUN_FILE
         try:
-            return RunRecord.from_json(json.loads((self.path / RUN_FILE).read_text()))
+            entry = json.loads(file.read_text())
+            if entry.pop("sha256", None) not in (None, _seal(entry)):
+                raise ValueError("its sha256 differs")
+            return RunRecord.from_json(entry)
         except FileNotFoundError:
             raise ValueError(f"run: {self.path} holds no run (no {RUN_FILE}); name the --out of a training") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _damaged(file, f"{type(error).__name__}: {error}") from error
 
     def parts(self) -> list[RunDirectory]:
         """The run itself, or the runs of a late integration, in the order of their embeddings."""
         parts = self.record().parts
-        return [RunDirectory(self.path / part) for part in parts] if parts else [self]
+        return [RunDirectory(self._inside(part)) for part in parts] if parts else [self]
+
+    def _inside(self, name: str) -> Path:
+        """A folder of the run; one that a downloaded run places elsewhere would be written to."""
+        path = self.path / name
+        if Path(name).name != name or path.resolve() != self.path.resolve() / name:
+            raise ValueError(
+                f"run: {self.path} has {name!r} outside of its folder ({path.resolve()}); put the folder itself there"
+            )
+        return path
 
     def saved_options(self) -> dict[str, Any]:
         """The effective options the run was made with, as nested tables."""
@@ -110,15 +131,24 @@ class RunDirectory:
 
     def features(self) -> dict[str, list[str]]:
         """Feature names per modality, in the order of the model's columns."""
-        return json.loads((self.path / "features.json").read_text())
+        file = self.path / "features.json"
+        try:
+            names = json.loads(file.read_text())
+            found = {name: sha256_of_names(own) for name, own in names.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise _damaged(file, str(error)) from error
+        if found != self.record().features_sha256:
+            raise _damaged(file, f"the names differ from those that {RUN_FILE} has the sha256 of")
+        return names
 
     def create(self, record: RunRecord, options: str, features: dict[str, list[str]]) -> None:
         """Lay the folder down; `run.json` comes last."""
         record = self.identified(record, options)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(self.path / "config.toml", options)
-        write_text_atomically(self.path / "features.json", json.dumps(features))
-        write_text_atomically(self.path / RUN_FILE, json.dumps(record.to_json(), indent=1))
+        write_text(self.path / "config.toml", options)
+        write_text(self.path / "features.json", json.dumps(features))
+        entry = record.to_json()
+        write_text(self.path / RUN_FILE, json.dumps({**entry, "sha256": _seal(entry)}, indent=1))
 
     def identified(self, record: RunRecord, options: str) -> RunRecord:
         """The record with the id of a run here: the folder's name, and a hash of its path, options and data.
@@ -130,9 +160,26 @@ class RunDirectory:
         return dataclasses.replace(record, id=f"{path.name}-{digest[:12]}")
 
     def save_weights(self, weights: dict[str, Tensor]) -> None:
-        partial = self.path / f".{WEIGHTS_FILE}.partial"
-        save_file({name: value.detach().contiguous().cpu() for name, value in weights.items()}, partial)
-        partial.replace(self.weights)
+        save_weights(self.weights, weights)
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """Where training goes on; None for a run that has not saved yet.
+
+        Raises
+        ------
+        RuntimeError
+            There are checkpoints, but none is sound; or they are gone, though the run has trained.
+        """
+        found = newest_checkpoint(self.checkpoints)
+        if found is None and (self.weights.exists() or (self.history.exists() and not self.checkpoints.is_dir())):
+            raise RuntimeError(
+                f"resume: {self.checkpoints} is {'empty' if self.checkpoints.is_dir() else 'missing'}, but the run has "
+                f"trained ({(self.weights if self.weights.exists() else self.history).name} is there); put the folder "
+                "back, or start again with another --out"
+            )
+        if found is None and self.history.exists():
+            logger.warning("%s ended before its first checkpoint and starts again at step 0", self.path)
+        return found
 
     def load_model(self) -> Liam:
         """The trained model on the CPU, in evaluation mode.
@@ -141,6 +188,8 @@ class RunDirectory:
         ------
         ValueError
             The folder holds no run, or one that has not finished.
+        RuntimeError
+            The weights are damaged.
         """
         record = self.record()
         if not self.weights.exists():
@@ -149,5 +198,13 @@ class RunDirectory:
                 "run its training command again, it goes on where it stopped"
             )
         model = Liam(record.model, record.data)
-        model.load_state_dict(load_file(self.weights))
+        model.load_state_dict(load_weights(self.weights))
         return model.eval()
+
+
+def _seal(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+
+
+def _damaged(file: Path, found: str) -> RuntimeError:
+    return RuntimeError(f"run: {file} is damaged ({found}); restore it from a copy, or train again with another --out")

@@ -21,7 +21,6 @@ from liam_scale.preparation import (
     training_loaders,
 )
 from liam_scale.run_directory import RunDirectory
-from liam_scale.training.checkpoint import newest_checkpoint
 from liam_scale.training.distributed import World, join_world, launched_ranks
 from liam_scale.training.history import History
 from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
@@ -115,7 +114,7 @@ def _train_part(directory: RunDirectory, config: TrainConfig, store: Store, worl
             couples_cells=record.model.likelihood == "original",
             saved={"config": options_table(config), "fingerprint": record.fingerprint, "seed": config.seed},
         )
-        checkpoint = newest_checkpoint(directory.checkpoints)
+        checkpoint = directory.newest_checkpoint()
         if checkpoint is not None:
             trainer.restore(checkpoint)
             if world.is_main:

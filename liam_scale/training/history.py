@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from liam_scale.training.checkpoint import write_text_atomically
+from loaders.durable import write_text
 
 Row = dict[str, float]
 
@@ -56,7 +56,7 @@ class History:
         writer = csv.DictWriter(buffer, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: _number(value) for name, value in row.items()} for row in self.rows)
-        write_text_atomically(self._path, buffer.getvalue())
+        write_text(self._path, buffer.getvalue())
 
     def close(self) -> None:
         if self._board is not None:

@@ -49,7 +49,7 @@ def without_id(run: Path, copy: Path) -> Path:
     """A run as an older version left it."""
     shutil.copytree(run, copy)
     record = json.loads((copy / "run.json").read_text())
-    del record["id"]
+    del record["id"], record["sha256"]
     (copy / "run.json").write_text(json.dumps(record))
     return copy
 
