@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from loaders.buffers import Pool
-from loaders.csr import centred_log_ratio, gather_rows, transpose_rows
+from loaders.csr import centred_log_ratio, gather_rows, offsets_of, transpose_rows
 from loaders.minibatch import Minibatch, SparseCounts
 from loaders.plan import Epoch, Rows
 from loaders.windows import ModalitySource, WindowRows
@@ -102,7 +102,7 @@ def plan_group(epoch: Epoch, first: int, stop: int, *, rank: int, world: int) ->
     place = np.empty(len(target), np.int64)
     place[target] = np.repeat(global_begin[:, rank::world].T.ravel(), sizes) + within
     spans = np.stack((edges[0, rank::world], edges[-1, rank::world]), axis=1)
-    cell_edges = np.concatenate(([0], np.cumsum(mine.sum(axis=1))))
+    cell_edges = offsets_of(mine.sum(axis=1))
     return Group(first, stop, cell_edges, target, place, counts.sum(axis=1), spans)
 
 
@@ -136,8 +136,7 @@ def gather_counts(
         if part.present is not None:
             present[where] = part.present[piece.start : piece.stop]
         done += len(where)
-    offsets = np.zeros(count + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    offsets = offsets_of(lengths)
     total = int(offsets[-1])
     pool_indices, pool_values, pool_features = output.pools
     indices, values = pool_indices.take(total, np.int32), pool_values.take(total, output.value_dtype)
@@ -156,7 +155,7 @@ def gather_counts(
             f"minibatch: got {int(cells.max()) - 1} cells with {int(np.diff(entry_edges).max())} {name} entries;"
             f" a minibatch holds at most 2^31: choose a smaller one"
         )
-    indptr_edges = np.concatenate(([0], np.cumsum(cells)))
+    indptr_edges = offsets_of(cells)
     step_of = np.repeat(np.arange(steps), cells)
     indptr = (offsets[np.arange(indptr_edges[-1]) - step_of] - entry_edges[step_of]).astype(np.int32)
     columns = [_step_views(indptr, indptr_edges), _step_views(indices, entry_edges), _step_views(values, entry_edges)]

@@ -1,11 +1,11 @@
-"""Sparse rows in NumPy: the form in which counts travel from a store to a minibatch.
+"""Sparse rows in NumPy, the form in which counts travel from a file to a minibatch, and all that is done with them.
 
 Shapes: B rows (cells), F features, N non-zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,9 @@ import scipy.sparse
 
 @dataclass(frozen=True)
 class SparseRows:
-    """B rows of a sparse matrix with F columns, compressed by row; columns within a row ascend.
+    """B rows of a sparse matrix with F columns, compressed by row.
+
+    Columns within a row ascend, and values are of the types below, unless the rows are said to be as a file holds them.
 
     Attributes
     ----------
@@ -54,6 +56,109 @@ class SparseRows:
         rows = scipy.sparse.csr_matrix(matrix)
         rows.sort_indices()
         return cls(rows.indptr.astype(np.int64), rows.indices.astype(np.int32), rows.data, rows.shape[1])
+
+
+def offsets_of(lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """(B + 1,) where rows of these lengths begin, and where the last one ends."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def index_dtype(num_features: int) -> np.dtype[Any]:
+    """uint16 while it can name every feature, else uint32."""
+    return np.dtype(np.uint16 if num_features <= 1 << 16 else np.uint32)
+
+
+def narrowest_dtype(maximum: int) -> np.dtype[Any]:
+    """The narrowest of uint8, uint16, uint32 that holds `maximum`; ValueError if none does."""
+    for dtype in (np.uint8, np.uint16, np.uint32):
+        if maximum <= np.iinfo(dtype).max:
+            return np.dtype(dtype)
+    raise ValueError(f"counts: got a value of {maximum}, a store holds up to {2**32 - 1}; look for a corrupt matrix")
+
+
+def travelling_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The type in which values of a file's type travel: unsigned integers of at most 32 bits, else float32."""
+    if dtype.kind == "b":
+        return np.dtype(np.uint8)
+    if dtype.kind in "iu":
+        return np.dtype(f"uint{8 * min(4, dtype.itemsize)}")
+    return np.dtype(np.float32)
+
+
+def narrow(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Values in their travelling type.
+
+    Raises
+    ------
+    ValueError
+        Negative integers, or integers beyond 32 bits.
+    """
+    dtype = travelling_dtype(values.dtype)
+    if values.dtype.kind in "iu" and values.dtype != dtype and len(values):
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= 1 << 32:
+            raise ValueError(f"got values from {low} to {high}; counts are integers from 0 to {(1 << 32) - 1}")
+    return values.astype(dtype, copy=False)
+
+
+def widest_dtype(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:
+    """The travelling type that holds values of all; NumPy would widen uint32 beside float32 to 64 bits."""
+    known = set(dtypes)
+    return np.dtype(np.float32) if np.dtype(np.float32) in known else np.result_type(*known)
+
+
+def slice_rows(rows: SparseRows, start: int, stop: int) -> SparseRows:
+    """Rows [start, stop), sharing memory with the whole."""
+    offsets = rows.indptr[start : stop + 1]
+    first, last = int(offsets[0]), int(offsets[-1])
+    return SparseRows(offsets - first, rows.indices[first:last], rows.values[first:last], rows.num_features)
+
+
+def concat_rows(parts: Sequence[SparseRows]) -> SparseRows:
+    """Rows of several parts below each other, in the widest of their types."""
+    if len(parts) == 1:
+        return parts[0]
+    types = {part.indices.dtype for part in parts}
+    indices = types.pop() if len(types) == 1 else np.dtype(np.int32)
+    values = widest_dtype(part.values.dtype for part in parts)
+    return SparseRows(
+        offsets_of(np.concatenate([np.diff(part.indptr) for part in parts])),
+        np.concatenate([part.indices.astype(indices, copy=False) for part in parts]),
+        np.concatenate([part.values.astype(values, copy=False) for part in parts]),
+        parts[0].num_features,
+    )
+
+
+def sort_rows(rows: SparseRows) -> SparseRows:
+    """The same rows with ascending columns: transposed twice by counting, linear in the entries."""
+    count, num_rows = len(rows.indices), rows.num_rows
+    by_feature = np.empty(rows.num_features + 1, np.int32), np.empty(count, np.int32), np.empty_like(rows.values)
+    transpose_rows(rows.indptr, rows.indices, rows.values, *by_feature)
+    indptr, indices, values = np.empty(num_rows + 1, np.int32), np.empty_like(rows.indices), np.empty_like(rows.values)
+    transpose_rows(*by_feature, indptr, indices, values)
+    return SparseRows(rows.indptr, indices, values, rows.num_features)
+
+
+def in_order(rows: SparseRows) -> SparseRows:
+    """The same rows, sorted where columns do not ascend yet."""
+    state = inspect_columns(rows.indptr, rows.indices, rows.num_features)[1]
+    return sort_rows(rows) if state == UNSORTED else rows
+
+
+def select_columns(rows: SparseRows, target: npt.NDArray[np.int32], num_features: int) -> SparseRows:
+    """Rename columns and drop some.
+
+    Parameters
+    ----------
+    target
+        (F,) new column of each old one, -1 where it is dropped.
+    num_features
+        Number of new columns.
+    """
+    indptr, indices, values = _select(rows.indptr, rows.indices, rows.values, target)
+    return in_order(SparseRows(indptr, indices, values, num_features))
 
 
 def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -170,3 +275,52 @@ def centred_log_ratio(indptr, values, num_features):  # type: ignore[no-untyped-
         scale = np.exp(total / num_features)
         for k in range(np.uint64(indptr[row]), np.uint64(indptr[row + 1])):
             values[k] = np.log1p(values[k] / scale)
+
+
+@compiled
+def row_sums(indptr, values):  # type: ignore[no-untyped-def]
+    """(B,) sum of the values of each row in float64: exact for counts up to 2**53."""
+    sums = np.zeros(len(indptr) - 1)
+    for row in range(len(sums)):
+        total = 0.0
+        for k in range(np.uint64(indptr[row]), np.uint64(indptr[row + 1])):
+            total += values[k]
+        sums[row] = total
+    return sums
+
+
+@compiled
+def scatter_entries(rows, columns, values, following, out_columns, out_values):  # type: ignore[no-untyped-def]
+    """Put (n,) entries behind those that their rows already have.
+
+    Parameters
+    ----------
+    rows, columns, values
+        (n,) entries in any order of rows.
+    following
+        (B,) int64: where the next entry of each row goes; moves on.
+    out_columns, out_values
+        Buffers of all entries.
+    """
+    for k in range(len(rows)):
+        entry = following[rows[k]]
+        out_columns[entry] = columns[k]
+        out_values[entry] = values[k]
+        following[rows[k]] = entry + 1
+
+
+@compiled
+def _select(indptr, indices, values, target):  # type: ignore[no-untyped-def]
+    kept = np.empty(len(indices), np.int32)
+    kept_values = np.empty_like(values)
+    kept_indptr = np.zeros(len(indptr), np.int64)
+    end = 0
+    for row in range(len(indptr) - 1):
+        for k in range(indptr[row], indptr[row + 1]):
+            column = target[indices[k]]
+            if column >= 0:
+                kept[end] = column
+                kept_values[end] = values[k]
+                end += 1
+        kept_indptr[row + 1] = end
+    return kept_indptr, kept[:end], kept_values[:end]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,18 +33,22 @@ def random_bits(count: int, *, seed: int, purpose: int, epoch: int = 0, stream: 
     return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
+GOLDEN = 0x9E3779B97F4A7C15
+"""Step of splitmix64."""
+
+
+def splitmix64(bits: Any) -> Any:
+    """Well mixed uint64 bits of a number or an array of them (Steele, Lea & Flood, OOPSLA 2014)."""
+    bits = bits + np.uint64(GOLDEN)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
 def mix(keys: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
-    """Hash (n,) keys with a seed: the finaliser of splitmix64 (Steele, Lea & Flood, OOPSLA 2014), twice."""
+    """Hash (n,) keys with a seed."""
     salt = random_bits(1, seed=seed, purpose=SPLIT)[0]
-    bits = keys.astype(np.uint64) ^ salt
-    for _ in range(2):
-        bits = bits + np.uint64(0x9E3779B97F4A7C15)
-        bits ^= bits >> np.uint64(30)
-        bits *= np.uint64(0xBF58476D1CE4E5B9)
-        bits ^= bits >> np.uint64(27)
-        bits *= np.uint64(0x94D049BB133111EB)
-        bits ^= bits >> np.uint64(31)
-    return bits
+    return np.asarray(splitmix64(splitmix64(keys.astype(np.uint64) ^ salt)))
 
 
 def split(

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loaders.csr import OUT_OF_RANGE, SORTED, SparseRows, gather_rows, inspect_columns
+from loaders.csr import OUT_OF_RANGE, SORTED, SparseRows, gather_rows, inspect_columns, sort_rows
 from loaders.stores.base import Store
 from loaders.stores.chained_store import ChainedStore
-from loaders.stores.matrices import sort_rows
 from loaders.stores.sharded import DamagedChunk, ShardedArray, UnsupportedArray
 from loaders.windows import PreparedRows, RowOffsets, RowReader, runs_of
 

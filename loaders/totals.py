@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from loaders.csr import centred_log_ratio
+from loaders.csr import centred_log_ratio, row_sums
 from loaders.stores.base import Store
 
 CELLS_PER_READ = 4_096
@@ -33,6 +33,5 @@ def cell_totals(store: Store, modality: str, transform: str | None = None) -> np
         rows = store.read_rows(modality, start, stop)
         values = rows.values.astype(np.float32)
         centred_log_ratio(rows.indptr, values, rows.num_features)
-        running = np.concatenate(([0.0], np.cumsum(values, dtype=np.float64)))
-        totals[start:stop] = running[rows.indptr[1:]] - running[rows.indptr[:-1]]
+        totals[start:stop] = row_sums(rows.indptr, values)
     return totals

@@ -13,6 +13,7 @@ from liam_scale.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "liam_scale").rglob("*.py"), *(ROOT / "loaders").rglob("*.py")])
+KERNELS = sorted(p for p in (ROOT / "loaders").rglob("*.py") if "numba" in p.read_text() or "compiled" in p.read_text())
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONS = Path(__file__).with_name("options.txt")
 
@@ -27,6 +28,12 @@ def test_files_and_functions_stay_small(path: Path) -> None:
             assert node.end_lineno is not None
             assert first is not None
             assert node.end_lineno - first <= 60, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_kernel_is_compiled_in_one_way(path: Path) -> None:
+    """Numba's own decorator fails where neither the package nor the home can be written."""
+    assert path.name == "csr.py" or not re.search(r"\bn?jit\(|@(numba\.)?n?jit\b", path.read_text())
 
 
 def test_train_reads_as_a_table_of_contents() -> None:

@@ -9,14 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.csr import SparseRows
+from loaders.csr import SparseRows, compiled, index_dtype, narrowest_dtype
 from loaders.ingest.sources.matrices import RawRows
-from loaders.ingest.writer import index_dtype, narrowest_dtype
 
 _LARGEST = 2**32 - 1
 
@@ -139,7 +137,7 @@ def check_unique(what: str, names: pd.Index, cure: str) -> None:
     raise ValueError(f"{what}: got {str(twice[0])!r} more than once ({len(twice)} repeats in all); {cure}")
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def first_out_of_range(indices: npt.NDArray[Any], num_features: int) -> int:
     """First entry whose column is negative or too large; -1 if there is none."""
     for entry in range(len(indices)):
@@ -148,7 +146,7 @@ def first_out_of_range(indices: npt.NDArray[Any], num_features: int) -> int:
     return -1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def first_problem(values: npt.NDArray[Any]) -> tuple[int, int, float]:
     """(problem, entry, maximum): the first value that is no count, or 0, -1 and the largest."""
     maximum = 0.0
@@ -166,7 +164,7 @@ def first_problem(values: npt.NDArray[Any]) -> tuple[int, int, float]:
     return _FINE, -1, maximum
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def map_rows(
     indptr: npt.NDArray[np.int64],
     indices: npt.NDArray[Any],

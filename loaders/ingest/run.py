@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from loaders.csr import narrowest_dtype
 from loaders.ingest.cells import Cells, gather_cells, modality_columns, obs_columns
 from loaders.ingest.checks import Counted, Place, check_and_map
 from loaders.ingest.features import Join, Joined, join_features
@@ -22,7 +23,7 @@ from loaders.ingest.sources.matrices import RawRows
 from loaders.ingest.sources.open import open_source
 from loaders.ingest.sources.parts import Part, Source
 from loaders.ingest.staging import Staging, check_out, explain_disk_errors
-from loaders.ingest.writer import ModalityLayout, StoreWriter, narrowest_dtype
+from loaders.ingest.writer import ModalityLayout, StoreWriter
 from loaders.memory import parse_memory
 from loaders.schema import MODALITIES, Schema
 

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loaders.csr import SparseRows, gather_rows
-from loaders.ingest.writer import index_dtype
+from loaders.csr import SparseRows, gather_rows, index_dtype, offsets_of
 
 _ROW_BYTES = 24
 """Bookkeeping per row in the buffer: destination, first entry, number of entries."""
@@ -143,7 +142,7 @@ class Shuffle:
             seen[local] += 1
             heads.append((local, length))
         assert (seen == 1).all(), "a row was scattered never or twice"
-        indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        indptr = offsets_of(lengths)
         indices = np.empty(indptr[-1], self._index_dtype)
         values = np.empty(indptr[-1], value_dtype)
         for segment, (local, length) in zip(segments, heads, strict=True):

@@ -15,14 +15,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import mudata
-import numba
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import zarr
 from anndata.io import write_elem
 
-from loaders.csr import SparseRows
+from loaders.csr import SparseRows, index_dtype, offsets_of, row_sums
 from loaders.ingest.shards import ShardedArrayWriter
 from loaders.ingest.staging import Staging, explain_disk_errors
 from loaders.schema import MODALITIES, SCHEMA_KEY, ModalitySchema, Schema, sha256_of_names
@@ -34,21 +33,6 @@ CELLS_PER_CHUNK = 256
 _MIN_CHUNK_LENGTH = 1024
 _OBS_CHUNK = 65_536
 """Cells of one chunk of an obs column."""
-
-_VALUE_DTYPES = (np.uint8, np.uint16, np.uint32)
-
-
-def narrowest_dtype(maximum: int) -> np.dtype[Any]:
-    """The narrowest of uint8, uint16, uint32 that holds `maximum`; ValueError if none does."""
-    for dtype in _VALUE_DTYPES:
-        if maximum <= np.iinfo(dtype).max:
-            return np.dtype(dtype)
-    raise ValueError(f"counts: got a value of {maximum}, a store holds up to {2**32 - 1}; look for a corrupt matrix")
-
-
-def index_dtype(num_features: int) -> np.dtype[Any]:
-    """uint16 while it can name every feature, else uint32."""
-    return np.dtype(np.uint16 if num_features <= 65_536 else np.uint32)
 
 
 @dataclass(frozen=True)
@@ -269,10 +253,9 @@ class _MatrixWriter:
         return np.concatenate([np.zeros(0), *self._totals])
 
     def close(self) -> ModalitySchema:
-        lengths = np.concatenate([np.zeros(1, np.int64), *self._lengths])
         self._values.close()
         self._indices.close()
-        indptr = np.cumsum(lengths)
+        indptr = offsets_of(np.concatenate([np.zeros(0, np.int64), *self._lengths]))
         # One chunk per 65,536 cells: a reader that wants all of it makes few requests.
         array = self._group.create_array("indptr", shape=indptr.shape, chunks=(_OBS_CHUNK,), dtype=np.int64)
         array[:] = indptr
@@ -291,18 +274,6 @@ class _MatrixWriter:
     def abort(self) -> None:
         self._values.abort()
         self._indices.abort()
-
-
-@numba.njit(nogil=True, cache=True)
-def row_sums(indptr: npt.NDArray[np.int64], values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """(B,) sum of each row in float64: exact for counts up to 2**53."""
-    sums = np.zeros(len(indptr) - 1)
-    for row in range(len(sums)):
-        total = 0.0
-        for entry in range(indptr[row], indptr[row + 1]):
-            total += values[entry]
-        sums[row] = total
-    return sums
 
 
 def _encoding(kind: str, version: str) -> dict[str, str]:

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.csr import SparseRows
+from loaders.csr import SparseRows, concat_rows, offsets_of, widest_dtype
 from loaders.schema import MODALITIES, ModalitySchema, Schema, sha256_of_names
 from loaders.stores.base import ObsColumn, Store
 from loaders.stores.matched_store import MatchedStore
-from loaders.stores.matrices import concat_rows, once
+from loaders.stores.matrices import once
 
 _log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class ChainedStore:
         if not parts:
             view = next(view for _, view in self._holders(modality))
             return view.read_rows(modality, 0, 0)
-        return parts[0] if len(parts) == 1 else concat_rows(parts)
+        return concat_rows(parts)
 
     def write_embedding(
         self,
@@ -166,17 +166,16 @@ class ChainedStore:
 
     def _join_offsets(self, modality: str) -> npt.NDArray[np.int64]:
         lengths = [np.diff(view.row_nonzeros(modality)) for _, view in self._holders(modality)]
-        return np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+        return offsets_of(np.concatenate(lengths))
 
     def _modality_schema(self, name: str) -> ModalitySchema:
         held = [store.schema.modalities[name] for store, _ in self._holders(name)]
-        dtypes = {entry.value_dtype for entry in held}
         return ModalitySchema(
             name=name,
             num_cells=self._row_starts[name][-1],
             num_features=len(self._names[name]),
             num_nonzeros=sum(entry.num_nonzeros for entry in held),
-            value_dtype="float32" if "float32" in dtypes else np.result_type(*dtypes).name,
+            value_dtype=widest_dtype(np.dtype(entry.value_dtype) for entry in held).name,
             features_sha256=sha256_of_names(self._names[name]),
         )
 

@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.csr import SparseRows
+from loaders.csr import SparseRows, row_sums, select_columns
 from loaders.schema import sha256_of_names
 from loaders.stores.base import ObsColumn, Store
-from loaders.stores.matrices import row_sums, select_columns
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ class MatchedStore:
         num_rows = self.schema.modalities[modality].num_cells
         for start in range(0, num_rows, ROWS_PER_READ):
             rows = self.read_rows(modality, start, min(num_rows, start + ROWS_PER_READ))
-            sums.append(row_sums(rows))
+            sums.append(row_sums(rows.indptr, rows.values))
             lengths.append(np.diff(rows.indptr))
         return np.concatenate(sums), np.cumsum(np.concatenate(lengths))
 

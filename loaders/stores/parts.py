@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from loaders.stores.matrices import Matrix, read_all, row_sums
+from loaders.csr import row_sums
+from loaders.stores.matrices import Matrix, read_all
 
 _log = logging.getLogger(__name__)
 
@@ -28,5 +29,5 @@ class ModalityPart:
 def totals_by_reading(matrix: Matrix, label: str) -> npt.NDArray[np.float64]:
     """(rows,) sum of each row, by one pass over the matrix that holds a bounded number of rows."""
     _log.info("%s: summing the counts of %d cells, as the store does not hold the sums", label, matrix.num_rows)
-    sums = [row_sums(rows) for rows in read_all(matrix)]
+    sums = [row_sums(rows.indptr, rows.values) for rows in read_all(matrix)]
     return np.concatenate([np.zeros(0), *sums])

@@ -12,21 +12,21 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from loaders.csr import SparseRows
-from loaders.stores.matrices import (
+from loaders.csr import (
+    SparseRows,
+    compiled,
     concat_rows,
-    is_ascending,
+    in_order,
     narrow,
-    once,
     row_sums,
+    scatter_entries,
     slice_rows,
-    sort_rows,
-    stored_dtype,
+    travelling_dtype,
 )
+from loaders.stores.matrices import once
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class SomaMatrix:
         self._label = label
         self.feature_names = feature_names
         self.num_features = len(feature_names)
-        self.value_dtype = stored_dtype(np.dtype(array.schema.field("soma_data").type.to_pandas_dtype()))
+        self.value_dtype = travelling_dtype(np.dtype(array.schema.field("soma_data").type.to_pandas_dtype()))
         self._columns = _place_of(feature_joinids)
         tile = _tile_rows(array)
         self.rows_per_read = max(tile, min(MAX_ROWS_PER_READ, tile * -(-MIN_ROWS_PER_READ // tile)))
@@ -103,7 +103,7 @@ class SomaMatrix:
         if not parts:
             empty = np.zeros(0, self.value_dtype)
             return SparseRows(np.zeros(1, np.int64), np.zeros(0, np.int32), empty, self.num_features)
-        return parts[0] if len(parts) == 1 else concat_rows(parts)
+        return concat_rows(parts)
 
     def _keep(self, group: int) -> SparseRows:
         """A group of which only a part is wanted: the rest may be wanted next."""
@@ -140,9 +140,8 @@ class SomaMatrix:
         indices, kept = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], self.value_dtype)
         following = indptr[:-1].copy()
         while pieces:
-            _scatter(*pieces.pop(0), following, indices, kept)
-        rows = SparseRows(indptr, indices, kept, self.num_features)
-        return rows if is_ascending(rows.indptr, rows.indices) else sort_rows(rows)
+            scatter_entries(*pieces.pop(0), following, indices, kept)
+        return in_order(SparseRows(indptr, indices, kept, self.num_features))
 
     def _count(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         _log.info(
@@ -151,7 +150,7 @@ class SomaMatrix:
 
         def count(group: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
             rows = self._decode(group)
-            return np.diff(rows.indptr), row_sums(rows)
+            return np.diff(rows.indptr), row_sums(rows.indptr, rows.values)
 
         with ThreadPoolExecutor(_SCAN_THREADS, thread_name_prefix="count") as pool:
             parts = list(pool.map(count, range(len(self._edges) - 1)))
@@ -172,7 +171,7 @@ def _tile_rows(array: Any) -> int:
     return max(1, int(dimensions.get("soma_dim_0", {}).get("tile", MIN_ROWS_PER_READ)))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _take(row_ids, column_ids, values, first, places, columns, counts):  # type: ignore[no-untyped-def]
     """Places of rows and columns of a table's entries, and their values; adds to the counts of the rows.
 
@@ -188,13 +187,3 @@ def _take(row_ids, column_ids, values, first, places, columns, counts):  # type:
             counts[row] += 1
             end += 1
     return rows[:end], indices[:end], kept[:end]
-
-
-@numba.njit(nogil=True, cache=True)
-def _scatter(rows, columns, values, following, indices, kept):  # type: ignore[no-untyped-def]
-    """Put entries behind those that their rows already have."""
-    for k in range(len(rows)):
-        entry = following[rows[k]]
-        indices[entry] = columns[k]
-        kept[entry] = values[k]
-        following[rows[k]] = entry + 1

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.csr import SparseRows
+from loaders.csr import SparseRows, offsets_of
 from loaders.schema import MODALITIES, ModalitySchema, Schema, sha256_of_names
 from loaders.stores import soma_embeddings
 from loaders.stores.base import ObsColumn
@@ -147,7 +147,7 @@ class SomaStore:
     def row_nonzeros(self, modality: str) -> npt.NDArray[np.int64]:
         part = self._part(modality)
         counts = part.matrix.counts()
-        return _offsets(counts if part.cells is None else counts[part.cells])
+        return offsets_of(counts if part.cells is None else counts[part.cells])
 
     def read_rows(self, modality: str, start: int, stop: int) -> SparseRows:
         part = self._part(modality)
@@ -160,7 +160,7 @@ class SomaStore:
         cells = part.cells[start:stop]
         rows = part.matrix.read(int(cells[0]), int(cells[-1]) + 1)
         lengths = np.diff(rows.indptr)[cells - cells[0]]
-        return SparseRows(_offsets(lengths), rows.indices, rows.values, rows.num_features)
+        return SparseRows(offsets_of(lengths), rows.indices, rows.values, rows.num_features)
 
     def write_embedding(
         self,
@@ -349,7 +349,3 @@ def _choose_measurements(names: list[str], uri: str, wanted: Mapping[str, str] |
             f" name one, for example measurements={{'rna': {names[0] if names else 'RNA'!r}}}"
         )
     return chosen
-
-
-def _offsets(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

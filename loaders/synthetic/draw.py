@@ -12,9 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from loaders.csr import compiled
+from loaders.plan import splitmix64
 
 _GAP_BITS = 12
 """The exponential gaps are rounded to 4,096 quantile means: the mean is exact, the variance 0.1% low."""
@@ -106,7 +108,7 @@ def gap_table() -> npt.NDArray[np.float64]:
     return -np.diff(primitive) * 2**_GAP_BITS
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def _next(state: Any) -> Any:
     """xorshift64*: state only, the multiplication is the caller's."""
     state ^= state >> np.uint64(12)
@@ -115,16 +117,16 @@ def _next(state: Any) -> Any:
     return state
 
 
-@numba.njit(nogil=True, cache=True)
+_mixed = compiled(splitmix64)
+
+
+@compiled
 def hash64(number: Any) -> Any:
-    """splitmix64: a well mixed 64-bit number; never 0, as xorshift needs."""
-    number = np.uint64(number) + np.uint64(0x9E3779B97F4A7C15)
-    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (number ^ (number >> np.uint64(31))) | np.uint64(1)
+    """A well mixed 64-bit number; never 0, as xorshift needs."""
+    return _mixed(np.uint64(number)) | np.uint64(1)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def draw_cells(
     keys: npt.NDArray[np.uint64],
     types: npt.NDArray[np.int64],
@@ -179,7 +181,7 @@ def draw_cells(
     return -1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _walk(
     key: Any,
     points: float,

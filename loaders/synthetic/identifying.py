@@ -11,8 +11,9 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse
 
-from loaders.csr import SparseRows
-from loaders.ingest.writer import ModalityLayout, StoreWriter, narrowest_dtype
+from loaders.csr import SparseRows, narrowest_dtype
+from loaders.ingest.writer import ModalityLayout, StoreWriter
+from loaders.plan import GOLDEN, splitmix64
 from loaders.schema import MODALITIES, Schema
 
 
@@ -21,13 +22,10 @@ def identifying_value(
 ) -> npt.NDArray[np.int64]:
     """The values, 1 to `maximum`, that cells show in features: a hash of both and of the modality (splitmix64)."""
     cells, features = np.broadcast_arrays(np.atleast_1d(cells), features)
-    number = cells.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    number = cells.astype(np.uint64) * np.uint64(GOLDEN)
     number = number ^ (features.astype(np.uint64) * np.uint64(0xC2B2AE3D27D4EB4F))
-    number = number + np.uint64(0x165667B19E3779F9 * (MODALITIES.index(modality) + 1) % 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        number = (number ^ (number >> np.uint64(shift))) * np.uint64(factor)
-    number = number ^ (number >> np.uint64(31))
-    return (number % np.uint64(maximum)).astype(np.int64) + 1
+    number = number + np.uint64((0x165667B19E3779F9 * (MODALITIES.index(modality) + 1) - GOLDEN) % 2**64)
+    return (splitmix64(number) % np.uint64(maximum)).astype(np.int64) + 1
 
 
 def identifying_counts(

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse
 
-from loaders.csr import SparseRows
-from loaders.ingest.writer import ModalityLayout, StoreWriter, index_dtype
+from loaders.csr import SparseRows, index_dtype
+from loaders.ingest.writer import ModalityLayout, StoreWriter
 from loaders.schema import MODALITIES, Schema
 from loaders.synthetic.draw import Archetypes, draw_cells, gap_table, hash64, make_archetypes
 

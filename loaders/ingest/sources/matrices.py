@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from loaders.csr import offsets_of, scatter_entries
 
 ENTRY_BYTES = 32
 """Peak bytes per non-zero of a chunk in flight: values and indices as stored, packed for sorting, and the result."""
@@ -159,8 +160,7 @@ class DenseRows:
 
 def _from_dense(start: int, block: npt.NDArray[Any]) -> RawRows:
     rows, columns = np.nonzero(block)
-    indptr = np.zeros(len(block) + 1, np.int64)
-    np.cumsum(np.bincount(rows, minlength=len(block)), out=indptr[1:])
+    indptr = offsets_of(np.bincount(rows, minlength=len(block)))
     return RawRows(start, indptr, columns, block[rows, columns])
 
 
@@ -231,23 +231,6 @@ class CompressedColumns:
             file = folder / f"{number}.{name}"
             parts[name] = np.fromfile(file, dtype) if file.exists() else np.zeros(0, dtype)
         columns, values = np.empty_like(parts["columns"]), np.empty_like(parts["values"])
-        _place(parts["rows"], parts["columns"], parts["values"], start, indptr[:-1].copy(), columns, values)
+        rows = parts["rows"] - np.uint32(start)
+        scatter_entries(rows, parts["columns"], parts["values"], indptr[:-1].copy(), columns, values)
         return RawRows(start, indptr, columns, values)
-
-
-@numba.njit(nogil=True, cache=True)
-def _place(
-    rows: npt.NDArray[np.uint32],
-    columns: npt.NDArray[np.uint32],
-    values: npt.NDArray[Any],
-    start: int,
-    next_entry: npt.NDArray[np.int64],
-    out_columns: npt.NDArray[np.uint32],
-    out_values: npt.NDArray[Any],
-) -> None:
-    for entry in range(len(rows)):
-        row = np.int64(rows[entry]) - start
-        place = next_entry[row]
-        out_columns[place] = columns[entry]
-        out_values[place] = values[entry]
-        next_entry[row] = place + 1

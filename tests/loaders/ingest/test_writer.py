@@ -8,9 +8,9 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from loaders.csr import SparseRows
+from loaders.csr import SparseRows, index_dtype, narrowest_dtype
 from loaders.ingest.shards import CHUNKS_PER_SHARD, ShardedArrayWriter
-from loaders.ingest.writer import ModalityLayout, StoreWriter, index_dtype, narrowest_dtype
+from loaders.ingest.writer import ModalityLayout, StoreWriter
 from loaders.schema import SCHEMA_KEY
 from loaders.synthetic import identifying_counts
 
