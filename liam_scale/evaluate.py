@@ -16,17 +16,28 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse
 import tyro
+import zarr
 
 from liam_scale.command import parse, run
-from liam_scale.evaluation import metrics, plots, scib_scores
+from liam_scale.evaluation import plots
 from liam_scale.evaluation.baseline import NUM_COMPONENTS, TARGET_SUM, normalised, principal_components
-from liam_scale.evaluation.selection import Source, draw_rows, modalities_of_cells, read_in_memory
+from liam_scale.evaluation.cells import (
+    draw_rows,
+    modalities_of_cells,
+    modality_places,
+    read_column,
+    read_counts,
+    read_embedding,
+)
+from liam_scale.evaluation.measures import MEASURES, NUM_NEIGHBORS, Scored, require_extra, score
 from liam_scale.provenance import attributes_in_file, check_maker
 from liam_scale.run_directory import RunDirectory
 from loaders.stores import open_store
 from loaders.stores.base import ObsColumn, Store
 
 _log = logging.getLogger(__name__)
+
+_IN_MEMORY = (".h5ad", ".h5mu")
 
 BASELINE = "PCA"
 """Name of the baseline's column in the table."""
@@ -54,7 +65,7 @@ class EvaluateConfig:
     """Score at most so many cells, drawn with `seed`; memory and time do not depend on the size of the store."""
     seed: int = 0
     """Seed of the drawn cells, of k-means and of UMAP."""
-    neighbors: int = metrics.NUM_NEIGHBORS
+    neighbors: int = NUM_NEIGHBORS
     """Neighbours of a cell in the measures."""
     baseline: bool = True
     """Score principal components of the normalised counts as well, as "before"."""
@@ -63,9 +74,9 @@ class EvaluateConfig:
     target_sum: float = TARGET_SUM
     """Counts that the baseline scales every cell to (RNA, ATAC) before the logarithm."""
     scib: Literal["none", "quick", "all"] = "quick"
-    """scIB measures where scib-metrics is installed; quick: those that take seconds, all: also kBET and silhouettes."""
+    """scIB measures; quick: those that take seconds, all: also kBET and silhouettes."""
     plots: bool = True
-    """Draw pictures into `out`, where matplotlib and umap-learn are installed."""
+    """Draw pictures into `out`."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -137,25 +148,30 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
     ValueError
         An option names what is not there.
     """
-    source = _source_of(config.store, data)
+    require_extra()
+    store = _store_of(config.store, data)
     if config.run is not None and data is None:
-        _check_maker(config, config.run, source)
-    rows, columns = _choose_cells(source, config)
-    embeddings, presence = _embeddings(source, config, rows)
-    columns["modalities"] = modalities_of_cells(presence)
-    samples = columns[config.batch_key].codes if config.batch_key else None
-    labels = columns[config.label_key].codes if config.label_key else None
-    table = pd.DataFrame({name: _scores(points, samples, labels, config) for name, points in embeddings.items()})
-    known = [m.key for m in (*metrics.MEASURES, *scib_scores.QUICK, *scib_scores.SLOW)]
-    table = table.reindex([key for key in known if key in table.index]).rename_axis("measure")
-    by_modalities = _by_modalities(embeddings, samples, labels, columns["modalities"], config.neighbors)
-    found = Evaluation(table, by_modalities, embeddings, columns, rows, source.num_cells)
+        _check_maker(config, config.run, store)
+    rows, columns = _choose_cells(store, config)
+    embeddings, columns["modalities"] = _embeddings(store, config, rows)
+    codes = {
+        kind: columns[key].codes
+        for kind, key in (("samples", config.batch_key), ("labels", config.label_key))
+        if key is not None
+    }
+    scored = {
+        name: Scored(points, **codes, k=config.neighbors, seed=config.seed) for name, points in embeddings.items()
+    }
+    most_cost = ("none", "quick", "all").index(config.scib)
+    table = pd.DataFrame({name: score(one, most_cost=most_cost) for name, one in scored.items()})
+    by_modalities = _by_modalities(scored, columns["modalities"]) if "label_accuracy" in table.index else pd.DataFrame()
+    found = Evaluation(table.rename_axis("measure"), by_modalities, embeddings, columns, rows, store.schema.num_cells)
     return found if config.out is None else _write(found, config, config.out)
 
 
 def describe(found: Evaluation) -> str:
     """The tables as text."""
-    measures = {m.key: m for m in (*metrics.MEASURES, *scib_scores.QUICK, *scib_scores.SLOW)}
+    measures = {m.key: m for m in MEASURES}
     names = list(found.table.columns)
     scored = f"{len(found.rows):,} cells" + (f" of {found.num_cells:,}" if len(found.rows) < found.num_cells else "")
     width = max(len(m.title) for m in measures.values() if m.key in found.table.index)
@@ -180,110 +196,104 @@ def _evaluate_and_tell(config: EvaluateConfig) -> None:
         print(f"wrote {path}")
 
 
-def _source_of(name: str, data: Store | anndata.AnnData | mudata.MuData | None) -> Source:
+def _store_of(name: str, data: Store | anndata.AnnData | mudata.MuData | None) -> Store:
+    if data is None and Path(name).suffix in _IN_MEMORY:
+        data = read_in_memory(Path(name))
     if isinstance(data, anndata.AnnData | mudata.MuData):
-        return Source.of_memory(data)
-    if data is not None:
-        return Source.of_store(data)
-    if Path(name).suffix in (".h5ad", ".h5mu"):
-        return Source.of_memory(read_in_memory(Path(name)), name=name)
-    return Source.of_store(open_store(name))
+        return _in_memory(data)
+    return open_store(name) if data is None else data
 
 
-def _choose_cells(source: Source, config: EvaluateConfig) -> tuple[npt.NDArray[np.int64], dict[str, ObsColumn]]:
+def read_in_memory(path: Path) -> anndata.AnnData | mudata.MuData:
+    """A whole AnnData Zarr, h5ad or h5mu file."""
+    if path.suffix == ".h5mu":
+        with mudata.set_options(pull_on_update=False):
+            return mudata.read_h5mu(path)
+    return anndata.read_h5ad(path) if path.suffix == ".h5ad" else anndata.read_zarr(path)
+
+
+def _in_memory(data: anndata.AnnData | mudata.MuData) -> Store:
+    """A store over a copy of the data in memory."""
+    if isinstance(data, anndata.AnnData) and data.X is None:
+        nothing = scipy.sparse.csr_matrix((data.n_obs, 0), dtype=np.float32)
+        data = anndata.AnnData(nothing, obs=data.obs, obsm=dict(data.obsm))
+    memory = zarr.storage.MemoryStore()
+    with (
+        mudata.set_options(pull_on_update=False),
+        anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
+    ):
+        data.write_zarr(memory)
+    return open_store(zarr.open_group(memory, mode="r"))
+
+
+def _choose_cells(store: Store, config: EvaluateConfig) -> tuple[npt.NDArray[np.int64], dict[str, ObsColumn]]:
     """Rows to score, all of which have a sample and a label, and their columns."""
     whole = {
-        key: source.obs_column(key, option)
+        key: read_column(store, key, option=option)
         for key, option in ((config.batch_key, "--batch-key"), (config.label_key, "--label-key"))
         if key is not None
     }
-    known = np.ones(source.num_cells, bool)
+    known = np.ones(store.schema.num_cells, bool)
     for column in whole.values():
         known &= np.asarray(column.codes) >= 0
     if known.sum() < 3:
         raise ValueError(
-            f"{' and '.join(whole)}: got values in {int(known.sum())} of {source.num_cells} cells of {source.name};"
+            f"{' and '.join(whole)}: got values in {int(known.sum())} of {len(known)} cells of {store.uri};"
             " at least 3 are needed to score an embedding"
         )
     if not known.all():
         _log.info(
             "%s of %s cells have no %s and are left out", f"{(~known).sum():,}", f"{len(known):,}", " or ".join(whole)
         )
-    rows = draw_rows(known, max_cells=config.max_cells, seed=config.seed, by_blocks=source.is_shuffled)
+    rows = draw_rows(known, max_cells=config.max_cells, seed=config.seed, by_blocks=store.schema.is_shuffled)
     return rows, {key: ObsColumn(np.asarray(c.codes)[rows], c.categories) for key, c in whole.items()}
 
 
 def _embeddings(
-    source: Source, config: EvaluateConfig, rows: npt.NDArray[np.int64]
-) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, npt.NDArray[np.bool_]]]:
-    """The embedding, before it the baseline, and which cells have which modality."""
-    holder = source if config.embedding_file is None else _embedding_file(config.embedding_file, source)
-    wanted = {config.embedding: holder.embedding(config.embedding, rows)}
-    blocks: list[scipy.sparse.csr_matrix] = []
-    presence: dict[str, npt.NDArray[np.bool_]] = {}
-    for modality in source.modalities:
-        if config.baseline:
-            counts, presence[modality] = source.counts(modality, rows)
-            blocks.append(normalised(modality, counts, target_sum=config.target_sum))
-        else:
-            presence[modality] = source.presence(modality, rows)
-    if not blocks:
-        return wanted, presence
-    return {BASELINE: principal_components(blocks, num_components=config.components), **wanted}, presence
+    store: Store, config: EvaluateConfig, rows: npt.NDArray[np.int64]
+) -> tuple[dict[str, npt.NDArray[np.float32]], ObsColumn]:
+    """The embedding, before it the baseline, and which modalities the cells have."""
+    holder = store if config.embedding_file is None else _embedding_file(config.embedding_file, store)
+    wanted = {config.embedding: read_embedding(holder, config.embedding, rows)}
+    held = {name: modality.num_features for name, modality in store.schema.modalities.items()}
+    places = {name: modality_places(store, name, rows) for name, num_features in held.items() if num_features}
+    kinds = modalities_of_cells(places, len(rows))
+    if not (config.baseline and places):
+        return wanted, kinds
+    blocks = [
+        normalised(name, read_counts(store, name, within), target_sum=config.target_sum)
+        for name, within in places.items()
+    ]
+    return {BASELINE: principal_components(blocks, num_components=config.components), **wanted}, kinds
 
 
-def _embedding_file(name: str, source: Source) -> Source:
-    data = read_in_memory(Path(name)) if Path(name).suffix in (".h5ad", ".h5mu") else anndata.read_zarr(name)
-    if data.n_obs != source.num_cells:
+def _embedding_file(name: str, store: Store) -> Store:
+    data = read_in_memory(Path(name))
+    if data.n_obs != store.schema.num_cells:
         raise ValueError(
-            f"--embedding-file: got {data.n_obs:,} cells in {name}, but {source.name} has {source.num_cells:,};"
+            f"--embedding-file: got {data.n_obs:,} cells in {name}, but {store.uri} has {store.schema.num_cells:,};"
             " name the file that was embedded from this store"
         )
-    return Source.of_memory(data, name=name)
+    return _in_memory(data)
 
 
-def _check_maker(config: EvaluateConfig, run: Path, source: Source) -> None:
+def _check_maker(config: EvaluateConfig, run: Path, store: Store) -> None:
     """Refuse losses of one run beside the embedding of another."""
-    file = config.embedding_file or (None if source.store else config.store)
-    held = attributes_in_file(Path(file), config.embedding) if file else []
-    if source.store and file is None:
-        held = source.store.embedding_attributes(config.embedding)
+    file = config.embedding_file or (config.store if Path(config.store).suffix in _IN_MEMORY else None)
+    held = attributes_in_file(Path(file), config.embedding) if file else store.embedding_attributes(config.embedding)
     directory = RunDirectory(run)
     check_maker(
         held,
         directory.record().id if directory.is_run else None,
-        what=f"--run: obsm[{config.embedding!r}] of {file or source.name}",
+        what=f"--run: obsm[{config.embedding!r}] of {file or store.uri}",
         cure="name the run that made it, or embed the cells with this one",
     )
 
 
-def _scores(
-    points: npt.NDArray[np.float32],
-    samples: npt.NDArray[np.int32] | None,
-    labels: npt.NDArray[np.int32] | None,
-    config: EvaluateConfig,
-) -> dict[str, float]:
-    scores = metrics.score(points, samples=samples, labels=labels, k=config.neighbors, seed=config.seed)
-    if config.scib == "none" or samples is None or labels is None or len(np.unique(samples)) < 2:
-        return scores
-    if config.scib == "all" or scib_scores.is_installed():
-        scores |= scib_scores.scib_scores(points, samples=samples, labels=labels, with_slow=config.scib == "all")
-    return scores
-
-
-def _by_modalities(
-    embeddings: dict[str, npt.NDArray[np.float32]],
-    samples: npt.NDArray[np.int32] | None,
-    labels: npt.NDArray[np.int32] | None,
-    kinds: ObsColumn,
-    k: int,
-) -> pd.DataFrame:
-    if samples is None or labels is None or len(np.unique(samples)) < 2:
-        return pd.DataFrame()
-    right = {name: metrics.label_accuracy(points, labels, samples, k=k) for name, points in embeddings.items()}
-    by_cell = pd.DataFrame(right).assign(modalities=np.asarray(kinds.categories, object)[kinds.codes])
-    grouped = by_cell.groupby("modalities")
-    return grouped.mean().assign(cells=grouped.size())
+def _by_modalities(scored: dict[str, Scored], kinds: ObsColumn) -> pd.DataFrame:
+    by_cell = pd.DataFrame({name: one.is_predicted for name, one in scored.items()})
+    grouped = by_cell.groupby(np.asarray(kinds.categories, object)[kinds.codes])
+    return grouped.mean().rename_axis("modalities").assign(cells=grouped.size())
 
 
 def _write(found: Evaluation, config: EvaluateConfig, out: Path) -> Evaluation:
@@ -291,12 +301,9 @@ def _write(found: Evaluation, config: EvaluateConfig, out: Path) -> Evaluation:
     written = [out / "metrics.csv"]
     found.table.to_csv(written[0])
     if config.plots:
-        try:
-            written.append(_draw_umaps(found, config, out / "umap.png"))
-            if config.run is not None:
-                written += _draw_losses(config.run, out)
-        except plots.MissingLibraryError as error:
-            _log.warning("%s", error)
+        written.append(_draw_umaps(found, config, out / "umap.png"))
+        if config.run is not None:
+            written += _draw_losses(config.run, out)
     return Evaluation(**{**vars(found), "written": tuple(written)})
 
 

@@ -32,12 +32,6 @@ _MOST_LEGEND_ENTRIES = 45
 _LEGEND_ROWS = 15
 _TRAIN_COLOUR, _VALIDATION_COLOUR = "#7F8C99", "#0072B2"
 
-_INSTALL = "pip install 'liam-scale[evaluate]'"
-
-
-class MissingLibraryError(RuntimeError):
-    """A library of the `[evaluate]` extra is not installed."""
-
 
 @dataclass(frozen=True)
 class Panel:
@@ -51,19 +45,10 @@ class Panel:
 
 
 def umap_coordinates(embedding: npt.NDArray[np.floating], *, seed: int = 0) -> npt.NDArray[np.float32]:
-    """(n, 2) UMAP of (n, d) points with 15 neighbours, the same for the same seed on the same machine.
-
-    Raises
-    ------
-    MissingLibraryError
-        umap-learn is not installed.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Tensorflow not installed", category=ImportWarning)
-            import umap
-    except ImportError as error:
-        raise MissingLibraryError(f"pictures: umap-learn is not installed; {_INSTALL}") from error
+    """(n, 2) UMAP of (n, d) points with 15 neighbours, the same for the same seed on the same machine."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Tensorflow not installed", category=ImportWarning)
+        import umap
     reducer = umap.UMAP(n_neighbors=min(15, len(embedding) - 1), min_dist=0.3, random_state=seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="n_jobs value", category=UserWarning)
@@ -158,11 +143,9 @@ def draw_losses(path: Path, history: pd.DataFrame, *, title: str) -> None:
 
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise MissingLibraryError(f"pictures: matplotlib is not installed; {_INSTALL}") from error
+    import matplotlib
+    import matplotlib.pyplot as plt
+
     matplotlib.use("agg")
     return plt
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
-import sklearn.metrics
-import sklearn.neighbors
 
-from liam_scale.evaluate import BASELINE, EvaluateConfig, Evaluation, describe, evaluate, main
-from liam_scale.evaluation import metrics, plots
-from liam_scale.evaluation.baseline import centred_log_ratio, log_normalised, normalised, principal_components
-from liam_scale.evaluation.selection import Source, draw_rows, modalities_of_cells, read_in_memory
+from liam_scale.evaluate import BASELINE, EvaluateConfig, Evaluation, describe, evaluate, main, read_in_memory
+from liam_scale.evaluation import plots
+from liam_scale.evaluation.baseline import normalised, principal_components
+from liam_scale.evaluation.cells import draw_rows, modalities_of_cells, modality_places, read_counts
+from liam_scale.evaluation.measures import Scored, label_asw, same_sample_ratio, score
 from loaders.stores import ObsColumn, ZarrStore, open_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +38,9 @@ def quiet_mudata() -> Iterator[None]:
 def pbmc() -> mudata.MuData:
     """The shipped mosaic with an embedding: its baseline, every donor centred."""
     data = read_in_memory(PBMC)
-    source = Source.of_memory(data)
-    points = principal_components([normalised(m, source.counts(m, np.arange(1600))[0]) for m in source.modalities])
+    counts = {m: data.mod[m].to_df().reindex(data.obs_names).fillna(0) for m in ("rna", "adt")}
+    blocks = [normalised(m, scipy.sparse.csr_matrix(values, dtype=np.float32)) for m, values in counts.items()]
+    points = principal_components(blocks)
     for donor in data.obs["donor"].cat.categories:
         of_donor = np.asarray(data.obs["donor"] == donor)
         points[of_donor] -= points[of_donor].mean(axis=0)
@@ -56,94 +55,58 @@ def store(pbmc: mudata.MuData, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-@pytest.fixture
-def clouds() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(points, labels, samples): three labels of unequal size, far from the origin and close together, two samples."""
-    rng = np.random.default_rng(0)
-    labels = rng.choice(3, 400, p=[0.6, 0.3, 0.1])
-    samples = rng.integers(0, 2, 400)
-    points = 50.0 + 1e-3 * (rng.normal(size=(400, 5)) + 2.0 * labels[:, None] + 0.8 * samples[:, None])
-    return points, labels, samples
-
-
-class TestMetrics:
-    @pytest.mark.parametrize("block_bytes", [1, 3 * 8 * 400, 2**26])
-    def test_nearest_are_those_of_sklearn(self, clouds, monkeypatch, block_bytes):
-        points, _, samples = clouds
-        monkeypatch.setattr(metrics, "_BLOCK_BYTES", block_bytes)
-        found, distances = metrics.nearest(points, k=7)
-        truth, expected = sklearn.neighbors.NearestNeighbors(n_neighbors=8).fit(points).kneighbors(points)[::-1]
-        np.testing.assert_array_equal(found, truth[:, 1:])
-        np.testing.assert_allclose(distances, expected[:, 1:], rtol=1e-6)
-        apart, _ = metrics.nearest(points, k=7, apart=samples)
-        for code in (0, 1):
-            other = np.flatnonzero(samples != code)
-            tree = sklearn.neighbors.NearestNeighbors(n_neighbors=7).fit(points[other])
-            np.testing.assert_array_equal(
-                apart[samples == code], other[tree.kneighbors(points[samples == code], return_distance=False)]
-            )
-
-    def test_fewer_candidates_than_neighbours_leave_holes(self):
-        points = np.arange(5.0)[:, None] ** 2
-        found, distances = metrics.nearest(points, k=3, apart=np.array([0, 0, 0, 0, 1]))
-        np.testing.assert_array_equal(found[:4], [[4, -1, -1]] * 4)
-        np.testing.assert_array_equal(found[4], [3, 2, 1])
-        assert np.isinf(distances[:4, 1:]).all()
-        alone, _ = metrics.nearest(points[:2], k=3)
-        np.testing.assert_array_equal(alone, [[1, -1, -1], [0, -1, -1]])
+class TestMeasures:
+    def test_neighbours_far_from_the_origin_are_exact(self):
+        points = 50.0 + 1e-3 * np.random.default_rng(0).normal(size=(100, 5))
+        apart = np.linalg.norm(points[:, None] - points[None], axis=-1)
+        np.fill_diagonal(apart, np.inf)
+        indices, distances = Scored(points).nearest
+        np.testing.assert_array_equal(indices[:, :30], np.argsort(apart, axis=1)[:, :30])
+        np.testing.assert_allclose(distances[:, :30], np.sort(apart, axis=1)[:, :30], rtol=1e-6)
 
     def test_accuracy_asks_the_other_samples_only(self):
         # Sample 0: labels 0 at 0 and 1 at 10. Sample 1 has them the other way round: within a sample all is well.
         points = np.array([0.0, 0.1, 0.2, 10.0, 10.1, 10.2] * 2)[:, None] + np.repeat([0.0, 0.01], 6)[:, None]
         labels = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0])
         samples = np.repeat([0, 1], 6)
-        assert metrics.label_accuracy(points, labels, samples, k=3).sum() == 0
+        assert not Scored(points, samples=samples, labels=labels, k=3).is_predicted.any()
         labels[6:] = labels[:6]
-        assert metrics.label_accuracy(points, labels, samples, k=3).all()
+        assert Scored(points, samples=samples, labels=labels, k=3).is_predicted.all()
 
-    def test_a_tie_goes_to_the_lowest_code(self):
-        points = np.array([0.0, 1.0, 1.1])[:, None]
-        right = metrics.label_accuracy(points, np.array([1, 2, 1]), np.array([0, 1, 1]), k=2)
-        assert right[0]
-        assert not metrics.label_accuracy(points, np.array([2, 2, 1]), np.array([0, 1, 1]), k=2)[0]
+    def test_a_tie_goes_to_the_lowest_code_and_few_candidates_are_enough(self):
+        points, samples = np.array([0.0, 1.0, 1.1])[:, None], np.array([0, 1, 1])
+        assert Scored(points, samples=samples, labels=np.array([1, 2, 1]), k=2).is_predicted[0]
+        assert not Scored(points, samples=samples, labels=np.array([2, 2, 1]), k=15).is_predicted[0]
 
     def test_same_sample_ratio_is_one_when_mixed_and_the_number_of_samples_when_apart(self):
         rng = np.random.default_rng(1)
         samples = rng.integers(0, 4, 3000)
-        mixed, _ = metrics.nearest(rng.normal(size=(3000, 4)), k=15)
-        assert metrics.same_sample_ratio(mixed, samples) == pytest.approx(1, abs=0.03)
-        apart, _ = metrics.nearest(rng.normal(size=(3000, 4)) + 100.0 * samples[:, None], k=15)
-        expected = 1 / np.square(np.bincount(samples) / 3000).sum()
-        assert metrics.same_sample_ratio(apart, samples) == pytest.approx(expected)
+        mixed = rng.normal(size=(3000, 4))
+        assert same_sample_ratio(Scored(mixed, samples=samples)) == pytest.approx(1, abs=0.03)
+        apart = Scored(mixed + 100.0 * samples[:, None], samples=samples)
+        assert same_sample_ratio(apart) == pytest.approx(1 / np.square(np.bincount(samples) / 3000).sum())
 
-    def test_silhouette_is_that_of_sklearn(self, clouds, monkeypatch):
-        points, labels, _ = clouds
-        monkeypatch.setattr(metrics, "_BLOCK_BYTES", 5 * 8 * 400)
-        expected = (sklearn.metrics.silhouette_score(points - 50.0, labels) + 1) / 2
-        assert metrics.label_asw(points, labels) == pytest.approx(expected, rel=1e-6)
-        labels[0] = 4  # alone with its label, and label 3 without cells
-        expected = (sklearn.metrics.silhouette_score(points - 50.0, labels) + 1) / 2
-        assert metrics.label_asw(points, labels) == pytest.approx(expected, rel=1e-6)
-
-    def test_nmi_and_ari_are_those_of_sklearn(self):
-        rng = np.random.default_rng(2)
-        first = rng.integers(0, 5, 300)
-        second = np.where(rng.random(300) < 0.7, first, rng.integers(0, 7, 300))
-        assert metrics.nmi(first, second) == pytest.approx(sklearn.metrics.normalized_mutual_info_score(first, second))
-        assert metrics.ari(first, second) == pytest.approx(sklearn.metrics.adjusted_rand_score(first, second))
-        assert metrics.nmi(first, first) == pytest.approx(1)
-        assert metrics.ari(first, first) == pytest.approx(1)
-
-    def test_kmeans_finds_clear_clusters_and_repeats_itself(self):
+    def test_clear_clusters_score_one_and_noise_zero(self):
         rng = np.random.default_rng(3)
-        truth = rng.integers(0, 6, 500)
-        points = rng.normal(size=(500, 3)) * 0.1 + rng.normal(size=(6, 3))[truth] * 5
-        codes = metrics.kmeans(points, 6, seed=0)
-        assert metrics.ari(codes, truth) == 1
-        np.testing.assert_array_equal(codes, metrics.kmeans(points, 6, seed=0))
+        labels = rng.integers(0, 6, 500)
+        clear = Scored(rng.normal(size=(500, 3)) * 0.1 + rng.normal(size=(6, 3))[labels] * 50, labels=labels)
+        scores = score(clear)
+        assert scores["kmeans_ari"] == pytest.approx(1)
+        assert scores["kmeans_nmi"] == pytest.approx(1)
+        assert scores["label_purity"] == 1
+        assert scores["label_asw"] > 0.99
+        noise = score(Scored(rng.normal(size=(500, 3)), labels=labels))
+        assert noise["kmeans_ari"] == pytest.approx(0, abs=0.02)
+        assert noise["label_asw"] < 0.5
 
-    def test_kmeans_of_equal_points_ends(self):
-        assert len(metrics.kmeans(np.zeros((10, 2)), 3, seed=0)) == 10
+    def test_silhouette_of_four_points_by_hand(self):
+        points = np.array([0.0, 1.0, 4.0, 5.0])[:, None]
+        widths = [(4.5 - 1) / 4.5, (3.5 - 1) / 3.5, (3.5 - 1) / 3.5, (4.5 - 1) / 4.5]
+        found = label_asw(Scored(points, labels=np.array([0, 0, 1, 1])))
+        assert found == pytest.approx((np.mean(widths) + 1) / 2)
+
+    def test_equal_points_are_scored(self):
+        assert len(Scored(np.zeros((10, 2)), labels=np.arange(10) % 3).clusters) == 10
 
 
 class TestBaseline:
@@ -159,14 +122,13 @@ class TestBaseline:
         expected = left[:, :5] * singular[:5]
         expected *= np.sign((expected * scores).sum(axis=0))
         np.testing.assert_allclose(scores, expected, atol=1e-4 * np.abs(expected).max())
-        assert (scores.max(axis=0) >= -scores.min(axis=0)).all()
 
     def test_normalisation_leaves_absent_cells_at_zero(self):
         counts = scipy.sparse.csr_matrix(np.array([[1, 3, 0], [0, 0, 0], [0, 0, 9]], np.float32))
         np.testing.assert_allclose(
-            log_normalised(counts).toarray(), np.log1p([[250, 750, 0], [0, 0, 0], [0, 0, 1000]]), rtol=1e-6
+            normalised("rna", counts).toarray(), np.log1p([[250, 750, 0], [0, 0, 0], [0, 0, 1000]]), rtol=1e-6
         )
-        ratio = centred_log_ratio(counts).toarray()
+        ratio = normalised("adt", counts).toarray()
         scale = np.exp((np.log1p(1) + np.log1p(3)) / 3)
         np.testing.assert_allclose(ratio[0], np.log1p(np.array([1, 3, 0]) / scale), rtol=1e-6)
         assert not ratio[1].any()
@@ -200,7 +162,7 @@ class TestDraw:
         assert len(np.unique(scattered // 256)) > 300
 
     def test_modalities_of_cells(self):
-        column = modalities_of_cells({"rna": np.array([True, True, False]), "adt": np.array([False, True, True])})
+        column = modalities_of_cells({"rna": np.array([0, 1, -1]), "adt": np.array([-1, 0, 1])}, 3)
         assert [column.categories[c] for c in column.codes] == ["RNA", "RNA + ADT", "ADT"]
 
 
@@ -219,45 +181,29 @@ class CountingStore:
         return self._store.read_rows(modality, start, stop)
 
 
-class TestSource:
-    def test_store_and_memory_give_the_same_cells(self, pbmc, store):
+class TestReading:
+    def test_counts_are_those_of_the_cells_whatever_they_lack(self, pbmc, store):
         rows = np.sort(np.random.default_rng(0).choice(1600, 300, replace=False))
-        on_disk, in_memory = Source.of_store(open_store(store)), Source.of_memory(pbmc)
-        dense = {m: pbmc.mod[m].to_df() for m in ("rna", "adt")}
+        opened = open_store(store)
         for modality in ("rna", "adt"):
-            found, present = on_disk.counts(modality, rows)
-            expected = dense[modality].reindex(pbmc.obs_names[rows])
-            np.testing.assert_array_equal(present, expected.notna().all(axis=1))
-            np.testing.assert_array_equal(found.toarray(), expected.fillna(0))
-            again, present_again = in_memory.counts(modality, rows)
-            np.testing.assert_array_equal(again.toarray(), found.toarray())
-            np.testing.assert_array_equal(present_again, present)
-            np.testing.assert_array_equal(on_disk.presence(modality, rows), present)
-            np.testing.assert_array_equal(in_memory.presence(modality, rows), present)
-        np.testing.assert_array_equal(on_disk.embedding("X_liam", rows), pbmc.obsm["X_liam"][rows])
+            places = modality_places(opened, modality, rows)
+            expected = pbmc.mod[modality].to_df().reindex(pbmc.obs_names[rows])
+            np.testing.assert_array_equal(places >= 0, expected.notna().all(axis=1))
+            np.testing.assert_array_equal(read_counts(opened, modality, places).toarray(), expected.fillna(0))
 
     def test_a_block_without_the_modality(self, store):
-        rows = np.arange(20)  # p1: RNA only
-        found, present = Source.of_store(open_store(store)).counts("adt", rows)
+        opened = open_store(store)
+        places = modality_places(opened, "adt", np.arange(20))  # p1: RNA only
+        found = read_counts(opened, "adt", places)
         assert found.shape == (20, 224)
         assert found.nnz == 0
-        assert not present.any()
+        assert (places == -1).all()
 
     def test_reads_little_beyond_the_drawn_cells(self, store):
         counting = CountingStore(open_store(store))
-        source = Source(str(store), 1600, ("rna", "adt"), True, store=counting)
         rows = draw_rows(np.ones(1600, bool), max_cells=200, seed=0, by_blocks=True)
-        source.counts("rna", rows)
+        read_counts(counting, "rna", modality_places(counting, "rna", rows))
         assert sum(stop - start for _, start, stop in counting.read) <= 200
-
-    def test_an_anndata_is_rna_unless_it_is_empty(self):
-        adata = anndata.AnnData(
-            scipy.sparse.eye(5, 4, format="csr"), obs=pd.DataFrame({"donor": list("aabbb")}, index=list("12345"))
-        )
-        source = Source.of_memory(adata)
-        assert source.modalities == ("rna",)
-        assert source.obs_column("donor", "--batch-key").categories == ("a", "b")
-        assert Source.of_memory(anndata.AnnData(obs=adata.obs)).modalities == ()
 
 
 def config(store: Path | str = "pbmc", **options) -> EvaluateConfig:
@@ -453,22 +399,13 @@ class TestCommand:
         assert main([str(store), "--batch-key", "doner"]) == 2
         assert capsys.readouterr().err.startswith("error: --batch-key: got 'doner'")
 
-    def test_measures_without_the_extra(self, store, tmp_path):
-        """With nothing of `[evaluate]` importable the table stands, and the missing pictures are explained."""
-        code = (
-            "import sys\n"
-            "for name in ('scanpy', 'sklearn', 'umap', 'matplotlib', 'scib_metrics', 'jax'): sys.modules[name] = None\n"
-            "from liam_scale.evaluate import main\n"
-            "sys.exit(main(sys.argv[1:]))\n"
-        )
-        options = ["--batch-key", "donor", "--label-key", "cell_type", "--max-cells", "300", "--out", str(tmp_path)]
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(store), *options], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert "label silhouette" in done.stdout
-        assert "pip install 'liam-scale[evaluate]'" in done.stderr
-        assert not (tmp_path / "umap.png").exists()
+    def test_without_the_extra_the_cure_is_named(self, store, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "scib_metrics", None)
+        monkeypatch.setitem(sys.modules, "umap", None)
+        assert main([str(store), "--batch-key", "donor"]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith("error: evaluate: scib-metrics and umap-learn cannot be imported;")
+        assert "pip install 'liam-scale[evaluate]'" in told
 
 
 @pytest.mark.slow
