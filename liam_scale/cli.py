@@ -2,119 +2,75 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import operator
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from liam_scale.command import parse, run
+from liam_scale.command import Command, reader_may_leave
 
 COMMANDS = {
-    "ingest": ("liam_scale.cli", "ingest_main", "source files -> one shuffled, checked store"),
-    "train": (
-        "liam_scale.train",
-        "main",
-        "store -> trained model (for several processes: torchrun -m liam_scale.train)",
-    ),
-    "embed": ("liam_scale.embed", "main", "trained model -> obsm['X_liam'] of the store"),
-    "decode": ("liam_scale.decode", "main", "trained model -> normalised expression, accessibility, protein"),
-    "map": ("liam_scale.map", "main", "cells of new samples -> the embedding of a trained model"),
-    "evaluate": ("liam_scale.evaluate", "main", "embedding -> table of metrics and pictures"),
-    "demo": ("liam_scale.demo", "main", "all of it on a small data set that comes with the package"),
+    "ingest": "source files -> one shuffled, checked store",
+    "train": "store -> trained model (for several processes: torchrun -m liam_scale.train)",
+    "embed": "trained model -> obsm['X_liam'] of the store",
+    "decode": "trained model -> normalised expression, accessibility, protein",
+    "map": "cells of new samples -> the embedding of a trained model",
+    "evaluate": "embedding -> table of metrics and pictures",
+    "demo": "all of it on a small data set that comes with the package",
 }
+"""What each command turns into what; each is the `main` of the module of its name."""
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+USAGE = """usage: liam-scale COMMAND [OPTIONS]
+
+Integrate multimodal single-cell data that does not fit in memory.
+
+commands:
+{commands}
+
+liam-scale COMMAND --help shows the options of a command; --version the version;
+--print-completion {{bash,zsh,tcsh}} a script that completes commands and options in a shell."""
 
 
-@dataclass(frozen=True)
-class IngestConfig:
-    """Read source files, check their counts, shuffle the cells, write one store."""
-
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """h5ad, h5mu, 10x .h5, AnnData or MuData Zarr, SOMA experiment; `rna=a.h5ad,atac=b.h5ad` pairs files by cell."""
-    out: Path
-    """Store to write, e.g. atlas.zarr."""
-    sample_key: str | None = None
-    """Obs column that becomes the column `sample`; default: the name of each file."""
-    join: Literal["inner", "outer"] = "inner"
-    """Features kept when several sources differ: those of all, or those of any."""
-    layer: str | None = None
-    """Layer that holds the counts; default: X."""
-    memory: str = "1GiB"
-    """Memory for chunks and shuffling; the peak does not grow with the number of cells."""
-    seed: int = 0
-    """Seed of the global shuffle."""
-    overwrite: bool = False
-    """Replace `out` if it exists."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
-def ingest_main(argv: Sequence[str] | None = None) -> int:
-    config = parse(
-        IngestConfig, argv, prog="liam-scale ingest", description="Source files -> one store.", positional="sources"
-    )
-    return run(lambda: _ingest(config), debug=config.debug)
-
-
-def _ingest(config: IngestConfig) -> None:
-    from loaders.ingest import ingest
-
-    if not config.sources:
-        raise ValueError("sources: got none; name at least one file, e.g. a.h5mu")
-    schema = ingest(
-        config.sources,
-        out=config.out,
-        sample_key=config.sample_key,
-        join=config.join,
-        layer=config.layer,
-        memory=config.memory,
-        seed=config.seed,
-        overwrite=config.overwrite,
-    )
-    print(f"wrote {config.out}: {schema.num_cells:,} cells")
-    for m in schema.modalities.values():
-        print(
-            f"  {m.name}: {m.num_cells:,} cells x {m.num_features:,} features, "
-            f"{m.nonzeros_per_cell:,.0f} non-zeros a cell, {m.value_dtype}"
-        )
-    print(f"  obs: {', '.join(schema.obs_columns)}")
-    print(f"next: python -m liam_scale.train {config.out} --batch-key sample --out runs/a")
+def command(name: str) -> Command[Any]:
+    return importlib.import_module(f"liam_scale.{name}").main
 
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, _, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: liam-scale COMMAND [OPTIONS]",
-            "",
-            "Integrate multimodal single-cell data that does not fit in memory.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "liam-scale COMMAND --help shows the options of a command; --version the version.",
-        ]
-    )
+    return USAGE.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()))
+
+
+def print_completion(shell: str) -> None:
+    """Print what `eval "$(liam-scale --print-completion bash)"` runs."""
+    forms = [Annotated[command(name).form, tyro.conf.subcommand(name)] for name in COMMANDS]
+    tyro.cli(functools.reduce(operator.or_, forms), prog="liam-scale", args=["--tyro-print-completion", shell])  # type: ignore[call-overload]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if arguments[0] == "--version":
-        print(f"liam-scale {version('liam-scale')}")
-        return 0
-    if arguments[0] not in COMMANDS:
-        print(f"error: command: got {arguments[0]!r}; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    module, function, _ = COMMANDS[arguments[0]]
-    return int(getattr(importlib.import_module(module), function)(arguments[1:]))
+    word, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if word in COMMANDS:
+        return command(word)(rest)
+    with reader_may_leave():
+        if word in ("-h", "--help"):
+            print(usage())
+        elif word == "--version":
+            print(f"liam-scale {version('liam-scale')}")
+        elif word == "--print-completion" and rest in ([shell] for shell in SHELLS):
+            print_completion(rest[0])
+        else:
+            what, got, choice = ("command", word, (*COMMANDS,))
+            if word == "--print-completion":
+                what, got, choice = word, " ".join(rest), SHELLS
+            print(f"error: {what}: got {got!r}; choose one of {', '.join(choice)}", file=sys.stderr)
+            return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,134 +1,183 @@
-"""What every command shares: parsing a dataclass from TOML and flags, and errors in one block."""
+"""What every command shares: options from flags and TOML, one log, errors in one block."""
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
+import contextlib
+import io
 import logging
+import os
+import platform
 import sys
 import tomllib
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Annotated, Any, Generic, TypeVar, get_args
 
-import tomli_w
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from liam_scale.tables import from_table, to_toml
 from liam_scale.training.distributed import launched_ranks
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Given(Generic[T]):
+    """A command line: the options of one command, and those that every command takes."""
+
+    options: Annotated[T, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """TOML file with options, such as config.toml of a run; the command line wins."""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Log more: versions, options, every rank."""
+    debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class Command(Generic[T]):
+    """A command: called with arguments it does its work and returns an exit code."""
+
+    kind: type[T]
+    """Frozen dataclass of the options."""
+    work: Callable[[T], object]
+    prog: str
+    description: str
+
+    @property
+    def form(self) -> Any:
+        """What the parser fills in."""
+        return Given[self.kind]  # type: ignore[name-defined]
+
+    def parse(self, arguments: Sequence[str]) -> T:
+        """Options from flags and `--config`.
+
+        Raises
+        ------
+        ValueError
+            A file or a value cannot be used. What the parser itself refuses ends in SystemExit, as --help does.
+        """
+        default = Given(_from_file(self.kind, arguments))
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), _READABLE:
+                given = tyro.cli(
+                    self.form, args=list(arguments), prog=self.prog, description=self.description, default=default
+                )
+        except SystemExit as stop:
+            if (refused := _own_check(stop)) is not None:
+                raise refused from None
+            if launched_ranks()[0] == 0:
+                sys.stderr.write(said.getvalue())
+            raise
+        return given.options
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        arguments = sys.argv[1:] if argv is None else argv
+
+        def work() -> None:
+            options = self.parse(arguments)
+            _log.debug(
+                "liam-scale %s, torch %s, Python %s", *map(version, ("liam-scale", "torch")), platform.python_version()
+            )
+            _log.debug("%s", to_toml(options))
+            self.work(options)
+
+        return run(work, debug="--debug" in arguments, verbose="--verbose" in arguments)
 
 
 def flag_of(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def _flags_from_toml(table: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The flags that say what a TOML table says, so that one parser checks both."""
-    flags: list[str] = []
-    for key, value in table.items():
-        name = prefix + key
-        if isinstance(value, Mapping):
-            flags += _flags_from_toml(value, name + ".")
-        elif isinstance(value, bool):
-            section, _, last = name.rpartition(".")
-            flags.append(flag_of(name if value else f"{section}.no_{last}" if section else f"no_{last}"))
-        elif isinstance(value, list):
-            flags += [flag_of(name), *(str(item) for item in value)]
-        else:
-            flags += [flag_of(name), str(value)]
-    return flags
-
-
-def _expand_config(argv: Sequence[str], positional: str | None) -> list[str]:
-    """Replace `--config FILE` by the flags it stands for; the command line's own flags win."""
-    arguments = list(argv)
-    is_config = [argument.partition("=")[0] == "--config" for argument in arguments]
-    if not any(is_config):
-        return arguments
-    index = is_config.index(True)
-    argument = arguments[index]
-    if argument == "--config":
-        if index + 1 == len(arguments):
-            raise ValueError("--config: got nothing; name a TOML file")
-        file, rest = arguments[index + 1], arguments[:index] + arguments[index + 2 :]
-    else:
-        file, rest = argument.partition("=")[2], arguments[:index] + arguments[index + 1 :]
+def _from_file(kind: type[T], arguments: Sequence[str]) -> T:
+    """Options as the file of `--config` says, or their defaults; not yet checked together."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", nargs="?")
+    file = finder.parse_known_args(arguments)[0].config
     try:
-        table = tomllib.loads(Path(file).read_text())
+        table = {} if file is None else tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        return from_table(kind, table, absent=tyro.MISSING)
     except OSError as error:
-        raise ValueError(f"--config: {file} cannot be read ({error.strerror}); name an existing TOML file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"--config: {file} is not valid TOML ({error})") from error
-    leading: list[str] = []
-    if positional is not None and positional in table:
-        values = table.pop(positional)
-        if not rest or rest[0].startswith("-"):
-            leading = [str(v) for v in (values if isinstance(values, list) else [values])]
-    given = {a.partition("=")[0].replace("--no-", "--").replace(".no-", ".") for a in rest if a.startswith("--")}
-    # Positionals first: a list option of the file would swallow one that follows it.
-    return leading + rest + _without(_flags_from_toml(table), given)
+        inside = Path(file) / "config.toml"
+        cure = inside if inside.exists() else "a TOML file, such as config.toml of a run"
+        raise ValueError(f"--config: {file} cannot be read ({error.strerror}); name {cure}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"--config: {file} is not TOML in UTF-8 ({error}); correct that place") from None
+    except ValueError as error:
+        raise ValueError(f"--config: {file}: {error}") from None
 
 
-def _without(flags: list[str], given: set[str]) -> list[str]:
-    """Drop flags (with their values) that the command line gives itself."""
-    kept: list[str] = []
-    is_dropped = False
-    for item in flags:
-        if item.startswith("--"):
-            is_dropped = item.replace("--no-", "--").replace(".no-", ".") in given
-        if not is_dropped:
-            kept.append(item)
-    return kept
+def _own_check(stop: BaseException) -> ValueError | None:
+    """The error of an option's own check, which the parser would cut into lines and show under a name of its own."""
+    error: BaseException | None = stop
+    while error is not None:
+        frames = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ValueError) and any(frame.f_code.co_name == "__post_init__" for frame, _ in frames):
+            return error
+        error = error.__context__
+    return None
 
 
-def parse(
-    kind: type[T],
-    argv: Sequence[str] | None = None,
-    *,
-    prog: str,
-    description: str,
-    short: Mapping[str, str] | None = None,
-    positional: str | None = None,
-) -> T:
-    """Parse a frozen dataclass from flags.
-
-    Parameters
-    ----------
-    short
-        Flags without their section, and the full flag each stands for (`--alpha` for `--model.alpha`).
-    positional
-        Name of the positional field, which a TOML file may also give.
-    """
-    short = short or {}
-    arguments: list[str] = []
-    for argument in sys.argv[1:] if argv is None else argv:
-        name, equals, value = argument.partition("=")
-        arguments.append(short.get(name, name) + equals + value)
-    if short:
-        listed = ", ".join(f"{s} ({full})" for s, full in short.items())
-        description += f"\n\nShort forms: {listed}. --config FILE reads the same options from TOML."
-    return tyro.cli(kind, args=_expand_config(arguments, positional), prog=prog, description=description)
+_READABLE = ConstructorRegistry()
+"""How help names values."""
 
 
-def to_table(value: Any) -> Any:
-    """A dataclass as a TOML table: nested, without absent values."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        entries = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {name: to_table(entry) for name, entry in entries if entry is not None}
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, tuple | list):
-        return [to_table(item) for item in value]
-    return value
+@_READABLE.primitive_rule
+def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """An option that may be absent looks like any other; `None` on the command line takes a file's value away."""
+    kinds = get_args(info.type)
+    if NoneType not in kinds or len(kinds) != 2:
+        return None
+    own = next(kind for kind in kinds if kind is not NoneType)
+    inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(own, info.markers))
+    assert isinstance(inner, PrimitiveConstructorSpec), own
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=inner.metavar,
+        instance_from_str=lambda given: None if given == ["None"] else inner.instance_from_str(given),
+        is_instance=lambda value: value is None or inner.is_instance(value),
+        str_from_instance=lambda value: ["None"] if value is None else inner.str_from_instance(value),
+        choices=None if inner.choices is None else (*inner.choices, "None"),
+    )
 
 
-def to_toml(value: Any) -> str:
-    return tomli_w.dumps(to_table(value))
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """Where `| head` closes stdout, end in silence with the exit code of a process that SIGPIPE ended."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        try:
+            # Another pipe may have broken, which is to be told.
+            print(flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(128 + 13) from None
+        raise
 
 
-def run(main: Callable[[], None], *, debug: bool = False) -> int:
+def _log_to_stderr(rank: int, *, verbose: bool) -> None:
+    level = logging.INFO if rank == 0 else logging.ERROR
+    form = f"%(asctime)s rank {rank} %(name)s: %(message)s" if verbose else "%(message)s"
+    logging.basicConfig(level=logging.DEBUG if verbose else level, format=form, stream=sys.stderr)
+    for noisy in ("torch", "numba", "zarr", "numcodecs", "asyncio", "matplotlib", "PIL", "h5py", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def run(main: Callable[[], None], *, debug: bool = False, verbose: bool = False) -> int:
     """Run a command; an error becomes one block on stderr and an exit code.
 
     Returns
@@ -136,13 +185,12 @@ def run(main: Callable[[], None], *, debug: bool = False) -> int:
     0 when it worked, 2 when what the user gave cannot be used (ValueError), 1 when the run failed, 130 on Ctrl-C.
     """
     rank, size = launched_ranks()
-    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    for noisy in ("torch", "numba", "zarr", "numcodecs", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    _log_to_stderr(rank, verbose=verbose)
     # A third-party note that a user can do nothing about, on every start.
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
     try:
-        main()
+        with reader_may_leave():
+            main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -14,18 +14,6 @@ from liam_scale.training.optim import OptimConfig
 from liam_scale.training.options import TrainingConfig
 from loaders.options import LoaderConfig
 
-SHORT_FLAGS = {
-    "--model": "--model.model",
-    "--alpha": "--model.alpha",
-    "--n-latent": "--model.n-latent",
-    "--precision": "--model.precision",
-    "--minibatch": "--loader.minibatch",
-    "--memory": "--loader.memory",
-    "--lr": "--optim.lr",
-    "--max-epochs": "--training.max-epochs",
-    "--max-steps": "--training.max-steps",
-}
-
 LOCKED = ("seed", "batch_key", "model", "optim", "loader.minibatch", "loader.validation_share", "loader.adt_transform")
 """Options that make a run what it is: resuming with another value is refused by name."""
 
@@ -48,8 +36,6 @@ class TrainConfig:
     """auto: CUDA where there is one, else CPU."""
     dry_run: bool = False
     """Print configuration, model size, and estimates of memory and time; train nothing."""
-    debug: bool = False
-    """Show the traceback of an error."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -17,7 +17,7 @@ import tyro
 import zarr
 from torch import Tensor
 
-from liam_scale.command import parse, run
+from liam_scale.command import Command
 from liam_scale.model import Liam
 from liam_scale.model.decoders import NegativeMultinomialDecoder
 from liam_scale.preparation import open_stores, sample_column, sample_table
@@ -53,8 +53,6 @@ class DecodeConfig:
     """Name of the embedding in obsm."""
     library_size: float = 1.0
     """Total of each cell and modality; 1 gives shares, 1e4 counts per ten thousand."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,6 @@ class Chosen:
     modality: str
     columns: np.ndarray
     names: list[str]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(
-        DecodeConfig, argv, prog="liam-scale decode", description="Normalised values from embeddings.", positional="run"
-    )
-    return run(lambda: print(f"wrote {decode(config)}"), debug=config.debug)
 
 
 def decode(config: DecodeConfig) -> Path:
@@ -203,6 +194,13 @@ def _shares(model: Liam, modality: str, z_BL: Tensor, sample_B: Tensor) -> Tenso
         return torch.softmax(decoder.logits(z_BL, log_library_B, sample_B), dim=1)
     return decoder.scale(z_BL, sample_B)  # type: ignore[operator]
 
+
+main = Command(
+    DecodeConfig,
+    lambda config: print(f"wrote {decode(config)}"),
+    prog="liam-scale decode",
+    description="Normalised values from embeddings.",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

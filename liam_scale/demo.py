@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from liam_scale.command import parse, run
+from liam_scale.command import Command
 
 SIMULATION = "num_cells=3000, num_types=12, genes_per_cell=120, peaks_per_cell=300, sample_effect=0.8"
 """What `--multiome` simulates, of 2,000 genes and 8,000 peaks in 3 samples: shallow cells and samples so different that
@@ -41,8 +40,6 @@ class DemoConfig:
     """Processes that train together."""
     max_epochs: int | None = None
     """Train at most so many epochs; default: 200, or 40 with --multiome."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -57,17 +54,6 @@ class Step:
     command: tuple[str, ...]
     makes: Path | None = None
     """What the command makes; where it is there already, the step is left out."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(
-        DemoConfig,
-        argv,
-        prog="liam-scale demo",
-        description="All of it on a small data set that comes with the package.",
-        positional="out",
-    )
-    return run(lambda: demo(config), debug=config.debug)
 
 
 def demo(config: DemoConfig) -> None:
@@ -194,6 +180,13 @@ def _is_ours(script: str) -> bool:
     found = shutil.which(script)
     return found is not None and Path(found).parent.resolve() == Path(sys.executable).parent.resolve()
 
+
+main = Command(
+    DemoConfig,
+    demo,
+    prog="liam-scale demo",
+    description="All of it on a small data set that comes with the package.",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

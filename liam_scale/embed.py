@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +17,7 @@ import tyro
 import zarr
 from tqdm import tqdm
 
-from liam_scale.command import parse, run
+from liam_scale.command import Command
 from liam_scale.model import Liam, logistic_normal_mean
 from liam_scale.model.layers import Gaussian
 from liam_scale.model.noise import Noise
@@ -64,19 +64,6 @@ class EmbedConfig:
     """Seed of the draws of `sample`."""
     device: Device = "auto"
     """auto: CUDA where there is one, else CPU."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(
-        EmbedConfig,
-        argv,
-        prog="python -m liam_scale.embed",
-        description="Write the embedding of a trained model into a store.",
-        positional="run",
-    )
-    return run(lambda: _embed_and_tell(config), debug=config.debug)
 
 
 def _embed_and_tell(config: EmbedConfig) -> None:
@@ -266,6 +253,13 @@ def _write(config: EmbedConfig, store: Store, pieces: Path, num_models: int, att
     embeddings.write(root, str(partial), config.key, 0, embedding, len(embedding), attributes)
     partial.rename(config.out)
 
+
+main = Command(
+    EmbedConfig,
+    _embed_and_tell,
+    prog="python -m liam_scale.embed",
+    description="Write the embedding of a trained model into a store.",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

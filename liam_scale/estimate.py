@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from liam_scale.command import to_toml
 from liam_scale.config import TrainConfig
 from liam_scale.kernels.options import TILE_BYTES
 from liam_scale.model import Liam, ModelConfig, ModelData
+from liam_scale.tables import to_toml
 from liam_scale.training.distributed import launched_ranks
 from liam_scale.training.optim import default_max_epochs
 from loaders.memory import parse_memory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +17,7 @@ import scipy.sparse
 import tyro
 import zarr
 
-from liam_scale.command import parse, run
+from liam_scale.command import Command
 from liam_scale.evaluation import plots
 from liam_scale.evaluation.baseline import NUM_COMPONENTS, TARGET_SUM, normalised, principal_components
 from liam_scale.evaluation.cells import (
@@ -77,8 +76,6 @@ class EvaluateConfig:
     """scIB measures; quick: those that take seconds, all: also kBET and silhouettes."""
     plots: bool = True
     """Draw pictures into `out`."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
         if self.max_cells < 3:
@@ -122,17 +119,6 @@ class Evaluation:
     rows: npt.NDArray[np.int64]
     num_cells: int
     written: tuple[Path, ...] = field(default=())
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(
-        EvaluateConfig,
-        argv,
-        prog="liam-scale evaluate",
-        description="Score an embedding and draw it.",
-        positional="store",
-    )
-    return run(lambda: _evaluate_and_tell(config), debug=config.debug)
 
 
 def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.MuData | None = None) -> Evaluation:
@@ -350,6 +336,10 @@ def _draw_losses(run_folder: Path, out: Path) -> list[Path]:
         written.append(path)
     return written
 
+
+main = Command(
+    EvaluateConfig, _evaluate_and_tell, prog="liam-scale evaluate", description="Score an embedding and draw it."
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,6 @@ decoding and likelihoods of the new samples do.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -18,12 +17,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from liam_scale.command import parse, run, to_toml
+from liam_scale.command import Command
 from liam_scale.config import TrainConfig
 from liam_scale.embed import EmbedConfig, check_replaces, embed_store
 from liam_scale.model import Liam, ModelData
 from liam_scale.preparation import RecodedSamples, model_data, open_stores, sample_table, training_loaders
 from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.tables import to_toml
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History
 from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer
@@ -54,13 +54,6 @@ class MapConfig:
     """Memory of the loader."""
     seed: int = 0
     """Seed of the order of cells and of the noise."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(MapConfig, argv, prog="liam-scale map", description="New samples into a trained model.")
-    return run(lambda: _map_and_tell(config), debug=config.debug)
 
 
 def _map_and_tell(config: MapConfig) -> None:
@@ -203,6 +196,8 @@ def _train(
         trainer.fit()
         model.load_state_dict(trainer.best_weights())
 
+
+main = Command(MapConfig, _map_and_tell, prog="liam-scale map", description="New samples into a trained model.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from liam_scale.command import flag_of, to_table, to_toml
+from liam_scale.command import flag_of
 from liam_scale.config import LOCKED, TrainConfig
 from liam_scale.model import ModelConfig, ModelData, library_priors, resolve
 from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.tables import to_table, to_toml
 from liam_scale.training.distributed import World
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch

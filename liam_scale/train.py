@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from liam_scale.command import parse, run, to_toml
-from liam_scale.config import SHORT_FLAGS, TrainConfig
+from liam_scale.command import Command
+from liam_scale.config import TrainConfig
 from liam_scale.estimate import describe_plan
 from liam_scale.model import Liam, ModelConfig
 from liam_scale.preparation import (
@@ -21,23 +20,12 @@ from liam_scale.preparation import (
     training_loaders,
 )
 from liam_scale.run_directory import RunDirectory
+from liam_scale.tables import to_toml
 from liam_scale.training.distributed import World, join_world, launched_ranks
 from liam_scale.training.history import History
 from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
 from liam_scale.training.trainer import Outcome, Trainer
 from loaders.stores import Store
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(
-        TrainConfig,
-        argv,
-        prog="python -m liam_scale.train",
-        description="Train liam on a store; start it with torchrun for several processes.",
-        short=SHORT_FLAGS,
-        positional="store",
-    )
-    return run(lambda: _train_and_tell(config), debug=config.debug)
 
 
 def _train_and_tell(config: TrainConfig) -> None:
@@ -131,6 +119,13 @@ def _history(path: Path, config: TrainConfig, world: World) -> History:
         return History(None)
     return History(path / "history.csv", tensorboard=path / "tensorboard" if config.training.tensorboard else None)
 
+
+main = Command(
+    TrainConfig,
+    _train_and_tell,
+    prog="python -m liam_scale.train",
+    description="Train liam on a store; start it with torchrun for several processes.",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

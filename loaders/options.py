@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
     """How cells are read, shuffled and grouped into minibatches."""
 
-    minibatch: int = 128
+    minibatch: Annotated[int, tyro.conf.arg(aliases=["--minibatch"])] = 128
     """Cells of one optimizer step, over all ranks."""
-    memory: str = "1GiB"
+    memory: Annotated[str, tyro.conf.arg(aliases=["--memory"])] = "1GiB"
     """Memory of windows and read-ahead of all modalities together, over all ranks of this machine's process."""
     streams: int | None = None
     """Virtual ranks; fixed when a run is created. Default 16, or twice the ranks if that is more."""

@@ -1,7 +1,6 @@
 """The rules of the house that no linter knows: sizes, words, commands in the docs, frozen options."""
 
 import ast
-import importlib
 import re
 import shlex
 import tokenize
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from liam_scale.cli import COMMANDS
+from liam_scale.cli import COMMANDS, command
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "liam_scale").rglob("*.py"), *(ROOT / "loaders").rglob("*.py")])
@@ -69,21 +68,17 @@ def commands(text: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_the_commands_in_the_docs_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_in_the_docs_parse(page: Path) -> None:
     for name, *arguments in commands(page.read_text()):
-        module, function, _ = COMMANDS[name]
-        room = importlib.import_module(module)
-        # Everything but the work itself: `run` gets what would be done, and does not do it.
-        monkeypatch.setattr(room, "run", lambda work, debug=False: 77)
-        assert getattr(room, function)(arguments) == 77, (name, arguments)
+        command(name).parse(arguments)
 
 
 def test_the_options_are_those_that_were_agreed_on(capsys: pytest.CaptureFixture[str]) -> None:
     """A renamed or dropped option breaks scripts; a new one is added to tests/options.txt by hand."""
     found = []
-    for name, (module, function, _) in COMMANDS.items():
+    for name in COMMANDS:
         with pytest.raises(SystemExit):
-            getattr(importlib.import_module(module), function)(["--help"])
+            command(name)(["--help"])
         said = capsys.readouterr().out
         options = sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)*", said)) - {"--help"})
         found += [f"{name} {option}" for option in options]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from liam_scale.kernels.options import Impl, Precision
 from loaders.schema import MODALITIES
@@ -22,11 +24,11 @@ CONCAT_LATENT = 10
 class ModelConfig:
     """Options of the model. A field that is None takes the value that `model` stands for; see `resolve`."""
 
-    model: ModelName = "bavae"
+    model: Annotated[ModelName, tyro.conf.arg(aliases=["--model"])] = "bavae"
     """Model of the paper; bavae is liam as published."""
     modalities: tuple[str, ...] = ()
     """Modalities to integrate, of rna, atac and adt; empty: all that the store holds."""
-    alpha: float | None = None
+    alpha: Annotated[float | None, tyro.conf.arg(aliases=["--alpha"])] = None
     """Weight of the adversary that removes the sample from the embedding; the paper uses 0 to 1000."""
     adversarial: bool | None = None
     """Whether a classifier of the sample reads the latent space through a gradient reversal."""
@@ -34,7 +36,7 @@ class ModelConfig:
     """Whether the encoders of modalities and latent space see the sample."""
     conditional_decoder: bool | None = None
     """Whether the decoders see the sample."""
-    n_latent: int | None = None
+    n_latent: Annotated[int | None, tyro.conf.arg(aliases=["--n-latent"])] = None
     """Latent dimensions; 20, or 10 for each model of concat."""
     n_hidden: int = 128
     """Units of each hidden layer; the adversary always has 32."""
@@ -62,7 +64,7 @@ class ModelConfig:
     """Library priors from the cells that have the modality, or from all cells with log 0 taken as 0 as the original."""
     impl: Impl = "auto"
     """Which twin of the kernels computes."""
-    precision: Precision = "float32"
+    precision: Annotated[Precision, tyro.conf.arg(aliases=["--precision"])] = "float32"
     """Precision of the matrix products over all features; sums and logarithms stay float32."""
 
     def __post_init__(self) -> None:

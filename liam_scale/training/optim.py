@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 STEPS_OF_PUBLISHED_EPOCH = 464
@@ -19,7 +20,7 @@ CELLS_FOR_STEP_WARMUP = 100_000
 class OptimConfig:
     """Adam as the original sets it."""
 
-    lr: float = 1e-3
+    lr: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-3
     """Learning rate."""
     eps: float = 0.01
     """Added to the root of Adam's second moment."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How long to train, when to look, what to keep."""
 
-    max_epochs: int | None = None
+    max_epochs: Annotated[int | None, tyro.conf.arg(aliases=["--max-epochs"])] = None
     """Default: min(round(20,000 / cells x 400), 400), as the original."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, tyro.conf.arg(aliases=["--max-steps"])] = None
     """Stop after this many optimizer steps, whatever the epoch."""
     early_stopping: bool = True
     """Stop when the validation loss has not improved for `patience` evaluations."""

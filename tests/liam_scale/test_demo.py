@@ -13,25 +13,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from liam_scale.command import parse
-from liam_scale.config import SHORT_FLAGS, TrainConfig
+from liam_scale.cli import COMMANDS
+from liam_scale.cli import command as of_word
 from liam_scale.demo import DemoConfig, Step, _run_step, demo_steps, main
-from liam_scale.embed import EmbedConfig
-from liam_scale.evaluate import EvaluateConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = {
-    "liam_scale.train": (TrainConfig, "store", SHORT_FLAGS),
-    "liam_scale.embed": (EmbedConfig, "run", {}),
-    "evaluate": (EvaluateConfig, "store", {}),
-}
 
 
 def parsed(command: tuple[str, ...]):
     """The options of a demo command, by the parser of the command itself."""
-    name = next(word for word in command if word in CONFIGS)
-    kind, positional, short = CONFIGS[name]
-    return parse(kind, command[command.index(name) + 1 :], prog="", description="", short=short, positional=positional)
+    place = next(i for i, word in enumerate(command) if word.removeprefix("liam_scale.") in COMMANDS)
+    return of_word(command[place].removeprefix("liam_scale.")).parse(command[place + 1 :])
 
 
 @pytest.mark.parametrize("multiome", [False, True])

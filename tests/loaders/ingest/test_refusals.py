@@ -9,7 +9,6 @@ import pytest
 import scipy.sparse
 
 from loaders.ingest import ingest
-from loaders.ingest.__main__ import main
 
 
 def refused(paths, tmp_path, match, **options):
@@ -273,13 +272,3 @@ def test_an_out_that_exists_is_kept_unless_told_otherwise(make, tmp_path):
     with pytest.raises(ValueError, match=r"data is not a Zarr store and is left alone"):
         ingest(path, out=tmp_path / "data", overwrite=True, progress=False)
     assert (tmp_path / "data" / "thesis.txt").read_text() == "ten years"
-
-
-def test_the_command_says_errors_in_one_line(make, tmp_path, capsys):
-    make.anndata(10, 5).write_h5ad(tmp_path / "a.h5ad")
-    assert main([f"rna={tmp_path / 'a.h5ad'}", "--out", str(tmp_path / "o.zarr"), "--sample-key", "nope"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --sample-key:")
-    assert main([f"rna={tmp_path / 'a.h5ad'}", "--out", str(tmp_path / "o.zarr")]) == 0
-    shown = capsys.readouterr().err
-    assert "rna: shuffle and write: 10 of 10 cells" in shown
-    assert "note: sample = the name of the file: a" in shown

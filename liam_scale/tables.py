@@ -1,0 +1,95 @@
+"""Options as TOML tables and back: what a file says is checked against the types of the fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import tomli_w
+
+
+def to_table(value: Any) -> Any:
+    """A dataclass as a TOML table: nested, without absent values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        entries = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: to_table(entry) for name, entry in entries if entry is not None}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [to_table(item) for item in value]
+    return value
+
+
+def to_toml(value: Any) -> str:
+    return tomli_w.dumps(to_table(value))
+
+
+def from_table(kind: type, table: Mapping[str, Any], *, absent: Any, section: str = "") -> Any:
+    """A dataclass with the values of a table; its own checks (`__post_init__`) are not run.
+
+    Parameters
+    ----------
+    absent
+        What a required field without a value gets.
+    section
+        Prefix of the keys in messages.
+
+    Raises
+    ------
+    ValueError
+        A key that is no field, or a value of another type; the message begins with the key.
+    """
+    hints = typing.get_type_hints(kind)
+    for key in table.keys() - hints.keys():
+        near = difflib.get_close_matches(key, hints, n=3) or sorted(hints)
+        raise ValueError(
+            f"{section}{key}: there is no such option; choose among {', '.join(section + n for n in near)}"
+        )
+    options: Any = object.__new__(kind)
+    for field in dataclasses.fields(kind):
+        key, hint = section + field.name, hints[field.name]
+        if field.name in table and not dataclasses.is_dataclass(hint):
+            value = _checked(hint, table[field.name], key)
+        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            inner = table.get(field.name, {})
+            if not isinstance(inner, Mapping):
+                raise ValueError(f"{key}: got {inner!r}; give a table, [{key}]")
+            value = from_table(hint, inner, absent=absent, section=f"{key}.")
+        elif field.default is not dataclasses.MISSING:
+            value = field.default
+        else:
+            value = absent
+        vars(options)[field.name] = value
+    return options
+
+
+def _checked(hint: Any, value: Any, key: str) -> Any:
+    """A value of a file as its field takes it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        hint = next(a for a in arguments if a is not types.NoneType)
+        return _checked(hint, value, key)
+    if origin is tuple:
+        return tuple(_checked(arguments[0], item, key) for item in (value if isinstance(value, list) else [value]))
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{key}: got {value!r}; choose one of {', '.join(map(str, arguments))}")
+        return value
+    accepted, name = _TYPES[hint]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{key}: got {value!r}; give {name}")
+    return hint(value)
+
+
+_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text in quotes"),
+    Path: ((str,), "a path in quotes"),
+}
