@@ -31,6 +31,7 @@ from liam_scale.evaluation.cells import (
 from liam_scale.evaluation.measures import MEASURES, NUM_NEIGHBORS, Scored, require_extra, score
 from liam_scale.provenance import attributes_in_file, check_maker
 from liam_scale.run_directory import RunDirectory
+from loaders.ecosystem import plain_mudata, quiet_anndata
 from loaders.stores import open_store
 from loaders.stores.base import ObsColumn, Store
 
@@ -193,7 +194,7 @@ def _store_of(name: str, data: Store | anndata.AnnData | mudata.MuData | None) -
 def read_in_memory(path: Path) -> anndata.AnnData | mudata.MuData:
     """A whole AnnData Zarr, h5ad or h5mu file."""
     if path.suffix == ".h5mu":
-        with mudata.set_options(pull_on_update=False):
+        with plain_mudata():
             return mudata.read_h5mu(path)
     return anndata.read_h5ad(path) if path.suffix == ".h5ad" else anndata.read_zarr(path)
 
@@ -204,10 +205,7 @@ def _in_memory(data: anndata.AnnData | mudata.MuData) -> Store:
         nothing = scipy.sparse.csr_matrix((data.n_obs, 0), dtype=np.float32)
         data = anndata.AnnData(nothing, obs=data.obs, obsm=dict(data.obsm))
     memory = zarr.storage.MemoryStore()
-    with (
-        mudata.set_options(pull_on_update=False),
-        anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
-    ):
+    with plain_mudata(), quiet_anndata():
         data.write_zarr(memory)
     return open_store(zarr.open_group(memory, mode="r"))
 

@@ -4,9 +4,11 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import mudata
+import anndata
 import pytest
 import torch
+
+from loaders.ecosystem import plain_mudata
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,9 +18,23 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _mudata_of_tomorrow() -> None:
-    """mudata warns on every object made until its coming default is chosen."""
-    mudata.set_options(pull_on_update=False)
+def _plain_mudata() -> Iterator[None]:
+    """mudata before 0.4 warns on every object made until its coming default is chosen."""
+    with plain_mudata():
+        yield
+
+
+@pytest.fixture(scope="session")
+def write_soma() -> Callable[[Path, anndata.AnnData], None]:
+    """Writes an AnnData as the RNA of a TileDB-SOMA experiment."""
+    soma_io = pytest.importorskip("tiledbsoma.io", reason="tiledbsoma is an extra: pip install liam-scale[soma]")
+
+    def write(path: Path, data: anndata.AnnData) -> None:
+        # tiledbsoma 2.3 stumbles over X where anndata 0.13 lists it, without a name, among the layers.
+        apart = anndata.AnnData(obs=data.obs, var=data.var, layers={"data": data.X})
+        soma_io.from_anndata(str(path), apart, measurement_name="RNA")
+
+    return write
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ entry per cell (ids, obs columns, totals) is written column by column at the end
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ import zarr
 from anndata.io import write_elem
 
 from loaders.csr import SparseRows, index_dtype, offsets_of, row_sums
+from loaders.ecosystem import quiet_anndata
 from loaders.ingest.shards import ShardedArrayWriter
 from loaders.ingest.staging import Staging, explain_disk_errors
+from loaders.machine import default_threads
 from loaders.schema import MODALITIES, SCHEMA_KEY, ModalitySchema, Schema, sha256_of_names
-from loaders.stores.anndata_zarr import quiet_anndata
 
 CELLS_PER_CHUNK = 256
 """Inner chunks hold about this many cells: small for random windows, still reads of 256 KB and more."""
@@ -93,7 +93,7 @@ class StoreWriter:
         self._streams: dict[str, _MatrixWriter] = {}
         self._owns_staging = staging is None
         self._staging = staging or Staging(self.out, overwrite=overwrite)
-        self._pool = ThreadPoolExecutor(threads or min(4, len(os.sched_getaffinity(0))), thread_name_prefix="encode")
+        self._pool = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="encode")
         with explain_disk_errors(self.out):
             self._root = zarr.open_group(str(self._staging.store), mode="w", zarr_format=3)
         for name, layout in modalities.items():

@@ -1,32 +1,14 @@
-"""Writing with anndata in Zarr v3, whatever its changing defaults, and without its notices about them."""
+"""Writing an AnnData in Zarr v3."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import anndata
 import numpy as np
 import zarr
 
-
-@contextmanager
-def quiet_anndata() -> Iterator[None]:
-    """Write unsharded Zarr v3.
-
-    String arrays and consolidated metadata have no final Zarr v3 specification yet; anndata and zarr write and read
-    them all the same.
-    """
-    with (
-        warnings.catch_warnings(),
-        anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False),
-    ):
-        warnings.filterwarnings("ignore", message="zarr v3 autosharding will be the default")
-        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
-        warnings.filterwarnings("ignore", message=".*not.* part in the Zarr format 3 specification.*")
-        yield
+from loaders.ecosystem import quiet_anndata
 
 
 def write_anndata(data: anndata.AnnData, path: Path) -> None:

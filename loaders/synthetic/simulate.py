@@ -5,7 +5,6 @@ Every cell is a function of (seed, its number): the same whatever the number of 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,9 @@ import pandas as pd
 import scipy.sparse
 
 from loaders.csr import SparseRows, index_dtype
+from loaders.ecosystem import plain_mudata
 from loaders.ingest.writer import ModalityLayout, StoreWriter
+from loaders.machine import default_threads
 from loaders.schema import MODALITIES, Schema
 from loaders.synthetic.draw import Archetypes, draw_cells, gap_table, hash64, make_archetypes
 
@@ -246,7 +247,7 @@ def simulate_mudata(
         matrix = scipy.sparse.vstack([counts[name].to_scipy() for _, counts in blocks], format="csr")
         own = pd.DataFrame(index=obs.index[simulation.has(name, samples)])
         mods[name] = anndata.AnnData(matrix, obs=own, var=_var(name, features))
-    with mudata.set_options(pull_on_update=False):
+    with plain_mudata():
         together = mudata.MuData(mods)
         together.obs = together.obs.join(obs)
     return together
@@ -277,7 +278,7 @@ def _draw(
     """Blocks of cells in their order, drawn on threads."""
     tables = simulation.tables()
     gaps = gap_table()
-    workers = threads or min(4, len(os.sched_getaffinity(0)))
+    workers = threads or default_threads()
     waiting: deque[Future[tuple[_Cells, dict[str, SparseRows]]]] = deque()
 
     def block(number: int) -> tuple[_Cells, dict[str, SparseRows]]:

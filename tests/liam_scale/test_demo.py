@@ -48,8 +48,7 @@ def test_shipped_data_is_small_and_whole():
     command = demo_steps(DemoConfig())[0].command
     source = Path(command[command.index("ingest") + 1])
     assert source.stat().st_size < 1_000_000
-    with mudata.set_options(pull_on_update=False):
-        data = mudata.read_h5mu(source)
+    data = mudata.read_h5mu(source)
     assert data.n_obs == 1600
     has = {m: np.isin(data.obs_names, data.mod[m].obs_names) for m in ("rna", "adt")}
     by_donor = pd.DataFrame(has, index=data.obs["donor"].to_numpy()).groupby(level=0).mean()

@@ -146,15 +146,16 @@ def test_the_run_says_what_it_was_trained_on(trained: Path, multiome: Path) -> N
     assert record["data"]["num_features"] == {"rna": 60, "atac": 150}
 
 
-def test_a_soma_experiment_is_trained_on_embedded_and_evaluated(multiome: Path, tmp_path: Path) -> None:
-    soma_io = pytest.importorskip("tiledbsoma.io", reason="tiledbsoma is an extra: pip install liam-scale[soma]")
+def test_a_soma_experiment_is_trained_on_embedded_and_evaluated(
+    multiome: Path, tmp_path: Path, write_soma: Callable
+) -> None:
     atlas = mudata.read_zarr(multiome)
     data = atlas["rna"].copy()
     for column in ("sample", "cell_type"):
         data.obs[column] = atlas.obs[column].astype(str).to_numpy()
     data.X = data.X.astype(np.float32)
     experiment = str(tmp_path / "experiment")
-    soma_io.from_anndata(experiment, data, "RNA")
+    write_soma(experiment, data)
     options = {"model": "rna-only", "n_hidden": 16, "n_latent": 4, "minibatch": 64, "memory": "64MiB"}
     run = liam_scale.train(experiment, out=tmp_path / "run", batch_key="sample", max_epochs=2, **options)
     run.embed()

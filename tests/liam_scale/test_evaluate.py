@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import anndata
@@ -20,18 +19,12 @@ from liam_scale.evaluation import plots
 from liam_scale.evaluation.baseline import normalised, principal_components
 from liam_scale.evaluation.cells import draw_rows, modalities_of_cells, modality_places, read_counts
 from liam_scale.evaluation.measures import Scored, label_asw, same_sample_ratio, score
+from loaders.ecosystem import quiet_anndata
 from loaders.stores import ObsColumn, ZarrStore, open_store
 
 ROOT = Path(__file__).resolve().parents[2]
 PBMC = ROOT / "liam_scale" / "data" / "pbmc_mosaic.h5mu"
 SHARED = Path(os.environ.get("LIAM_SHARED", ROOT.parent / "shared")) / "data"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_mudata() -> Iterator[None]:
-    """MuData asks on every copy whether to pull columns of the modalities; these tests have none there."""
-    with mudata.set_options(pull_on_update=False):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +235,7 @@ class TestEvaluate:
     @pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part")
     def test_a_file_in_memory_and_an_embedding_elsewhere(self, pbmc, store, tmp_path):
         beside = anndata.AnnData(obs=pbmc.obs, obsm={"X_new": pbmc.obsm["X_liam"]})
-        with anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
+        with quiet_anndata():
             beside.write_zarr(tmp_path / "x.zarr")
         found = evaluate(config(store, embedding_file=str(tmp_path / "x.zarr"), embedding="X_new"))
         np.testing.assert_allclose(found.table["X_new"], evaluate(config(), data=pbmc).table["X_liam"], rtol=1e-5)

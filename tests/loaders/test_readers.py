@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse
 import zarr
 
+from loaders.ecosystem import quiet_anndata
 from loaders.loader import Loader
 from loaders.readers import ChainedRows, ShardedRows, StoreRows, open_reader
 from loaders.sources import open_source
@@ -136,7 +137,7 @@ def write_foreign(path, *, sharded, sort=True, indices=np.int32):
     matrix = scipy.sparse.random(400, 150, 0.2, format="csr", dtype=np.float32, rng=rng)
     matrix.data = rng.integers(1, 9, matrix.nnz).astype(np.float32)
     matrix.sort_indices()
-    with anndata.settings.override(zarr_write_format=3):
+    with quiet_anndata():
         anndata.AnnData(matrix).write_zarr(path)
     group = zarr.open_group(path, mode="r+", use_consolidated=False)["X"]
     columns = matrix.indices.astype(indices)

@@ -53,9 +53,8 @@ def make_mudata(num_cells=200, *, first_cell=0, absent=None, num_features=None):
             adata = adata[[not absent[name](n) for n in range(first_cell, first_cell + num_cells)]].copy()
         mods[name] = adata
     obs = make_anndata(num_cells, 1, first_cell=first_cell).obs
-    with mudata.set_options(pull_on_update=False):
-        together = mudata.MuData(mods)
-        together.obs = obs.loc[together.obs_names]
+    together = mudata.MuData(mods)
+    together.obs = obs.loc[together.obs_names]
     return together
 
 

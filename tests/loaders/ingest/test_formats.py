@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse
 import zarr
 
+from loaders.ecosystem import quiet_anndata
 from loaders.ingest import ingest
 from loaders.schema import SCHEMA_KEY, Schema
 from loaders.synthetic import identifying_counts
@@ -23,8 +24,7 @@ def test_h5mu_mosaic_equals_its_source_in_every_cell(make, tmp_path):
     source.write(tmp_path / "a.h5mu")
     schema = ingest(tmp_path / "a.h5mu", out=tmp_path / "o.zarr", progress=False)
     # The default, pull_on_update=None, moves the cells of a mosaic: those of the first modality come first.
-    with mudata.set_options(pull_on_update=False):
-        read = mudata.read_zarr(tmp_path / "o.zarr")
+    read = mudata.read_zarr(tmp_path / "o.zarr")
     assert read.n_obs == source.n_obs == 280
     for name in ("rna", "atac"):
         make.assert_store_has(read, name, source[name])
@@ -70,7 +70,7 @@ def test_anndata_in_every_form_and_container(make, tmp_path, form, kind):
     if kind == "h5ad":
         written.write_h5ad(path)
     else:
-        with anndata.settings.override(zarr_write_format=int(kind[-1]), auto_shard_zarr_v3=False):
+        with quiet_anndata(int(kind[-1])):
             written.write_zarr(path)
     ingest(f"rna={path}", out=tmp_path / "o.zarr", progress=False)
     make.assert_store_has(mudata.read_zarr(tmp_path / "o.zarr"), "rna", source)
@@ -87,7 +87,7 @@ def _reversed_rows(matrix):
 
 def test_mudata_zarr_and_our_own_store_are_sources(make, tmp_path):
     source = make.mudata(120, absent={"atac": lambda n: n % 4 == 0})
-    with anndata.settings.override(zarr_write_format=2):
+    with quiet_anndata(2):
         source.write_zarr(tmp_path / "a.zarr")
     ingest(tmp_path / "a.zarr", out=tmp_path / "o.zarr", progress=False)
     ingest(tmp_path / "o.zarr", out=tmp_path / "again.zarr", seed=3, progress=False)
@@ -162,8 +162,7 @@ def test_files_of_one_modality_each_are_paired_by_cell(make, tmp_path):
     assert read.obs["sample"].tolist() == everything["donor"].tolist()
     assert read.obs["only_atac"].isna().sum() == 20
     # Columns that differ between the modalities stay with each.
-    with mudata.set_options(pull_on_update=False):
-        apart = mudata.read_zarr(tmp_path / "o.zarr")
+    apart = mudata.read_zarr(tmp_path / "o.zarr")
     assert "n_counts" not in apart.obs
     assert apart["atac"].obs["n_counts"].tolist() == atac.obs["n_counts"].loc[apart["atac"].obs_names].tolist()
     assert "20 of 100 cells have no rna" in "".join(remarks(tmp_path / "o.zarr"))
@@ -218,8 +217,7 @@ def test_modality_columns_fill_the_common_obs_and_prefixed_copies_go(make, tmp_p
     assert "batch" in schema.obs_columns
     assert "rna:batch" not in schema.obs_columns
     assert "depth" not in schema.obs_columns
-    with mudata.set_options(pull_on_update=False):
-        read = mudata.read_zarr(tmp_path / "o.zarr")
+    read = mudata.read_zarr(tmp_path / "o.zarr")
     numbers = [int(cell[4:]) for cell in read.obs_names]
     assert read.obs["batch"].tolist() == [f"b{n % 4}" for n in numbers] == read.obs["sample"].tolist()
     assert read["atac"].obs["depth"].tolist() == [2 * int(cell[4:]) for cell in read["atac"].obs_names]

@@ -7,18 +7,20 @@ import pytest
 
 from loaders.ingest import ingest
 
-tiledbsoma_io = pytest.importorskip("tiledbsoma.io", reason="tiledbsoma is an extra: pip install liam-scale[soma]")
 
+@pytest.fixture
+def write_experiment(write_soma):
+    def write(path, adata):
+        plain = adata.copy()
+        plain.obs = adata.obs[["donor", "number", "note"]].astype({"donor": str})
+        write_soma(path, plain)
 
-def write_experiment(path, adata, layer="data"):
-    plain = adata.copy()
-    plain.obs = adata.obs[["donor", "number", "note"]].astype({"donor": str})
-    tiledbsoma_io.from_anndata(str(path), plain, measurement_name="RNA", X_layer_name=layer)
+    return write
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Observation names")
 @pytest.mark.parametrize("num_cells", [150, 5000])
-def test_a_soma_experiment_equals_its_source(make, tmp_path, num_cells):
+def test_a_soma_experiment_equals_its_source(make, tmp_path, write_experiment, num_cells):
     source = make.anndata(150, 30)[np.arange(num_cells) % 150].copy()
     source.obs_names = [f"c{n}" for n in range(num_cells)]
     source.obs["number"] = np.arange(num_cells)
@@ -34,7 +36,7 @@ def test_a_soma_experiment_equals_its_source(make, tmp_path, num_cells):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_soma_joins_a_file_and_is_checked_like_one(make, tmp_path):
+def test_soma_joins_a_file_and_is_checked_like_one(make, tmp_path, write_experiment):
     first, second = make.anndata(60, 20), make.anndata(50, 20, first_cell=60)
     write_experiment(tmp_path / "exp", first)
     second.write_h5ad(tmp_path / "two.h5ad")

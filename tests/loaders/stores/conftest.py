@@ -19,6 +19,7 @@ import scipy.sparse
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec
 
+from loaders.ecosystem import quiet_anndata
 from loaders.schema import SCHEMA_KEY, ModalitySchema, Schema, sha256_of_names
 from loaders.stores import Store
 
@@ -66,12 +67,11 @@ def make_anndata(modality: str, cells: np.ndarray) -> anndata.AnnData:
 
 
 def make_mudata(**cells: np.ndarray) -> mudata.MuData:
-    with mudata.set_options(pull_on_update=False):
-        return mudata.MuData({name: make_anndata(name, which) for name, which in cells.items()})
+    return mudata.MuData({name: make_anndata(name, which) for name, which in cells.items()})
 
 
 def write_mudata(path: Path, data: mudata.MuData, zarr_format: int) -> None:
-    with mudata.set_options(pull_on_update=False), anndata.settings.override(zarr_write_format=zarr_format):
+    with quiet_anndata(zarr_format):
         mudata.write_zarr(path, data)
 
 

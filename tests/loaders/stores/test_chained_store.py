@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -124,9 +125,8 @@ def test_embedding_goes_to_each_store(three: list[Path], toy: ModuleType) -> Non
         store.write_embedding("X_liam", 0, values[:20], 20)
 
 
-def test_zarr_and_soma_stores_in_one_chain(tmp_path: Path, toy: ModuleType) -> None:
-    soma_io = pytest.importorskip("tiledbsoma.io", reason="tiledbsoma is an extra")
-    soma_io.from_anndata(str(tmp_path / "a"), toy.make_anndata("rna", np.arange(20)), "RNA")
+def test_zarr_and_soma_stores_in_one_chain(tmp_path: Path, toy: ModuleType, write_soma: Callable) -> None:
+    write_soma(tmp_path / "a", toy.make_anndata("rna", np.arange(20)))
     toy.make_anndata("rna", np.arange(20, 50)).write_zarr(tmp_path / "b.zarr")
     store = open_store([tmp_path / "a", tmp_path / "b.zarr"])
     toy.check_counts(store, "rna")
@@ -136,7 +136,7 @@ def test_zarr_and_soma_stores_in_one_chain(tmp_path: Path, toy: ModuleType) -> N
 def test_annbatch_collection_opens_as_a_chain(tmp_path: Path, toy: ModuleType) -> None:
     """The layout that annbatch 0.3 writes: sharded AnnData side by side, metadata consolidated at the root."""
     root = zarr.open_group(tmp_path / "collection.zarr", mode="w", zarr_format=3)
-    with anndata.settings.override(zarr_write_format=3, write_csr_csc_indices_with_min_possible_dtype=True):
+    with anndata.settings.override(write_csr_csc_indices_with_min_possible_dtype=True):
         for i, cells in enumerate((np.arange(20), np.arange(20, 31), np.arange(31, 50))):
             anndata.io.write_elem(root, f"dataset_{i}", toy.make_anndata("rna", cells))
     with pytest.raises(ValueError, match=r"got a Zarr group of nothing known"):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zarr
 
+from loaders.ecosystem import quiet_anndata
 from loaders.schema import SCHEMA_KEY
 from loaders.stores import EMBEDDING_CHUNK_CELLS, open_store
 
@@ -67,7 +68,7 @@ def test_written_store_opens_in_mudata_and_keeps_its_schema(
 
 @pytest.mark.parametrize("zarr_format", [2, 3])
 def test_embedding_of_an_anndata_that_others_wrote(tmp_path: Path, toy: ModuleType, zarr_format: int) -> None:
-    with anndata.settings.override(zarr_write_format=zarr_format):
+    with quiet_anndata(zarr_format):
         toy.make_anndata("rna", np.arange(toy.NUM_CELLS)).write_zarr(tmp_path / "a.zarr")
     store = open_store(tmp_path / "a.zarr")
     expected = embedding_of(np.arange(toy.NUM_CELLS))

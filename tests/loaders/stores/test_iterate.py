@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -28,11 +29,10 @@ def test_pieces_of_a_zarr_store(own_store: Path, toy: ModuleType, modality: str)
     np.testing.assert_array_equal(stacked.toarray(), toy.counts_of(modality, toy.cells_of(modality)))
 
 
-def test_pieces_of_an_experiment_are_whole_tiles(tmp_path: Path, toy: ModuleType) -> None:
-    soma_io = pytest.importorskip("tiledbsoma.io", reason="tiledbsoma is an extra")
+def test_pieces_of_an_experiment_are_whole_tiles(tmp_path: Path, toy: ModuleType, write_soma: Callable) -> None:
     counts = scipy.sparse.random(5000, 30, density=0.1, format="csr", rng=np.random.default_rng(0), dtype=np.float32)
     data = toy.anndata.AnnData(counts)
-    soma_io.from_anndata(str(tmp_path / "exp"), data, "RNA")
+    write_soma(tmp_path / "exp", data)
     store = open_store(tmp_path / "exp")
     pieces = list(iterate_rows(store, "rna", memory=1000))
     assert [start for start, _ in pieces] == [0, 2048, 4096]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -19,7 +19,6 @@ from loaders.stores.soma_store import SomaStore
 
 pa = pytest.importorskip("pyarrow")
 tiledbsoma = pytest.importorskip("tiledbsoma", reason="tiledbsoma is an extra: pip install liam-scale[soma]")
-soma_io = pytest.importorskip("tiledbsoma.io")
 
 NUM_CELLS = 50
 
@@ -89,10 +88,10 @@ def test_measurements_stream_as_a_mosaic(experiment: Path, toy: ModuleType) -> N
     pd.testing.assert_frame_equal(store.obs_frame(), expected, check_names=False, check_categorical=False)
 
 
-def test_experiment_written_by_tiledbsoma_itself(tmp_path: Path, toy: ModuleType) -> None:
+def test_experiment_written_by_tiledbsoma_itself(tmp_path: Path, toy: ModuleType, write_soma: Callable) -> None:
     data = toy.make_anndata("rna", np.arange(NUM_CELLS))
     data.obs["good"] = pd.array([None if c % 9 == 0 else bool(c % 2) for c in range(NUM_CELLS)], dtype="boolean")
-    soma_io.from_anndata(str(tmp_path / "exp"), data, "RNA")
+    write_soma(tmp_path / "exp", data)
     store = open_store(tmp_path / "exp")
     toy.check_counts(store, "rna")
     good = store.obs_column("good")
@@ -100,14 +99,14 @@ def test_experiment_written_by_tiledbsoma_itself(tmp_path: Path, toy: ModuleType
     assert list(good.codes) == [-1 if c % 9 == 0 else c % 2 for c in range(NUM_CELLS)]
 
 
-def test_cells_beyond_one_read_and_unaligned_ranges(tmp_path: Path, toy: ModuleType) -> None:
+def test_cells_beyond_one_read_and_unaligned_ranges(tmp_path: Path, toy: ModuleType, write_soma: Callable) -> None:
     """5,000 cells over three rows of tiles, read at odd places and from several threads."""
     cells = np.arange(5000)
     counts = scipy.sparse.random(5000, 40, density=0.1, format="csr", rng=np.random.default_rng(0), dtype=np.float32)
     counts.data = np.arange(1, counts.nnz + 1, dtype=np.float32)
     obs = pd.DataFrame(index=[f"cell{c}" for c in cells])
     data = toy.anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"g{f}" for f in range(40)]))
-    soma_io.from_anndata(str(tmp_path / "exp"), data, "RNA")
+    write_soma(tmp_path / "exp", data)
     store = open_store(tmp_path / "exp")
     errors: list[BaseException] = []
 

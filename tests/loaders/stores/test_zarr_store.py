@@ -15,6 +15,7 @@ import pytest
 import scipy.sparse
 import zarr
 
+from loaders.ecosystem import quiet_anndata
 from loaders.schema import SCHEMA_KEY
 from loaders.stores import open_store
 
@@ -78,7 +79,7 @@ def test_column_that_only_one_modality_has_is_missing_elsewhere(tmp_path: Path, 
 def test_anndata_is_named_by_option_or_by_its_features(tmp_path: Path, zarr_format: int, toy: ModuleType) -> None:
     cells = np.arange(toy.NUM_CELLS)
     for name in ("rna", "atac", "adt"):
-        with anndata.settings.override(zarr_write_format=zarr_format):
+        with quiet_anndata(zarr_format):
             toy.make_anndata(name, cells).write_zarr(tmp_path / f"{name}.zarr")
     toy.check_counts(open_store(tmp_path / "rna.zarr"), "rna")
     toy.check_counts(open_store(tmp_path / "atac.zarr"), "atac", cells)

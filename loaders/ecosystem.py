@@ -1,0 +1,38 @@
+"""What differs between the versions of anndata and mudata that this package runs with; nothing else asks for one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import anndata
+import mudata
+
+
+@contextmanager
+def quiet_anndata(zarr_format: Literal[2, 3] = 3) -> Iterator[None]:
+    """Write unsharded Zarr, without the notices of anndata and zarr about what is to come.
+
+    String arrays and consolidated metadata have no final Zarr v3 specification yet; anndata and zarr write and read
+    them all the same.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="zarr v3 autosharding will be the default")
+        warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
+        warnings.filterwarnings("ignore", message=".*not.* part in the Zarr format 3 specification.*")
+        # anndata 0.13 deprecates the choice of a format, and even reading that setting warns.
+        warnings.filterwarnings("ignore", message="This setting will be removed", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="zarr v3 will become the only option", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="Writing zarr v2 data will no longer be the default")
+        with anndata.settings.override(zarr_write_format=zarr_format, auto_shard_zarr_v3=False):
+            yield
+
+
+@contextmanager
+def plain_mudata() -> Iterator[None]:
+    """MuData keeps cells and columns where they are; before 0.4 it moves them, and warns, unless told not to."""
+    options = mudata.set_options if hasattr(mudata, "set_options") else mudata.settings.override
+    with options(pull_on_update=False):
+        yield
