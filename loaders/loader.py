@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import torch.utils.data
 
 from loaders.assemble import Group, Slice, assemble, output_bytes, output_formats, plan_group
+from loaders.machine import default_threads
 from loaders.memory import parse_memory
 from loaders.minibatch import Minibatch
 from loaders.plan import Epoch, Plan, Window
@@ -155,7 +155,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         )
         if shuffle:
             _tell_about_order(store, sizes, streams)
-        self._threads = threads or max(1, min(4, _num_cores()))
+        self._threads = threads or default_threads()
         self._epoch, self._step = 0, 0
         self._workers: Workers | None = None
         self.waited_seconds = 0.0
@@ -361,11 +361,6 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
 def _read(source: ModalitySource, cells: Task[WindowCells]) -> WindowRows:
     window = result_of(cells)
     return read_window(source, window.read, window.order)
-
-
-def _num_cores() -> int:
-    """Cores this process may use; those of the machine where the system does not tell."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_counts(*, minibatch: int, streams: int, rank: int, world: int, threads: int | None) -> None:

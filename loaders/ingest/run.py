@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from loaders.ingest.sources.open import open_source
 from loaders.ingest.sources.parts import Part, Source
 from loaders.ingest.staging import Staging, check_out, explain_disk_errors
 from loaders.ingest.writer import ModalityLayout, StoreWriter
+from loaders.machine import default_threads
 from loaders.memory import parse_memory
 from loaders.schema import MODALITIES, Schema
 
@@ -222,7 +222,7 @@ def _checked(
 ) -> Iterator[tuple[int, Counted]]:
     """Checked chunks of a matrix in order; threads check while the next chunk is read."""
     place = _place(source, part)
-    workers = min(4, len(os.sched_getaffinity(0)))
+    workers = default_threads()
     # Chunks in flight share an eighth of the memory: those being checked, one being read, one being added.
     chunk = job.memory // 8 // (workers + 2)
     waiting: deque[tuple[RawRows, Future[Counted]]] = deque()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from loaders.machine import HAS_FILE_LOCKS, lock
 
 _LOCK = "lock"
 _GRACE_SECONDS = 60.0
@@ -26,10 +27,9 @@ def remove_stale(out: Path) -> list[Path]:
     """Remove staging folders of `out` whose process is gone; its lock died with it. Returns what was removed."""
     removed = []
     for folder in sorted(out.parent.glob(f"{_prefix(out)}*")):
-        lock = folder / _LOCK
         try:
-            with open(lock, "r+b") as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(folder / _LOCK, "r+b") as handle:
+                lock(handle.fileno(), wait=False)
         except FileNotFoundError:
             if not folder.is_dir() or time.time() - folder.stat().st_mtime < _GRACE_SECONDS:
                 continue
@@ -63,6 +63,11 @@ class Staging:
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False) -> None:
+        if not HAS_FILE_LOCKS:
+            raise RuntimeError(
+                "ingest: got a system without file locks (Windows), which reads stores but does not make them;"
+                " ingest on Linux, on macOS or in WSL, and copy the store"
+            )
         check_out(out, overwrite=overwrite)
         self.out = out
         self._overwrite = overwrite
@@ -72,7 +77,7 @@ class Staging:
             self.folder = out.parent / f"{_prefix(out)}{os.getpid()}-{time.monotonic_ns()}"
             self.folder.mkdir()
             self._lock = open(self.folder / _LOCK, "wb")  # noqa: SIM115 (held open while the folder is in use)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            lock(self._lock.fileno())
             self.store = self.folder / "store"
             self.spill = self.folder / "spill"
             self.spill.mkdir()

@@ -15,10 +15,7 @@ import zarr.errors
 from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore
 
-try:
-    import fcntl
-except ImportError:  # Windows: ranges must then be aligned to whole chunks, which those of the embed command are
-    fcntl = None  # type: ignore[assignment]
+from loaders.machine import HAS_FILE_LOCKS, lock
 
 EMBEDDING_CHUNK_CELLS = 8192
 """Cells of one chunk. Writers whose ranges begin and end at multiples of it never touch each other's files."""
@@ -130,12 +127,13 @@ def _consolidate_again(root: zarr.Group) -> None:
 def _folder_lock(array: zarr.Array) -> Iterator[None]:
     """Exclusive lock of an array's folder on a local disk; nothing elsewhere."""
     backend = array.store_path.store
-    if fcntl is None or not isinstance(backend, LocalStore):
+    # Without locks (Windows) ranges must be whole chunks, which those of the embed command are.
+    if not HAS_FILE_LOCKS or not isinstance(backend, LocalStore):
         yield
         return
     descriptor = os.open(backend.root / array.path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock(descriptor)
         yield
     finally:
         os.close(descriptor)
