@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from importlib import metadata, util
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +25,33 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
+def _check_loaders() -> None:
+    """The second package of this distribution has a common name: say so where another one stands before it."""
+    spec = util.find_spec("loaders")
+    found = "nothing" if spec is None else spec.origin or ", ".join(spec.submodule_search_locations or ())
+    own = os.path.join(os.path.dirname(os.path.dirname(__file__)), "loaders", "__init__.py")
+    if not (os.path.exists(own) and os.path.exists(found) and os.path.samefile(own, found)):
+        raise ImportError(
+            f"liam_scale needs its own package loaders ({own}), but `import loaders` finds {found}; rename that one, "
+            "start Python in another folder, or put it behind the installed packages on sys.path"
+        )
+
+
+_check_loaders()
+
+
 def __getattr__(name: str) -> Any:
     # Handed on when first used: importing the package stays free of torch, and `python -m liam_scale.train` finds
     # its module not yet imported.
+    if name == "__version__":
+        return metadata.version("liam-scale")
     if name not in __all__:
         raise AttributeError(f"module 'liam_scale' has no attribute {name!r}")
+    _check_loaders()
     from liam_scale import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,18 @@ from liam_scale.config import TrainConfig
 from liam_scale.decode import DecodeConfig, decode
 from liam_scale.elbo import elbo
 from liam_scale.embed import EmbedConfig, compute, embed
+from liam_scale.kernels.options import Impl, Precision
 from liam_scale.map import MapConfig, map_store
-from liam_scale.model import Liam
+from liam_scale.model import Liam, ModelConfig
+from liam_scale.model.config import ModelName
 from liam_scale.run_directory import RunDirectory, RunRecord
 from liam_scale.train import train as train_run
+from liam_scale.training.distributed import Device
+from liam_scale.training.optim import OptimConfig
+from liam_scale.training.options import TrainingConfig
+from loaders.addresses import addresses
 from loaders.ingest import ingest
+from loaders.options import LoaderConfig
 
 __all__ = ["Run", "ingest", "load_run", "train"]
 
@@ -53,21 +60,36 @@ class Run:
             rows = list(csv.DictReader(file))
         return pd.DataFrame(rows).apply(pd.to_numeric)
 
+    def __repr__(self) -> str:
+        if not self.directory.is_run:
+            return f"Run {self.path}: nothing trained there yet"
+        record, state = self.record, "finished" if self.directory.is_finished else "not finished"
+        samples = f"{record.data.num_samples} samples of {record.batch_key!r}" if record.batch_key else "no samples"
+        latent = sum(part.record().model.n_latent or 0 for part in self.directory.parts())
+        sizes = ", ".join(f"{name}: {size:,}" for name, size in record.data.num_features.items())
+        lines = [
+            f"Run {self.path}: {record.model.model}, {state}",
+            f"stores: {', '.join(record.stores)}",
+            f"features: {sizes}",
+            f"{samples}, {latent} latent dimensions, id {record.id}",
+        ]
+        return "\n    ".join(lines)
+
     def model(self) -> Liam:
         """The trained module, on the CPU, in evaluation mode."""
         return self.directory.load_model()
 
     def embed(self, store: str | Path | None = None, **options: Any) -> str:
         """Write `obsm["X_liam"]`; options are the fields of `liam_scale.embed.EmbedConfig`. Returns where it stands."""
-        return embed(EmbedConfig(run=self.path, store=_uris(store), **_paths(options)))
+        return embed(EmbedConfig(run=self.path, store=_uris(store), **options))
 
     def decode(self, out: str | Path, **options: Any) -> Path:
         """Write decoded values; options are the fields of `liam_scale.decode.DecodeConfig`."""
-        return decode(DecodeConfig(run=self.path, out=Path(out), **_paths(options)))
+        return decode(DecodeConfig(run=self.path, out=Path(out), **options))
 
     def map(self, store: str | Path, **options: Any) -> Run:
         """Place the cells of new samples into this model; options are the fields of `liam_scale.map.MapConfig`."""
-        return Run(map_store(MapConfig(run=self.path, store=str(store), **_paths(options))))
+        return Run(map_store(MapConfig(run=self.path, store=_uris(store)[0], **options)))
 
     def elbo(self, store: str | Path | None = None, **options: Any) -> pd.DataFrame:
         """Per-cell loss terms (nats), indexed by cell id; options are the keywords of `liam_scale.elbo.elbo`."""
@@ -79,11 +101,7 @@ class Run:
 
 
 def _uris(store: str | Path | None) -> tuple[str, ...]:
-    return () if store is None else (str(store),)
-
-
-def _paths(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: Path(value) if name == "out" and value is not None else value for name, value in options.items()}
+    return () if store is None else tuple(addresses(store, "store"))
 
 
 def load_run(path: str | Path) -> Run:
@@ -100,7 +118,59 @@ def load_run(path: str | Path) -> Run:
 
 
 def train(
-    store: str | Path | Sequence[str | Path], *, out: str | Path, batch_key: str | None = None, **options: Any
+    store: str | Path | Sequence[str | Path],
+    *,
+    out: str | Path,
+    batch_key: str | None = None,
+    seed: int = 0,
+    resume: Literal["auto", "never"] = "auto",
+    device: Device = "auto",
+    dry_run: bool = False,
+    model: ModelName = "bavae",
+    modalities: Sequence[str] = (),
+    alpha: float | None = None,
+    adversarial: bool | None = None,
+    conditional_encoder: bool | None = None,
+    conditional_decoder: bool | None = None,
+    n_latent: int | None = None,
+    n_hidden: int = 128,
+    dropout_rate: float = 0.1,
+    dispersion_rna: Literal["gene", "gene-batch"] | None = None,
+    dispersion_atac: Literal["constant", "batch"] | None = None,
+    dispersion_adt: Literal["ADT", "ADT-batch"] | None = None,
+    use_atac_libsize: bool = True,
+    use_batch_norm_encoder: bool = False,
+    use_batch_norm_decoder: bool = False,
+    use_layer_norm_encoder: bool = True,
+    use_layer_norm_decoder: bool = True,
+    likelihood: Literal["per-cell", "original"] = "per-cell",
+    priors: Literal["present", "original"] = "present",
+    impl: Impl = "auto",
+    precision: Precision = "float32",
+    minibatch: int = 128,
+    memory: str = "1GiB",
+    streams: int | None = None,
+    threads: int | None = None,
+    validation_share: float = 0.05,
+    adt_transform: Literal["clr", "none"] = "clr",
+    balance: str | None = None,
+    lr: float = 1e-3,
+    eps: float = 0.01,
+    weight_decay: float = 1e-6,
+    kl_warmup: Literal["auto", "epochs", "steps"] = "auto",
+    kl_warmup_epochs: int = 400,
+    kl_weight_min: float = 1e-3,
+    max_epochs: int | None = None,
+    max_steps: int | None = None,
+    early_stopping: bool = True,
+    patience: int = 10,
+    patience_steps: int = 600,
+    min_delta: float = 0.0,
+    validate_every: int | None = None,
+    checkpoint_seconds: float = 300.0,
+    checkpoint_steps: int | None = None,
+    keep_checkpoints: int = 2,
+    tensorboard: bool = False,
 ) -> Run:
     """Train liam on a store, in this process, or go on with the run in `out`.
 
@@ -111,32 +181,30 @@ def train(
     out
         Folder of the run.
     batch_key
-        Obs column with the sample of each cell, the covariate to remove.
-    **options
-        Any option of the command line under its field's name: `alpha=5`, `max_epochs=50`, `n_latent=10`,
-        `minibatch=1024`, `memory="2GiB"`, `seed=1`, ... A name that no option has is a ValueError.
+        Obs column with the sample of each cell, the covariate to remove. Without it nothing is removed.
+    dry_run
+        Print configuration, model size, and estimates of memory and time; train nothing.
+    model
+        A model of the paper by name; the options down to `precision` are those of `liam_scale.model.ModelConfig`.
+    minibatch
+        Cells of an optimizer step; the options down to `balance` are those of `loaders.options.LoaderConfig`.
+    lr
+        Learning rate; the options down to `kl_weight_min` are those of `liam_scale.training.optim.OptimConfig`.
+    max_epochs
+        Epochs; the options from here on are those of `liam_scale.training.options.TrainingConfig`.
 
     Raises
     ------
     ValueError
         The options do not fit the store or the folder; the message says what to change.
     """
-    stores = [store] if isinstance(store, str | Path) else list(store)
-    config = TrainConfig(store=tuple(map(str, stores)), out=Path(out), batch_key=batch_key)
-    directory, _ = train_run(_with_options(config, options))
+    directory, _ = train_run(_config(locals()))
     return Run(directory)
 
 
-def _with_options(config: TrainConfig, options: dict[str, Any]) -> TrainConfig:
-    """Put each option into the section that has a field of its name."""
-    sections: dict[str, dict[str, Any]] = {"": {}, "model": {}, "loader": {}, "optim": {}, "training": {}}
-    names = {section: {f.name for f in fields(getattr(config, section) if section else config)} for section in sections}
-    names[""] -= set(sections)
-    for name, value in options.items():
-        section = "model" if name == "model" else next((s for s, own in names.items() if name in own), None)
-        if section is None:
-            known = sorted(set().union(*names.values()))
-            raise ValueError(f"train: got unknown option {name!r}; choose among {', '.join(known)}")
-        sections[section][name] = value
-    top = sections.pop("")
-    return replace(config, **top, **{s: replace(getattr(config, s), **values) for s, values in sections.items()})
+def _config(options: dict[str, Any]) -> TrainConfig:
+    """Keywords as sections: each takes those that are its fields."""
+    sections = {"model": ModelConfig, "loader": LoaderConfig, "optim": OptimConfig, "training": TrainingConfig}
+    made = {name: kind(**{f.name: options[f.name] for f in fields(kind)}) for name, kind in sections.items()}
+    own = {f.name: options[f.name] for f in fields(TrainConfig) if f.name in options and f.name not in made}
+    return TrainConfig(**{**own, "store": tuple(addresses(options["store"], "store"))}, **made)

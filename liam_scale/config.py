@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 import tyro
 
 from liam_scale.model import ModelConfig
-from liam_scale.training.distributed import Device
+from liam_scale.training.distributed import Device, check_device
 from liam_scale.training.optim import OptimConfig
 from liam_scale.training.options import TrainingConfig
+from loaders.option_checks import Range, check_options
 from loaders.options import LoaderConfig
 
 LOCKED = ("seed", "batch_key", "model", "optim", "loader.minibatch", "loader.validation_share", "loader.adt_transform")
@@ -28,7 +29,7 @@ class TrainConfig:
     """Folder of the run: configuration, history, checkpoints, weights."""
     batch_key: str | None = None
     """Obs column with the sample of each cell, the covariate to remove. Without it nothing is removed."""
-    seed: int = 0
+    seed: Annotated[int, Range(least=0)] = 0
     """Seed of weights, split, order and noise."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on with the newest sound checkpoint in `out`; never: refuse a folder that holds a run."""
@@ -42,5 +43,7 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        check_options(self)
+        check_device(self.device)
         if not self.store:
             raise ValueError("store: got none; name a store, e.g. atlas.zarr (liam-scale ingest makes one)")

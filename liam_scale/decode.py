@@ -23,6 +23,7 @@ from liam_scale.model.decoders import NegativeMultinomialDecoder
 from liam_scale.preparation import open_stores, sample_column, sample_table
 from liam_scale.provenance import check_maker
 from liam_scale.run_directory import RunDirectory, RunRecord
+from loaders.option_checks import Range, check_options
 from loaders.stores import Store
 from loaders.stores.anndata_zarr import add_dense_matrix, write_anndata
 
@@ -51,8 +52,11 @@ class DecodeConfig:
     """Store with the embedding; default: that of the training."""
     key: str = "X_liam"
     """Name of the embedding in obsm."""
-    library_size: float = 1.0
+    library_size: Annotated[float, Range(above=0)] = 1.0
     """Total of each cell and modality; 1 gives shares, 1e4 counts per ten thousand."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)

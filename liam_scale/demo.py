@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 
 from liam_scale.command import Command
+from loaders.option_checks import Range, check_options
 
 SIMULATION = "num_cells=3000, num_types=12, genes_per_cell=120, peaks_per_cell=300, sample_effect=0.8"
 """What `--multiome` simulates, of 2,000 genes and 8,000 peaks in 3 samples: shallow cells and samples so different that
@@ -36,14 +37,13 @@ class DemoConfig:
     """Folder for everything the demo makes. A demo that was interrupted goes on when started again."""
     multiome: bool = False
     """Simulated RNA + ATAC, whose cell types are known, instead of the CITE-seq mosaic of human blood cells."""
-    ranks: int = 2
+    ranks: Annotated[int, Range(least=1)] = 2
     """Processes that train together."""
-    max_epochs: int | None = None
+    max_epochs: Annotated[int | None, Range(least=1)] = None
     """Train at most so many epochs; default: 200, or 40 with --multiome."""
 
     def __post_init__(self) -> None:
-        if self.ranks < 1:
-            raise ValueError(f"--ranks: got {self.ranks}; give at least 1")
+        check_options(self)
 
 
 @dataclass(frozen=True)

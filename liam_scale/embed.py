@@ -24,10 +24,12 @@ from liam_scale.model.noise import Noise
 from liam_scale.preparation import RecodedSamples, open_stores, sample_table
 from liam_scale.provenance import attributes_of, check_maker
 from liam_scale.run_directory import RunDirectory, RunRecord
-from liam_scale.training.distributed import Device, World, join_world, launched_ranks
+from liam_scale.training.distributed import Device, World, check_device, join_world, launched_ranks
 from loaders.durable import sha256_of
 from loaders.loader import Loader
+from loaders.memory import parse_memory
 from loaders.minibatch import Minibatch
+from loaders.option_checks import Range, check_options
 from loaders.stores import Store, embeddings
 from loaders.stores.anndata_zarr import write_anndata
 
@@ -58,12 +60,17 @@ class EmbedConfig:
     """mean: E[softmax(N(m, v))]; latent-mean, latent-variance: m, v before the softmax; sample: one draw of softmax."""
     memory: str = "512MiB"
     """Memory of the loader."""
-    threads: int | None = None
+    threads: Annotated[int | None, Range(least=1)] = None
     """Reader threads of one process."""
-    seed: int = 0
+    seed: Annotated[int, Range(least=0)] = 0
     """Seed of the draws of `sample`."""
     device: Device = "auto"
     """auto: CUDA where there is one, else CPU."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_device(self.device)
+        parse_memory(self.memory)
 
 
 def _embed_and_tell(config: EmbedConfig) -> None:

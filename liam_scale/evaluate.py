@@ -32,6 +32,7 @@ from liam_scale.evaluation.measures import MEASURES, NUM_NEIGHBORS, Scored, requ
 from liam_scale.provenance import attributes_in_file, check_maker
 from liam_scale.run_directory import RunDirectory
 from loaders.ecosystem import plain_mudata, quiet_anndata
+from loaders.option_checks import Range, check_options
 from loaders.stores import open_store
 from loaders.stores.base import ObsColumn, Store
 
@@ -61,17 +62,17 @@ class EvaluateConfig:
     """Folder for metrics.csv, umap.png and loss.png. Default: print the table, write nothing."""
     run: Path | None = None
     """Folder of the run whose history.csv becomes loss.png."""
-    max_cells: int = 20_000
+    max_cells: Annotated[int, Range(least=3)] = 20_000
     """Score at most so many cells, drawn with `seed`; memory and time do not depend on the size of the store."""
-    seed: int = 0
+    seed: Annotated[int, Range(least=0)] = 0
     """Seed of the drawn cells, of k-means and of UMAP."""
-    neighbors: int = NUM_NEIGHBORS
+    neighbors: Annotated[int, Range(least=1)] = NUM_NEIGHBORS
     """Neighbours of a cell in the measures."""
     baseline: bool = True
     """Score principal components of the normalised counts as well, as "before"."""
-    components: int = NUM_COMPONENTS
+    components: Annotated[int, Range(least=1)] = NUM_COMPONENTS
     """Principal components of the baseline."""
-    target_sum: float = TARGET_SUM
+    target_sum: Annotated[float, Range(above=0)] = TARGET_SUM
     """Counts that the baseline scales every cell to (RNA, ATAC) before the logarithm."""
     scib: Literal["none", "quick", "all"] = "quick"
     """scIB measures; quick: those that take seconds, all: also kBET and silhouettes."""
@@ -79,14 +80,7 @@ class EvaluateConfig:
     """Draw pictures into `out`."""
 
     def __post_init__(self) -> None:
-        if self.max_cells < 3:
-            raise ValueError(f"--max-cells: got {self.max_cells}; give at least 3")
-        if self.neighbors < 1:
-            raise ValueError(f"--neighbors: got {self.neighbors}; give at least 1")
-        if self.components < 1:
-            raise ValueError(f"--components: got {self.components}; give at least 1")
-        if not self.target_sum > 0:
-            raise ValueError(f"--target-sum: got {self.target_sum}; give a number above 0")
+        check_options(self)
         if self.batch_key is None and self.label_key is None:
             raise ValueError("--batch-key, --label-key: got neither; name at least one obs column to score against")
         if self.run is not None and self.out is None:

@@ -29,6 +29,8 @@ from liam_scale.training.history import History
 from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer
 from liam_scale.training.options import TrainingConfig
 from liam_scale.training.trainer import Trainer
+from loaders.memory import parse_memory
+from loaders.option_checks import Range, check_options
 from loaders.stores import MatchedStore, Store
 
 
@@ -44,7 +46,7 @@ class MapConfig:
     """Folder of the extended run; default: `mapped-<store>` in the run's folder."""
     batch_key: str | None = None
     """Obs column with the sample; default: that of the run."""
-    max_epochs: int = 20
+    max_epochs: Annotated[int, Range(least=1)] = 20
     """Epochs of training the parameters of the new samples."""
     key: str = "X_liam"
     """Name of the embedding in obsm."""
@@ -52,8 +54,12 @@ class MapConfig:
     """Replace an embedding of that name that another run made."""
     memory: str = "512MiB"
     """Memory of the loader."""
-    seed: int = 0
+    seed: Annotated[int, Range(least=0)] = 0
     """Seed of the order of cells and of the noise."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        parse_memory(self.memory)
 
 
 def _map_and_tell(config: MapConfig) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any
 
 import tomli_w
+
+from loaders.option_checks import checked
 
 
 def to_table(value: Any) -> Any:
@@ -54,7 +55,9 @@ def from_table(kind: type, table: Mapping[str, Any], *, absent: Any, section: st
     for field in dataclasses.fields(kind):
         key, hint = section + field.name, hints[field.name]
         if field.name in table and not dataclasses.is_dataclass(hint):
-            value = _checked(hint, table[field.name], key)
+            value = table[field.name]
+            is_one_of_several = typing.get_origin(hint) is tuple and not isinstance(value, list)
+            value = checked(key, [value] if is_one_of_several else value, hint)
         elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
             inner = table.get(field.name, {})
             if not isinstance(inner, Mapping):
@@ -66,30 +69,3 @@ def from_table(kind: type, table: Mapping[str, Any], *, absent: Any, section: st
             value = absent
         vars(options)[field.name] = value
     return options
-
-
-def _checked(hint: Any, value: Any, key: str) -> Any:
-    """A value of a file as its field takes it."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        hint = next(a for a in arguments if a is not types.NoneType)
-        return _checked(hint, value, key)
-    if origin is tuple:
-        return tuple(_checked(arguments[0], item, key) for item in (value if isinstance(value, list) else [value]))
-    if origin is Literal:
-        if value not in arguments:
-            raise ValueError(f"{key}: got {value!r}; choose one of {', '.join(map(str, arguments))}")
-        return value
-    accepted, name = _TYPES[hint]
-    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{key}: got {value!r}; give {name}")
-    return hint(value)
-
-
-_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a text in quotes"),
-    Path: ((str,), "a path in quotes"),
-}

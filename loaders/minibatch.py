@@ -144,6 +144,15 @@ class Minibatch:
     def num_cells(self) -> int:
         return len(self.sample)
 
+    def __repr__(self) -> str:
+        lines = [f"Minibatch of {self.num_cells:,} of {self.num_global:,} cells, epoch {self.epoch}, step {self.step}"]
+        for name, counts in self.counts.items():
+            size, values = f"{int(self.present[name].sum()):,} cells × {counts.num_features:,} features", counts.values
+            lines.append(f"{name}: {size}, {len(values):,} non-zeros, {values.dtype} on {values.device}")
+        if self.obs:
+            lines.append(f"obs: {', '.join(map(repr, self.obs))}")
+        return "\n    ".join(lines)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Minibatch:
         return replace(
             self,

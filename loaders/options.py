@@ -7,20 +7,23 @@ from typing import Annotated, Literal
 
 import tyro
 
+from loaders.memory import parse_memory
+from loaders.option_checks import Range, check_options
+
 
 @dataclass(frozen=True)
 class LoaderConfig:
     """How cells are read, shuffled and grouped into minibatches."""
 
-    minibatch: Annotated[int, tyro.conf.arg(aliases=["--minibatch"])] = 128
+    minibatch: Annotated[int, Range(least=1), tyro.conf.arg(aliases=["--minibatch"])] = 128
     """Cells of one optimizer step, over all ranks."""
     memory: Annotated[str, tyro.conf.arg(aliases=["--memory"])] = "1GiB"
     """Memory of windows and read-ahead of all modalities together, over all ranks of this machine's process."""
-    streams: int | None = None
+    streams: Annotated[int | None, Range(least=1)] = None
     """Virtual ranks; fixed when a run is created. Default 16, or twice the ranks if that is more."""
-    threads: int | None = None
+    threads: Annotated[int | None, Range(least=1)] = None
     """Reader threads of one process; default: the cores of this process, at most 4."""
-    validation_share: float = 0.05
+    validation_share: Annotated[float, Range(least=0, below=1)] = 0.05
     """Share of every sample's cells held out for validation."""
     adt_transform: Literal["clr", "none"] = "clr"
     """Transform of ADT counts, made while reading: centred log-ratio per cell, or the values as they are."""
@@ -28,12 +31,8 @@ class LoaderConfig:
     """Obs column whose categories are drawn equally often in an epoch."""
 
     def __post_init__(self) -> None:
-        if self.minibatch < 1:
-            raise ValueError(f"--loader.minibatch: got {self.minibatch}; give at least 1 cell")
-        if not 0 <= self.validation_share < 1:
-            raise ValueError(f"--loader.validation-share: got {self.validation_share}; give a share from 0 to below 1")
-        if self.streams is not None and self.streams < 1:
-            raise ValueError(f"--loader.streams: got {self.streams}; give at least 1")
+        check_options(self, "loader")
+        parse_memory(self.memory)
 
     @property
     def transforms(self) -> dict[str, str]:

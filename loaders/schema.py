@@ -44,6 +44,10 @@ class ModalitySchema:
     def nonzeros_per_cell(self) -> float:
         return self.num_nonzeros / max(1, self.num_cells)
 
+    def __str__(self) -> str:
+        size = f"{self.num_cells:,} cells × {self.num_features:,} features"
+        return f"{self.name}: {size}, {self.nonzeros_per_cell:,.0f} non-zeros a cell, {self.value_dtype}"
+
 
 @dataclass(frozen=True)
 class Schema:
@@ -64,6 +68,12 @@ class Schema:
             (name, m.num_cells, m.num_nonzeros, m.features_sha256) for name, m in sorted(self.modalities.items())
         ]
         return hashlib.sha256(json.dumps([self.num_cells, self.cells_sha256, counted]).encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        order = "shuffled" if self.is_shuffled else "in the order of their sources"
+        columns = ", ".join(map(repr, self.obs_columns)) or "no columns"
+        lines = [f"{self.num_cells:,} cells, {order}", *map(str, self.modalities.values()), f"obs: {columns}"]
+        return "\n    ".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}

@@ -1,14 +1,19 @@
 """The rules of the house that no linter knows: sizes, words, commands in the docs, frozen options."""
 
 import ast
+import dataclasses
+import inspect
 import re
 import shlex
 import tokenize
+import typing
 from pathlib import Path
 
 import pytest
 
+from liam_scale import api
 from liam_scale.cli import COMMANDS, command
+from liam_scale.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "liam_scale").rglob("*.py"), *(ROOT / "loaders").rglob("*.py")])
@@ -37,6 +42,21 @@ def test_every_kernel_is_compiled_in_one_way(path: Path) -> None:
 
 def test_train_reads_as_a_table_of_contents() -> None:
     assert (ROOT / "liam_scale" / "train.py").read_text().count("\n") <= 160
+
+
+def test_training_from_python_takes_the_options_of_the_command_line() -> None:
+    """Names, types and defaults stand in `train` for completion, and in the dataclasses; they are the same."""
+    sections = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if callable(f.default_factory)}
+    options: dict[str, object] = {}
+    for kind in (TrainConfig, *sections.values()):
+        hints = typing.get_type_hints(kind)
+        own = [f for f in dataclasses.fields(kind) if kind is not TrainConfig or f.name not in sections]
+        options |= {f.name: (hints[f.name], f.default) for f in own}
+    hints = typing.get_type_hints(api.train)
+    taken = {p.name: (hints[p.name], p.default) for p in inspect.signature(api.train).parameters.values()}
+    assert list(taken) == list(options)
+    for name in options.keys() - {"store", "out", "modalities"}:
+        assert taken[name] == options[name], name
 
 
 def test_there_are_no_rooms_without_a_name() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from liam_scale.kernels.options import Impl, Precision
+from loaders.option_checks import Range, check_options
 from loaders.schema import MODALITIES
 
 ModelName = Literal[
@@ -28,7 +28,7 @@ class ModelConfig:
     """Model of the paper; bavae is liam as published."""
     modalities: tuple[str, ...] = ()
     """Modalities to integrate, of rna, atac and adt; empty: all that the store holds."""
-    alpha: Annotated[float | None, tyro.conf.arg(aliases=["--alpha"])] = None
+    alpha: Annotated[float | None, Range(least=0), tyro.conf.arg(aliases=["--alpha"])] = None
     """Weight of the adversary that removes the sample from the embedding; the paper uses 0 to 1000."""
     adversarial: bool | None = None
     """Whether a classifier of the sample reads the latent space through a gradient reversal."""
@@ -36,11 +36,11 @@ class ModelConfig:
     """Whether the encoders of modalities and latent space see the sample."""
     conditional_decoder: bool | None = None
     """Whether the decoders see the sample."""
-    n_latent: Annotated[int | None, tyro.conf.arg(aliases=["--n-latent"])] = None
-    """Latent dimensions; 20, or 10 for each model of concat."""
-    n_hidden: int = 128
+    n_latent: Annotated[int | None, Range(least=2), tyro.conf.arg(aliases=["--n-latent"])] = None
+    """Latent dimensions; 20, or 10 for each model of concat. At least 2: a softmax over one is constant."""
+    n_hidden: Annotated[int, Range(least=1)] = 128
     """Units of each hidden layer; the adversary always has 32."""
-    dropout_rate: float = 0.1
+    dropout_rate: Annotated[float, Range(least=0, below=1)] = 0.1
     """Share of hidden units dropped in the encoders while training."""
     dispersion_rna: Literal["gene", "gene-batch"] | None = None
     """One dispersion per gene, or one per gene and sample."""
@@ -68,7 +68,12 @@ class ModelConfig:
     """Precision of the matrix products over all features; sums and logarithms stay float32."""
 
     def __post_init__(self) -> None:
-        _check_numbers(self)
+        check_options(self, "model")
+        if self.alpha and self.adversarial is False:
+            raise ValueError(
+                f"model.alpha: got {self.alpha:g} with adversarial false, where nothing has that weight; "
+                "do: drop one of the two"
+            )
         unknown = [name for name in self.modalities if name not in MODALITIES]
         if unknown or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(
@@ -194,24 +199,6 @@ _FIXED: dict[str, tuple[str, ...]] = {
     "vae": tuple(_WITHOUT_SAMPLE),
 }
 """Flags that make a model what its name says: another value would be another model."""
-
-
-def _check_numbers(config: ModelConfig) -> None:
-    if config.n_latent is not None and config.n_latent < 2:
-        raise ValueError(
-            f"model.n_latent: got {config.n_latent}; do: give at least 2 (a softmax over one dimension is constant)"
-        )
-    if config.n_hidden < 1:
-        raise ValueError(f"model.n_hidden: got {config.n_hidden}; do: give at least 1")
-    if not 0.0 <= config.dropout_rate < 1.0:
-        raise ValueError(f"model.dropout_rate: got {config.dropout_rate}; do: give a share in [0, 1)")
-    if config.alpha is not None and not (math.isfinite(config.alpha) and config.alpha >= 0.0):
-        raise ValueError(f"model.alpha: got {config.alpha}; do: give a finite weight >= 0 (the paper: 0 to 1000)")
-    if config.alpha and config.adversarial is False:
-        raise ValueError(
-            f"model.alpha: got {config.alpha:g} with adversarial false, where nothing has that weight; "
-            "do: drop one of the two"
-        )
 
 
 def _check_name(config: ModelConfig) -> None:

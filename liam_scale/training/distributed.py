@@ -52,6 +52,18 @@ def launched_ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def check_device(device: Device) -> None:
+    """Refuse a device that is not there.
+
+    Raises
+    ------
+    ValueError
+        `device="cuda"` on a machine without a CUDA device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: got cuda, but torch sees no CUDA device here; use --device cpu or auto")
+
+
 @contextmanager
 def join_world(device: Device = "auto", *, timeout_minutes: float = 30.0) -> Iterator[World]:
     """Join the ranks that torchrun started: gloo on CPU, NCCL on GPU (one GPU a rank).
@@ -62,11 +74,9 @@ def join_world(device: Device = "auto", *, timeout_minutes: float = 30.0) -> Ite
         `device="cuda"` on a machine without a CUDA device.
     """
     rank, size = launched_ranks()
-    has_cuda = torch.cuda.is_available()
-    if device == "cuda" and not has_cuda:
-        raise ValueError("--device: got cuda, but torch sees no CUDA device here; use --device cpu or auto")
+    check_device(device)
     chosen = torch.device("cpu")
-    if has_cuda and device != "cpu":
+    if device != "cpu" and torch.cuda.is_available():
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(chosen)
     if size == 1:

@@ -9,6 +9,8 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from loaders.option_checks import Range, check_options
+
 STEPS_OF_PUBLISHED_EPOCH = 464
 """Steps of an epoch of the published data: 0.95 x 62,501 training cells in minibatches of 128."""
 
@@ -20,18 +22,21 @@ CELLS_FOR_STEP_WARMUP = 100_000
 class OptimConfig:
     """Adam as the original sets it."""
 
-    lr: Annotated[float, tyro.conf.arg(aliases=["--lr"])] = 1e-3
+    lr: Annotated[float, Range(least=0), tyro.conf.arg(aliases=["--lr"])] = 1e-3
     """Learning rate."""
-    eps: float = 0.01
+    eps: Annotated[float, Range(above=0)] = 0.01
     """Added to the root of Adam's second moment."""
-    weight_decay: float = 1e-6
+    weight_decay: Annotated[float, Range(least=0)] = 1e-6
     """L2 penalty, in the gradient."""
     kl_warmup: Literal["auto", "epochs", "steps"] = "auto"
     """Unit in which the weight of KL(z) grows; auto: epochs up to 100,000 cells, steps above."""
-    kl_warmup_epochs: int = 400
+    kl_warmup_epochs: Annotated[int, Range(least=0)] = 400
     """Epochs after which the weight of KL(z) is 1; in steps an epoch counts 464, as in the published runs."""
-    kl_weight_min: float = 1e-3
+    kl_weight_min: Annotated[float, Range(least=0, most=1)] = 1e-3
     """Smallest weight of KL(z)."""
+
+    def __post_init__(self) -> None:
+        check_options(self, "optim")
 
 
 @dataclass(frozen=True)

@@ -7,36 +7,35 @@ from typing import Annotated
 
 import tyro
 
+from loaders.option_checks import Range, check_options
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How long to train, when to look, what to keep."""
 
-    max_epochs: Annotated[int | None, tyro.conf.arg(aliases=["--max-epochs"])] = None
+    max_epochs: Annotated[int | None, Range(least=1), tyro.conf.arg(aliases=["--max-epochs"])] = None
     """Default: min(round(20,000 / cells x 400), 400), as the original."""
-    max_steps: Annotated[int | None, tyro.conf.arg(aliases=["--max-steps"])] = None
+    max_steps: Annotated[int | None, Range(least=1), tyro.conf.arg(aliases=["--max-steps"])] = None
     """Stop after this many optimizer steps, whatever the epoch."""
     early_stopping: bool = True
     """Stop when the validation loss has not improved for `patience` evaluations."""
-    patience: int = 10
+    patience: Annotated[int, Range(least=1)] = 10
     """Evaluations without improvement before training stops."""
-    patience_steps: int = 600
+    patience_steps: Annotated[int, Range(least=0)] = 600
     """And at least so many steps: ten epochs of a small data set are too short to tell an end from noise."""
-    min_delta: float = 0.0
+    min_delta: Annotated[float, Range(least=0)] = 0.0
     """Smallest decrease of the validation loss that counts as an improvement, nats per cell."""
-    validate_every: int | None = None
+    validate_every: Annotated[int | None, Range(least=1)] = None
     """Steps between evaluations; default: one at the end of every epoch."""
-    checkpoint_seconds: float = 300.0
+    checkpoint_seconds: Annotated[float, Range(least=0)] = 300.0
     """Time between checkpoints."""
-    checkpoint_steps: int | None = None
+    checkpoint_steps: Annotated[int | None, Range(least=1)] = None
     """Steps between checkpoints, instead of a time."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, Range(least=1)] = 2
     """Newest checkpoints kept."""
     tensorboard: bool = False
     """Also write the history as TensorBoard events."""
 
     def __post_init__(self) -> None:
-        for name in ("max_epochs", "max_steps", "patience", "validate_every", "checkpoint_steps", "keep_checkpoints"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--training.{name.replace('_', '-')}: got {value}; give at least 1")
+        check_options(self, "training")

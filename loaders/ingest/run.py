@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from loaders.addresses import addresses
 from loaders.csr import narrowest_dtype
 from loaders.ingest.cells import Cells, gather_cells, modality_columns, obs_columns
 from loaders.ingest.checks import Counted, Place, check_and_map
@@ -76,7 +77,7 @@ def ingest(
     RuntimeError
         The disk is full.
     """
-    texts = [str(sources)] if isinstance(sources, str | Path) else [str(source) for source in sources]
+    texts = addresses(sources, "sources")
     if not texts:
         raise ValueError("sources: got none; name at least one file, for example a.h5mu")
     if join not in ("inner", "outer"):

@@ -30,6 +30,11 @@ class ObsColumn:
     categories: tuple[str, ...]
 
 
+def describe_store(store: Store) -> str:
+    """The `repr` of every store: where it is and what it holds."""
+    return f"{type(store).__name__} {store.uri}: {store.schema!r}"
+
+
 class Store(Protocol):
     """n cells, their obs columns, and per modality a sparse matrix over the cells that have it.
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from loaders.csr import SparseRows, concat_rows, offsets_of, widest_dtype
 from loaders.schema import MODALITIES, ModalitySchema, Schema, sha256_of_names
-from loaders.stores.base import ObsColumn, Store
+from loaders.stores.base import ObsColumn, Store, describe_store
 from loaders.stores.matched_store import MatchedStore
 from loaders.stores.matrices import once
 
@@ -60,6 +60,8 @@ class ChainedStore:
             cells_sha256=sha256_of_names(store.schema.cells_sha256 for store in stores),
         )
         self._offsets = {name: once(lambda name=name: self._join_offsets(name)) for name in names}  # type: ignore[misc]
+
+    __repr__ = describe_store
 
     @property
     def row_alignment(self) -> int:

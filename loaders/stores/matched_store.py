@@ -14,7 +14,7 @@ import pandas as pd
 
 from loaders.csr import SparseRows, row_sums, select_columns
 from loaders.schema import sha256_of_names
-from loaders.stores.base import ObsColumn, Store
+from loaders.stores.base import ObsColumn, Store, describe_store
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ class MatchedStore:
                 modality, self.uri, found, len(column),
             )  # fmt: skip
         return target
+
+    __repr__ = describe_store
 
     def cell_ids(self, start: int, stop: int) -> npt.NDArray[np.str_]:
         return self.store.cell_ids(start, stop)

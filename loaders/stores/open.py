@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import zarr
 
+from loaders.addresses import refuse_data_in_memory
 from loaders.stores.base import Store
 from loaders.stores.chained_store import ChainedStore
 from loaders.stores.soma_store import SomaStore
@@ -42,6 +43,7 @@ def open_store(uri: Source | Sequence[Source], *, format: Format | None = None, 
         Nothing there that can be streamed; the message names what was found and what to do. An option that the format
         does not know.
     """
+    refuse_data_in_memory(uri, "store")
     if isinstance(uri, Sequence) and not isinstance(uri, str):
         return ChainedStore([open_store(one, format=format, **options) for one in uri])
     is_soma = (format or _format_of(uri)) == "soma"

@@ -19,7 +19,7 @@ import pandas as pd
 from loaders.csr import SparseRows, offsets_of
 from loaders.schema import MODALITIES, ModalitySchema, Schema, sha256_of_names
 from loaders.stores import soma_embeddings
-from loaders.stores.base import ObsColumn
+from loaders.stores.base import ObsColumn, describe_store
 from loaders.stores.columns import encode
 from loaders.stores.matrices import once
 from loaders.stores.modalities import check_modality, modality_of
@@ -115,6 +115,8 @@ class SomaStore:
     def row_alignment(self) -> int:
         """Cells that are decoded together: blocks should begin and end at multiples of it."""
         return max(part.matrix.rows_per_read for part in self._parts.values())
+
+    __repr__ = describe_store
 
     def cell_ids(self, start: int, stop: int) -> npt.NDArray[np.str_]:
         return self._ids()[start:stop]

@@ -18,7 +18,7 @@ import zarr
 from loaders.csr import SparseRows
 from loaders.schema import SCHEMA_KEY, Schema
 from loaders.stores import columns, embeddings, foreign
-from loaders.stores.base import ObsColumn
+from loaders.stores.base import ObsColumn, describe_store
 from loaders.stores.matrices import CsrMatrix, once
 from loaders.stores.parts import ModalityPart
 from loaders.stores.zarr_root import Source, describe_source, is_local, open_root
@@ -80,6 +80,8 @@ class ZarrStore:
                 " (every chunk is a request); copy it, or give the loader more memory so that reads are longer",
                 self.uri,
             )
+
+    __repr__ = describe_store
 
     @property
     def group(self) -> zarr.Group:

@@ -87,8 +87,8 @@ def test_a_file_may_say_a_part_and_the_command_line_the_rest(tmp_path: Path) -> 
     [
         (b"[model]\nalhpa = 1\n", "run.toml: model.alhpa: there is no such option; choose among model.alpha"),
         (b"stroe = 'a'", "run.toml: stroe: there is no such option; choose among store"),
-        (b"[model]\nalpha = 'much'\n", "run.toml: model.alpha: got 'much'; give a number"),
-        (b"[model]\nalpha = true\n", "run.toml: model.alpha: got True; give a number"),
+        (b"[model]\nalpha = 'much'\n", "run.toml: model.alpha: got 'much'; give a finite number"),
+        (b"[model]\nalpha = true\n", "run.toml: model.alpha: got True; give a finite number"),
         (b"[model]\nearly = 1\n", "run.toml: model.early: got 1; give true or false"),
         (b"[model]\nnames = [1]\n", "run.toml: model.names: got 1; give a text in quotes"),
         (b"[model]\nkind = 'c'\n", "run.toml: model.kind: got 'c'; choose one of a, b"),

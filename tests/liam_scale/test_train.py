@@ -185,8 +185,8 @@ def test_from_python_the_options_have_the_same_names(multiome: Path, tmp_path: P
     )
     assert run.record.model.alpha == 5.0
     assert liam_scale.load_run(tmp_path / "run").history["step"].tolist()[-1] == 3
-    with pytest.raises(ValueError, match="unknown option 'max_epoch'"):
-        liam_scale.train(multiome, out=tmp_path / "other", max_epoch=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_epoch'"):
+        liam_scale.train(multiome, out=tmp_path / "other", max_epoch=3)  # type: ignore[call-arg]
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -80,12 +80,12 @@ def test_a_conditional_adversary_is_reached_from_a_name_and_a_flag() -> None:
         ({"model": "concat", "modalities": ("rna",)}, "got concat with one modality .rna.; do: use model rna-only"),
         ({"modalities": ("rna", "rna")}, "do: name each once"),
         ({"modalities": ("protein",)}, "got .'protein'.; do: name each once, out of rna, atac, adt"),
-        ({"alpha": -1.0}, "model.alpha: got -1.0"),
-        ({"alpha": float("nan")}, "model.alpha: got nan"),
+        ({"alpha": -1.0}, "--model.alpha: got -1.0; give at least 0"),
+        ({"alpha": float("nan")}, "--model.alpha: got nan"),
         ({"alpha": 2.0, "adversarial": False}, "got 2 with adversarial false"),
-        ({"n_latent": 1}, "model.n_latent: got 1; do: give at least 2"),
-        ({"n_hidden": 0}, "model.n_hidden: got 0"),
-        ({"dropout_rate": 1.0}, "model.dropout_rate: got 1.0"),
+        ({"n_latent": 1}, "--model.n-latent: got 1; give at least 2"),
+        ({"n_hidden": 0}, "--model.n-hidden: got 0"),
+        ({"dropout_rate": 1.0}, "--model.dropout-rate: got 1.0; give at least 0 and below 1"),
     ],
 )
 def test_refusals_name_option_value_and_cure(options: dict[str, Any], message: str) -> None:
