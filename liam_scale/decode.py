@@ -26,6 +26,7 @@ from liam_scale.run_directory import RunDirectory, RunRecord
 from loaders.option_checks import Range, check_options
 from loaders.stores import Store
 from loaders.stores.anndata_zarr import add_dense_matrix, write_anndata
+from loaders.stores.zarr_root import HDF5_SUFFIXES
 
 CELLS_PER_CHUNK = 4_096
 """Cells of one chunk of the written array."""
@@ -83,6 +84,10 @@ def decode(config: DecodeConfig) -> Path:
     record = directory.record()
     if record.parts:
         raise ValueError(f"run: {config.run} is a late integration; decode one of {', '.join(record.parts)} in it")
+    if config.out.suffix in HDF5_SUFFIXES:
+        raise ValueError(
+            f"--out: got {config.out}, values are written as AnnData Zarr; name {config.out.with_suffix('.zarr')}"
+        )
     if config.out.exists():
         raise ValueError(f"--out: {config.out} exists; name a new folder")
     chosen = choose_features(directory.features(), config.features, config.modality)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import anndata
+import h5py
 import numpy as np
 import torch
 import tyro
@@ -32,6 +33,7 @@ from loaders.minibatch import Minibatch
 from loaders.option_checks import Range, check_options
 from loaders.stores import Store, embeddings
 from loaders.stores.anndata_zarr import write_anndata
+from loaders.stores.zarr_root import HDF5_SUFFIXES, open_root
 
 CELLS_PER_STEP = 1_024
 """Cells embedded at once, over all ranks."""
@@ -51,7 +53,7 @@ class EmbedConfig:
     store: tuple[str, ...] = ()
     """Store to embed, or several chained; default: those of the training."""
     out: Path | None = None
-    """Write a separate AnnData Zarr here instead of into the store."""
+    """Write a separate AnnData here instead of into the store: .h5ad, or a Zarr folder."""
     key: str = "X_liam"
     """Name of the embedding in obsm."""
     overwrite: bool = False
@@ -76,8 +78,20 @@ class EmbedConfig:
 def _embed_and_tell(config: EmbedConfig) -> None:
     where = embed(config)
     if launched_ranks()[0] == 0:
-        reader = "anndata.read_zarr" if config.out else "mudata.read_zarr"
-        print(f'wrote obsm["{config.key}"] to {where}; read it with {reader}("{where}")')
+        reader = _reader(where)
+        print(f'wrote obsm["{config.key}"] to {where}' + (f'; read it with {reader}("{where}")' if reader else ""))
+
+
+def _reader(where: str) -> str | None:
+    """The function that reads a store of the scverse."""
+    if where.endswith(".h5ad"):
+        return "anndata.read_h5ad"
+    try:
+        kind = open_root(where).attrs.get("encoding-type")
+    except ValueError:
+        # A TileDB-SOMA experiment, or several stores.
+        return None
+    return {"MuData": "mudata.read_zarr", "anndata": "anndata.read_zarr"}.get(str(kind))
 
 
 def embed(config: EmbedConfig) -> str:
@@ -107,6 +121,11 @@ def embed_store(config: EmbedConfig, store: Store) -> str:
         check_features(store, part.record())
     if config.out is not None and config.out.exists():
         raise ValueError(f"--out: {config.out} exists; name a new folder")
+    if config.out is not None and config.out.suffix in HDF5_SUFFIXES and config.out.suffix != ".h5ad":
+        raise ValueError(
+            f"--out: got {config.out}, an embedding is written as .h5ad or AnnData Zarr; "
+            f"name {config.out.with_suffix('.h5ad')}"
+        )
     if config.out is None and not config.overwrite:
         check_replaces(store, config.key, directory.record().id)
     with join_world(config.device) as world:
@@ -254,10 +273,15 @@ def _write(config: EmbedConfig, store: Store, pieces: Path, num_models: int, att
         store.write_embedding(config.key, 0, embedding, store.schema.num_cells, attributes)
         return
     partial = config.out.with_name(f".{config.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write_anndata(anndata.AnnData(obs=store.obs_frame()), partial)
-    root = zarr.open_group(partial, mode="r+", use_consolidated=False)
-    embeddings.write(root, str(partial), config.key, 0, embedding, len(embedding), attributes)
+    if config.out.suffix == ".h5ad":
+        anndata.AnnData(obs=store.obs_frame(), obsm={config.key: embedding}).write_h5ad(partial)
+        with h5py.File(partial, "r+") as file:
+            file["obsm"][config.key].attrs.update(attributes)
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+        write_anndata(anndata.AnnData(obs=store.obs_frame()), partial)
+        root = zarr.open_group(partial, mode="r+", use_consolidated=False)
+        embeddings.write(root, str(partial), config.key, 0, embedding, len(embedding), attributes)
     partial.rename(config.out)
 
 

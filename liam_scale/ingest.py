@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Annotated, Literal
 import tyro
 
 from liam_scale.command import Command
+from liam_scale.samples import is_unusual, possible_keys
 from loaders.ingest import ingest
+from loaders.stores import open_store
 
 
 @dataclass(frozen=True)
@@ -18,11 +21,14 @@ class IngestConfig:
     """Read source files, check their counts, shuffle the cells, write one store."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """h5ad, h5mu, 10x .h5, AnnData or MuData Zarr, SOMA experiment; `rna=a.h5ad,atac=b.h5ad` pairs files by cell."""
+    """h5ad, h5mu, 10x .h5, AnnData or MuData Zarr, SOMA experiment; `rna=a.h5ad,atac=b.h5ad` pairs files by cell,
+    `NAME=a.h5ad` names the sample."""
     out: Path
     """Store to write, e.g. atlas.zarr."""
     sample_key: str | None = None
-    """Obs column that becomes the column `sample`; default: the name of each file."""
+    """Obs column that becomes `sample`; default: the column `sample`, else the name of each file."""
+    sample_from_file: bool = False
+    """Each file's name becomes `sample`, even where the files have such a column."""
     join: Literal["inner", "outer"] = "inner"
     """Features kept when several sources differ: those of all, or those of any."""
     layer: str | None = None
@@ -42,6 +48,7 @@ def _ingest_and_tell(config: IngestConfig) -> None:
         config.sources,
         out=config.out,
         sample_key=config.sample_key,
+        sample_from_file=config.sample_from_file,
         join=config.join,
         layer=config.layer,
         memory=config.memory,
@@ -55,7 +62,18 @@ def _ingest_and_tell(config: IngestConfig) -> None:
             f"{m.nonzeros_per_cell:,.0f} non-zeros a cell, {m.value_dtype}"
         )
     print(f"  obs: {', '.join(schema.obs_columns)}")
-    print(f"next: python -m liam_scale.train {config.out} --batch-key sample --out runs/a")
+    print(_next_command(config.out))
+
+
+def _next_command(out: Path) -> str:
+    """How to train, with the batch key that the store suggests."""
+    store = open_store(out)
+    keys = ["sample"]
+    if len(store.obs_column("sample").categories) < 2:
+        keys = [name for name in possible_keys(store) if not is_unusual(name)]
+    chosen = f" --batch-key {shlex.quote(keys[0])}" if keys else ""
+    remark = "" if keys else "\n  (sample has one value; --batch-key would name the obs column whose effect to remove)"
+    return f"next: liam-scale train {shlex.quote(str(out))}{chosen} --out runs/a{remark}"
 
 
 main = Command(IngestConfig, _ingest_and_tell, prog="liam-scale ingest", description="Source files -> one store.")

@@ -15,6 +15,7 @@ from liam_scale.command import flag_of
 from liam_scale.config import LOCKED, TrainConfig
 from liam_scale.model import ModelConfig, ModelData, library_priors, resolve
 from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.samples import check_batch_key
 from liam_scale.tables import to_table, to_toml
 from liam_scale.training.distributed import World
 from loaders.loader import Loader
@@ -77,6 +78,8 @@ def model_data(store: Store, model: ModelConfig, batch_key: str | None, transfor
 def resolved(config: TrainConfig, store: Store) -> tuple[ModelConfig, ...]:
     """The models of a run; refuses what does not fit the store before any work."""
     _, categories = sample_column(store, config.batch_key)
+    if config.batch_key is not None:
+        check_batch_key(store, config.batch_key, len(categories))
     models = resolve(config.model, modalities=tuple(store.schema.modalities), num_samples=len(categories))
     if config.loader.balance is not None and config.loader.balance not in store.schema.obs_columns:
         raise ValueError(

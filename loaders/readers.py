@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -207,13 +208,19 @@ def open_reader(store: Store, modality: str) -> RowReader:
     try:
         return _open_fast(store, modality)
     except UnsupportedArray as reason:
-        _log.info(
-            "store %s, %s is read through the store's own library: %s; `liam-scale ingest` makes a faster copy",
-            store.uri,
-            modality,
-            reason,
-        )
+        _tell_once(store.uri, modality, str(reason))
         return StoreRows(store, modality)
+
+
+@cache
+def _tell_once(uri: str, modality: str, reason: str) -> None:
+    """Training opens a reader for each of its loaders."""
+    _log.info(
+        "store %s, %s is read through the store's own library: %s; `liam-scale ingest` makes a faster copy",
+        uri,
+        modality,
+        reason,
+    )
 
 
 def _open_fast(store: Store, modality: str) -> RowReader:
@@ -223,9 +230,12 @@ def _open_fast(store: Store, modality: str) -> RowReader:
             [(open_reader(part, modality), part.schema.modalities[modality].num_cells) for part in parts]
         )
     find = getattr(store, "arrays", None)
-    arrays = None if find is None else find(modality)
+    if find is None:
+        # A SOMA experiment has said so when it was opened; a view by feature names reads a store as it can.
+        return StoreRows(store, modality)
+    arrays = find(modality)
     if arrays is None:
-        raise UnsupportedArray("it is not one csr_matrix on a local disk")
+        raise UnsupportedArray("it is not one csr_matrix")
     indices, values = (ShardedArray(_folder(arrays[name])) for name in ("indices", "data"))
     rows = store.modality_rows(modality)
     return ShardedRows(

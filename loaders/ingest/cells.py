@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,18 @@ def source_names(sources: Sequence[Source]) -> list[str]:
     return short if len(set(short)) == len(short) else names
 
 
+_TENX_NAME = re.compile(r"_?(sample_)?(filtered|raw)_(feature|peak|gene)_bc_matri(x|ces)(_h5)?$")
+_TENX_FOLDERS = ("outs", "count", "multi")
+"""What Cell Ranger calls its files, and the folders it puts between a sample's own and the file."""
+
+
 def _stem(path: Path) -> str:
     name = path.name
     for suffix in (".h5ad", ".h5mu", ".h5", ".zarr"):
         name = name.removesuffix(suffix)
-    return name or path.name
+    own = _TENX_NAME.sub("", name)
+    folders = (folder.name for folder in path.resolve().parents if folder.name not in _TENX_FOLDERS)
+    return own or next(folders, "") or path.name
 
 
 def _first_repeated(names: Sequence[str]) -> str:
@@ -74,7 +82,9 @@ class Cells:
         return len(self.ids)
 
 
-def gather_cells(sources: Sequence[Source], sample_key: str | None, say: Say) -> Cells:
+def gather_cells(
+    sources: Sequence[Source], sample_key: str | None, say: Say, *, sample_from_file: bool = False
+) -> Cells:
     """Unique ids and the sample of every cell.
 
     Raises
@@ -82,31 +92,47 @@ def gather_cells(sources: Sequence[Source], sample_key: str | None, say: Say) ->
     ValueError
         `sample_key` is in none or not in all of the sources, or has missing values; there are no cells.
     """
+    if sample_from_file and sample_key is not None:
+        raise ValueError(f"--sample-from-file: got --sample-key {sample_key} too; leave one of the two out")
     names = source_names(sources)
     starts = np.cumsum([0, *(len(source.cell_ids) for source in sources)]).astype(np.int64)
     if not starts[-1]:
         raise ValueError(f"sources: got no cells in {', '.join(source.label for source in sources)}; give other files")
-    if sample_key is None and any(SAMPLE in source.obs.columns for source in sources):
+    unnamed = [source for source in sources if source.sample is None]
+    if sample_key is None and not sample_from_file and any(SAMPLE in source.obs.columns for source in unnamed):
         sample_key = SAMPLE
         say(f"the obs column {SAMPLE!r} of the sources is the sample; name another with --sample-key")
-    if sample_key is None:
+    own = [source.sample or name for source, name in zip(sources, names, strict=True)]
+    if sample_key is None or not unnamed:
+        sample_key = None
         sizes = [len(source.cell_ids) for source in sources]
-        sample = pd.Categorical.from_codes(np.repeat(np.arange(len(names)), sizes), pd.Index(names, dtype=object))
-        say(f"sample = the name of the file: {', '.join(names)}; name an obs column with --sample-key to change that")
+        categories = list(dict.fromkeys(own))
+        codes = np.repeat([categories.index(name) for name in own], sizes)
+        sample = pd.Categorical.from_codes(codes, pd.Index(categories, dtype=object))
+        say(
+            f"sample = the name of the file: {', '.join(own)}; write NAME=FILE to name one, or name an obs column with "
+            "--sample-key"
+        )
     else:
         sample = _sample_column(sources, sample_key)
     return Cells(_unique_ids(sources, names, say), sample, sample_key, starts)
 
 
 def _sample_column(sources: Sequence[Source], key: str) -> pd.Categorical:
+    parts: list[pd.Series] = []
     for source in sources:
-        if key not in source.obs.columns:
+        if source.sample is not None:
+            parts.append(pd.Series(pd.Categorical([source.sample]).take(np.zeros(len(source.cell_ids), int))))
+        elif key in source.obs.columns:
+            parts.append(source.obs.column(key))
+        else:
             raise ValueError(
                 f"--sample-key: {source.label} has no obs column {key!r}; it has "
-                f"{', '.join(source.obs.columns) or 'none'}: name a column that all sources have, or leave the option "
-                "out to take the files' names"
+                f"{', '.join(source.obs.columns) or 'none'}: name a column that all sources have with --sample-key, "
+                f"the source's own sample by writing NAME={source.label}, or take the files' names with "
+                "--sample-from-file"
             )
-    column = join_columns([source.obs.column(key) for source in sources])
+    column = join_columns(parts)
     missing = column.isna().to_numpy()
     if missing.any():
         start = 0
@@ -159,12 +185,13 @@ def obs_columns(
     yield SAMPLE, pd.Categorical.from_codes(cells.sample.codes[order], cells.sample.categories)
     apart = {name for source in sources for name in source.obs.disagreeing}
     for name in dict.fromkeys(name for source in sources for name in source.obs.columns):
-        if name in apart or (name == SAMPLE and cells.sample_from == SAMPLE):
+        if name in apart or (name == SAMPLE and cells.sample_from == SAMPLE and all(s.sample is None for s in sources)):
             continue
         stored = name
         if name == SAMPLE:
             stored = _KEPT_SAMPLE
-            say(f"the sources' obs column {SAMPLE!r} is kept as {stored!r}: {SAMPLE!r} holds {cells.sample_from!r}")
+            kept = repr(cells.sample_from) if cells.sample_from else "the names of the files"
+            say(f"the sources' obs column {SAMPLE!r} is kept as {stored!r}: {SAMPLE!r} holds {kept}")
         parts: list[pd.Series | int] = [
             source.obs.column(name) if name in source.obs.columns else len(source.cell_ids) for source in sources
         ]

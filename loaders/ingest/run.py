@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from loaders.addresses import addresses
 from loaders.csr import narrowest_dtype
@@ -37,6 +38,7 @@ def ingest(
     *,
     out: str | Path,
     sample_key: str | None = None,
+    sample_from_file: bool = False,
     join: Join = "inner",
     layer: str | None = None,
     memory: str | int = "1GiB",
@@ -51,11 +53,14 @@ def ingest(
     sources
         Paths of .h5ad, .h5mu, 10x .h5 files and AnnData or MuData Zarr folders, with different cells each. Before a
         path, `rna=`, `atac=` or `adt=` says which modality it is; several of these joined by commas
-        (`rna=a.h5ad,atac=b.h5ad`) are one source whose cells are paired by their ids.
+        (`rna=a.h5ad,atac=b.h5ad`) are one source whose cells are paired by their ids. `NAME=` before all of it
+        names the sample of the source's cells.
     out
         Path of the store.
     sample_key
         Obs column that becomes `sample`; default the column `sample` where there is one, else each file's name.
+    sample_from_file
+        Each file's name is the sample, even where there is a column `sample`.
     join
         Features kept where sources differ: "inner" those of all, "outer" those of any (zero where a source lacks one).
     layer
@@ -88,7 +93,7 @@ def ingest(
     report = Report(is_shown=progress)
     with ExitStack() as files, explain_disk_errors(out):
         opened = [open_source(text, layer=layer, files=files, say=report.say) for text in texts]
-        cells = gather_cells(opened, sample_key, report.say)
+        cells = gather_cells(opened, sample_key, report.say, sample_from_file=sample_from_file)
         joined = _join_all(opened, join, report)
         _look(opened)
         staging = Staging(out, overwrite=overwrite)
@@ -140,10 +145,21 @@ def _join_all(sources: Sequence[Source], join: Join, report: Report) -> dict[str
             for own, part in zip(result.columns, parts, strict=True)
         )
         joined[modality] = Joined(result.var, columns)
+        for source, part in zip(having, parts, strict=True):
+            absent = result.var.index[~result.var.index.isin(part.var.index)]
+            if len(absent):
+                report.say(
+                    f"{modality}: {source.label} lacks {len(absent)} of {len(result.var)} features "
+                    f"({_listed(absent)}), which count as zero in its cells"
+                )
         largest = max(len(part.var) for part in parts)
         if join == "inner" and len(result.var) < largest:
             report.say(f"{modality}: {len(result.var)} of up to {largest} features are in all sources and are kept")
     return joined
+
+
+def _listed(names: pd.Index, most: int = 8) -> str:
+    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def _look(sources: Sequence[Source]) -> None:

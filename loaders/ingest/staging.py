@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loaders.machine import HAS_FILE_LOCKS, lock
+from loaders.stores.zarr_root import HDF5_SUFFIXES
 
 _LOCK = "lock"
 _GRACE_SECONDS = 60.0
@@ -42,6 +43,8 @@ def remove_stale(out: Path) -> list[Path]:
 
 def check_out(out: Path, *, overwrite: bool) -> None:
     """Refuse an `out` that exists, or that is not a Zarr store and may therefore not be overwritten."""
+    if out.suffix in HDF5_SUFFIXES:
+        raise ValueError(f"--out: got {out}, a store is a Zarr folder; name {out.with_suffix('.zarr')}")
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:

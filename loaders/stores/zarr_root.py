@@ -110,7 +110,7 @@ def _check_path(path: Path) -> None:
         if path.suffix in HDF5_SUFFIXES:
             raise ValueError(
                 f"store {path}: got an HDF5 file, which cannot be streamed;"
-                f" run `liam-scale ingest {path} -o {path.with_suffix('.zarr').name}` once and open that"
+                f" run `liam-scale ingest {path} --out {path.with_suffix('.zarr').name}` once and open that"
             )
         raise not_a_store(str(path), "a file")
     if not any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zmetadata", ".zarray")):

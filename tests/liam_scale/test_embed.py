@@ -1,6 +1,7 @@
 """Embeddings: in cell order, by any number of ranks, interrupted, read back by the field's own tools."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from liam_scale import embed as module
 from liam_scale.embed import EmbedConfig, compute, embed, main
 from liam_scale.evaluate import EvaluateConfig, evaluate
 from liam_scale.model import logistic_normal_mean
+from liam_scale.provenance import attributes_in_file
 from loaders import Loader, open_store
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -94,6 +96,33 @@ def test_a_separate_anndata_carries_obs_and_leaves_the_store_alone(
     assert result.obs_names.tolist() == opened.cell_ids(0, 600).tolist()
     assert "sample" in result.obs
     np.testing.assert_allclose(result.obsm["X_liam"], compute(EmbedConfig(run=trained)), atol=1e-7)
+
+
+def test_an_h5ad_is_a_file_of_that_format(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "embedding.h5ad"
+    assert main([str(trained), "--out", str(file)]) == 0
+    assert f'read it with anndata.read_h5ad("{file}")' in capsys.readouterr().out
+    result = anndata.read_h5ad(file)
+    np.testing.assert_allclose(result.obsm["X_liam"], compute(EmbedConfig(run=trained)), atol=1e-7)
+    (attributes,) = attributes_in_file(file, "X_liam")
+    assert attributes["liam_scale_run"] == liam_scale.load_run(trained).record.id
+    assert os.listdir(tmp_path) == ["embedding.h5ad"]
+
+
+@pytest.mark.parametrize("suffix", [".h5mu", ".h5"])
+def test_another_format_is_refused_before_any_work(
+    suffix: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(trained), "--out", str(tmp_path / f"embedding{suffix}")]) == 2
+    assert f"name {tmp_path / 'embedding.h5ad'}\n" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_reader_that_is_named_reads_the_store(trained: Path, store: Path, tmp_path: Path) -> None:
+    main([str(trained), "--store", str(store), "--out", str(tmp_path / "embedding.zarr")])
+    assert module._reader(str(store)) == "mudata.read_zarr"
+    assert module._reader(str(tmp_path / "embedding.zarr")) == "anndata.read_zarr"
+    assert module._reader(str(tmp_path / "experiment.soma")) is None
 
 
 def test_scanpy_finds_neighbours_in_what_is_read_back(trained: Path, multiome: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from loaders.ecosystem import quiet_anndata
 from loaders.loader import Loader
 from loaders.readers import ChainedRows, ShardedRows, StoreRows, open_reader
 from loaders.sources import open_source
+from loaders.stores import MatchedStore
 from loaders.stores.open import open_store
 from loaders.synthetic import identifying_store
 from loaders.windows import RowOffsets, read_window, runs_of
@@ -161,11 +162,21 @@ def test_stores_of_others_stream_with_sorted_columns(tmp_path, caplog, sharded, 
     store = open_store(tmp_path / "a.zarr", modality="rna")
     with caplog.at_level(logging.INFO, logger="loaders"):
         loader = Loader(store, minibatch=50, subset="all")
-    assert ("read through the store's own library: it is not sharded" in caplog.text) == (not sharded)
+        Loader(store, minibatch=50, subset="train")
+    assert caplog.text.count("read through the store's own library: it is not sharded") == (not sharded)
     for got in loader:
         rows = got.counts["rna"].to_scipy()
         assert np.array_equal(rows.indices, expected[got.rows.numpy()].indices)
         assert np.array_equal(rows.data, expected[got.rows.numpy()].data)
+
+
+def test_a_view_of_our_own_store_by_feature_names_is_no_slow_store(path, caplog):
+    """Nor is the modality that it lacks."""
+    names = {"rna": ["rna3", "elsewhere"], "adt": ["CD4"]}
+    with caplog.at_level(logging.INFO, logger="loaders"):
+        loader = Loader(MatchedStore(open_store(path), names), minibatch=50, subset="all", modalities=("rna", "adt"))
+    assert sum(minibatch.num_cells for minibatch in loader) == open_store(path).schema.num_cells
+    assert "library" not in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::Warning")

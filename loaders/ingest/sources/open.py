@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from loaders.stores.modalities import modality_of
 def open_source(text: str, *, layer: str | None, files: ExitStack, say: Say) -> Source:
     """Open a source: a path, `modality=path`, or several of the latter joined by commas for one set of cells.
 
+    Before any of these, `NAME=` names the sample of its cells, where NAME is no modality's.
+
     Parameters
     ----------
     text
@@ -36,8 +39,11 @@ def open_source(text: str, *, layer: str | None, files: ExitStack, say: Say) -> 
     say
         Takes remarks on what was assumed.
     """
-    if Path(text).exists() or not re.match(r"[\w ]+=", text):
+    before, _, after = text.partition("=")
+    if Path(text).exists() or not after or re.search(r"[/\\,]", before):
         return _open_one(text, None, layer, files, say)
+    if modality_of(before) is None and ("," not in after or modality_of(after.partition("=")[0]) is not None):
+        return replace(open_source(after, layer=layer, files=files, say=say), sample=before)
     named: dict[str, str] = {}
     for item in text.split(","):
         key, _, path = item.partition("=")

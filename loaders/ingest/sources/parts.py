@@ -57,6 +57,8 @@ class Source:
     cell_ids: npt.NDArray[Any]
     parts: Mapping[str, Part]
     obs: ObsTable
+    sample: str | None = None
+    """The sample of all its cells, where the user named it."""
 
 
 def split_by_type(

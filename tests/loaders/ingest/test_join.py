@@ -117,6 +117,10 @@ def test_a_sample_column_of_the_sources_is_used_or_kept_aside(make, tmp_path):
         (["p1/outs/filtered.h5", "p2/outs/filtered.h5"], ["p1", "p2"]),
         (["p1/a.h5ad", "p2/a.h5ad", "p1/b.h5ad"], ["p1_a", "p2_a", "p1_b"]),
         (["only/atlas.zarr"], ["atlas"]),
+        (["p1/outs/filtered_feature_bc_matrix.h5"], ["p1"]),
+        ([f"{p}/outs/filtered_feature_bc_matrix.h5" for p in ("p1", "p2")], ["p1", "p2"]),
+        (["run/outs/per_sample_outs/p1/count/sample_filtered_feature_bc_matrix.h5"], ["p1"]),
+        (["GSM1_p1_raw_feature_bc_matrix.h5", "GSM2_p2_filtered_feature_bc_matrix.h5"], ["GSM1_p1", "GSM2_p2"]),
     ],
 )
 def test_sources_get_short_distinct_names(tmp_path, paths, names):
@@ -128,3 +132,55 @@ def test_the_same_file_twice_is_refused(make, tmp_path):
     make.anndata(10, 5).write_h5ad(tmp_path / "a.h5ad")
     with pytest.raises(ValueError, match=r"is given twice; give every file once"):
         ingest([f"rna={tmp_path / 'a.h5ad'}"] * 2, out=tmp_path / "o.zarr", progress=False)
+
+
+def test_a_name_before_a_source_is_the_sample_of_its_cells(make, tmp_path):
+    for number, name in enumerate("abc"):
+        adata = make.anndata(20, 10, first_cell=20 * number)
+        if name == "b":
+            adata.obs["sample"] = [f"own{n % 2}" for n in range(20)]
+        adata.write_h5ad(tmp_path / f"{name}.h5ad")
+    make.anndata(20, 15, modality="atac", first_cell=40).write_h5ad(tmp_path / "peaks.h5ad")
+    a, b, c, peaks = (f"{tmp_path}/{name}.h5ad" for name in ("a", "b", "c", "peaks"))
+    texts = [f"donor 1={a}", b, f"d2=rna={c},atac={peaks}"]
+    schema = ingest(texts, out=tmp_path / "o.zarr", progress=False)
+    assert list(schema.modalities) == ["rna", "atac"]
+    obs = mudata.read_zarr(tmp_path / "o.zarr").obs.sort_values("number")
+    assert obs["sample"].tolist() == ["donor 1"] * 20 + ["own0", "own1"] * 10 + ["d2"] * 20
+    texts[1] = f"donor 1={b}"
+    ingest(texts, out=tmp_path / "p.zarr", progress=False)
+    obs = mudata.read_zarr(tmp_path / "p.zarr").obs.sort_values("number")
+    assert obs["sample"].tolist() == ["donor 1"] * 40 + ["d2"] * 20
+    assert list(obs["sample"].cat.categories) == ["donor 1", "d2"]
+    assert obs["source_sample"].tolist()[20:40] == ["own0", "own1"] * 10
+
+
+def test_where_some_sources_have_a_sample_column_each_named_cure_works(make, tmp_path):
+    for number, name in enumerate("ab"):
+        adata = make.anndata(20, 10, first_cell=20 * number)
+        if name == "b":
+            adata.obs["sample"] = "own"
+        adata.write_h5ad(tmp_path / f"{name}.h5ad")
+    a, b = (str(tmp_path / f"{name}.h5ad") for name in "ab")
+    with pytest.raises(ValueError, match=r"a\.h5ad has no obs column 'sample'; .*") as refused:
+        ingest([a, b], out=tmp_path / "o.zarr", progress=False)
+    assert f"by writing NAME={a}, or take the files' names with --sample-from-file" in str(refused.value)
+    assert ingest([f"NAME={a}", b], out=tmp_path / "o.zarr", progress=False).num_cells == 40
+    ingest([a, b], out=tmp_path / "p.zarr", sample_from_file=True, progress=False)
+    assert set(mudata.read_zarr(tmp_path / "p.zarr").obs["sample"]) == {"a", "b"}
+    ingest([a, b], out=tmp_path / "q.zarr", sample_key="donor", progress=False)
+    with pytest.raises(ValueError, match=r"--sample-from-file: got --sample-key donor too"):
+        ingest([a, b], out=tmp_path / "r.zarr", sample_key="donor", sample_from_file=True, progress=False)
+
+
+def test_features_that_a_source_lacks_are_named(make, tmp_path, capsys):
+    whole = make.anndata(20, 12, modality="adt")
+    whole.write_h5ad(tmp_path / "a.h5ad")
+    panel = make.anndata(20, 12, modality="adt", first_cell=20)[:, :9].copy()
+    panel.write_h5ad(tmp_path / "b.h5ad")
+    texts = [f"adt={tmp_path / name}.h5ad" for name in "ab"]
+    ingest(texts, out=tmp_path / "o.zarr", join="outer")
+    note = f"note: adt: {tmp_path}/b.h5ad lacks 3 of 12 features (adt9, adt10, adt11), which count as zero in its cells"
+    assert note in capsys.readouterr().err
+    ingest(texts, out=tmp_path / "p.zarr")
+    assert "lacks" not in capsys.readouterr().err

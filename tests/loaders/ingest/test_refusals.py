@@ -223,7 +223,7 @@ def test_paired_files_without_common_cells(make, tmp_path):
         ("{0}/text.h5ad", r"text.h5ad: not an HDF5 file; give an .h5ad"),
         ("{0}/folder", r"folder: the folder is no Zarr group"),
         ("{0}/other.h5", r"other.h5: got a file with something at its top, expected an AnnData"),
-        ("protein7={0}/a.h5ad", r"got 'protein7=.*expected modality=path with one of rna, atac, adt"),
+        ("protein7={0}/a.h5ad,rna={0}/a.h5ad", r"got 'protein7=.*expected modality=path with one of rna, atac, adt"),
         ("rna={0}/a.h5ad,rna={0}/a.h5ad", r"rna is named twice; give samples in separate files"),
         ("atac={0}/typed.h5ad", r"atac was asked for, var\['feature_types'\] has Antibody Capture, Gene Expression"),
         ("{0}/old.h5", r"old.h5: a 10x matrix of Cell Ranger 2 or older"),

@@ -33,7 +33,7 @@ def test_leftover_of_an_interrupted_ingest(own_store: Path) -> None:
 @pytest.mark.parametrize("name", ["a.h5ad", "a.h5mu", "filtered_feature_bc_matrix.h5"])
 def test_hdf5_file_names_the_ingest_command(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x89HDF")
-    with pytest.raises(ValueError, match=rf"got an HDF5 file.*liam-scale ingest .*{name} -o {Path(name).stem}.zarr"):
+    with pytest.raises(ValueError, match=rf"got an HDF5 file.*liam-scale ingest .*{name} --out {Path(name).stem}.zarr"):
         open_store(tmp_path / name)
 
 
