@@ -22,7 +22,8 @@ from liam_scale.config import TrainConfig
 from liam_scale.decode import DecodeConfig, decode
 from liam_scale.elbo import elbo
 from liam_scale.embed import EmbedConfig, compute, embed
-from liam_scale.kernels.options import Impl, Precision
+from liam_scale.kernels.options import Impl
+from liam_scale.kernels.precision import Precision
 from liam_scale.map import MapConfig, map_store
 from liam_scale.model import Liam, ModelConfig
 from liam_scale.model.config import ModelName

@@ -141,8 +141,9 @@ def extend(model: Liam, data: ModelData) -> tuple[Liam, dict[str, Tensor]]:
     -------
     The copy, with all else frozen, and for every parameter that grew a mask that is 1 where it is new.
     """
-    extended = Liam(replace(model.config, alpha=0.0), data)
-    old = model.state_dict()
+    # The few rows that are trained do not need the precision of the run, which this device may not have.
+    extended = Liam(replace(model.config, alpha=0.0, precision="float32"), data)
+    old = dict(model.named_parameters())
     masks: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, parameter in extended.named_parameters():

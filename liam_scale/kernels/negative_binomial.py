@@ -12,16 +12,15 @@ from liam_scale.kernels.cpu import negative_binomial as cpu
 from liam_scale.kernels.device import negative_binomial as device
 from liam_scale.kernels.gradients import Formed, attach, checked_buffer, make_targets
 from liam_scale.kernels.options import (
-    TILE_BYTES,
     Impl,
     OutputLayer,
-    Precision,
     check_choice,
     check_output_layer,
     check_shape,
     is_for_cpu,
-    product_precision,
+    memory_of_tiles,
 )
+from liam_scale.kernels.precision import Precision, precision_in_use, product_precision
 from loaders.minibatch import SparseCounts
 
 
@@ -37,7 +36,7 @@ def negative_binomial(
     cell_weight: Tensor,
     impl: Impl = "auto",
     precision: Precision = "float32",
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
     grad_buffers: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted negative log-likelihood of a minibatch, and the log-likelihood of each cell.
@@ -57,7 +56,7 @@ def negative_binomial(
     cell_weight
         (B,) weight of each cell's log-likelihood in the loss; 0 for a cell without the modality.
     impl, precision, tile_bytes
-        See `liam_scale.kernels.options`.
+        See `liam_scale.kernels.options` and `liam_scale.kernels.precision`.
     grad_buffers
         Persistent tensors `weight` (F, H), `bias` (F,) and `log_theta` that the gradients are written into and
         adopted as `.grad`; None: ordinary autograd.
@@ -77,7 +76,6 @@ def negative_binomial(
         A gradient buffer still holds the gradient of an earlier step.
     """
     check_choice("impl", impl, Impl)
-    check_choice("precision", precision, Precision)
     check_output_layer(counts, hidden, weight, bias, cell_weight)
     check_shape("library", library, (counts.num_cells,))
     if log_theta.dim() not in (1, 2) or len(log_theta) != counts.num_features:
@@ -88,18 +86,20 @@ def negative_binomial(
     if log_theta.dim() == 2:
         check_shape("sample", sample, (counts.num_cells,))
     layer = OutputLayer(counts, hidden, weight, bias, cell_weight)
-    if impl == "reference":
-        return _reference(layer, library, log_theta, sample)
     inputs = (hidden, weight, bias, library, log_theta)
     with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    used = precision_in_use(precision, with_gradients, impl=impl, weight=weight)
+    if impl == "reference":
+        return _reference(layer, library, log_theta, sample)
     named = {"weight": weight, "bias": bias, "log_theta": log_theta}
     buffers = [checked_buffer(grad_buffers, name, parameter) for name, parameter in named.items()]
+    tile_bytes = memory_of_tiles(weight.device) if tile_bytes is None else tile_bytes
     backend = cpu if is_for_cpu(impl, weight.device) else device
-    with torch.no_grad(), product_precision(precision, weight.device):
+    with torch.no_grad(), product_precision(used, weight.device):
         targets = make_targets(buffers, tuple(named.values())) if with_gradients else None
         parts = (library.detach(), log_theta.detach(), sample)
         log_likelihood, hidden_gradient, library_gradient = backend.evaluate(
-            layer, *parts, precision, tile_bytes, targets
+            layer.detached(), *parts, used == "bf16", tile_bytes, targets
         )
         loss = -(cell_weight.detach().double() * log_likelihood).sum().to(weight.dtype)
     if targets is None:

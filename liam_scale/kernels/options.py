@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, get_args
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -16,13 +15,25 @@ Impl = Literal["auto", "plain", "reference"]
 """`auto`: tiles and sparse walks, by kernels made for the device where there are any (the CPU), else plain. `plain`:
 the same tiles in plain torch on any device. `reference`: the formula on dense tensors."""
 
-Precision = Literal["float32", "tf32", "bf16"]
-"""Precision of matrix products; sums, logarithms and lgamma keep the dtype of the weights."""
-
 Likelihood = Literal["per-cell", "original"]
 
 TILE_BYTES = 64 * 2**20
-"""Memory a likelihood may use beyond its inputs and gradients."""
+"""Memory a likelihood may use beyond its inputs and gradients on the CPU: what is kept there should stay in cache."""
+
+GPU_TILE_BYTES = 2 * 2**30
+"""The same on CUDA, where each tile costs some 80 launches: 1,024 cells x 116,490 features are one."""
+
+
+@functools.cache
+def memory_of_tiles(device: torch.device) -> int:
+    """Memory a likelihood may use there: on CUDA at most a sixteenth of the card.
+
+    Of the whole card and not of what happens to be free, so that tiles, and with them the last bits of sums, are the
+    same from run to run.
+    """
+    if device.type != "cuda":
+        return TILE_BYTES
+    return min(GPU_TILE_BYTES, torch.cuda.get_device_properties(device).total_memory // 16)
 
 
 def check_choice(name: str, value: str, choices: object) -> None:
@@ -77,16 +88,26 @@ class OutputLayer:
     bias: Tensor
     cell_weight: Tensor
 
+    def detached(self) -> Self:
+        """The same outside autograd, contiguous."""
+        tensors: dict[str, Any] = {
+            name: t.detach().contiguous() for name, t in vars(self).items() if isinstance(t, Tensor)
+        }
+        return replace(self, **tensors)
 
-@contextmanager
-def product_precision(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Let CUDA multiply float32 in tf32 inside the block where `precision` allows it; elsewhere nothing changes."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+
+@dataclass(frozen=True)
+class SizedLayer(OutputLayer):
+    """One that also reads the size of the cell: logits = hidden weight^T + library (x) library_weight + bias.
+
+    Sizes reach the thousands and drive logits into the hundreds, where a product in tf32 or bfloat16 would be off by
+    one: their part is never a matrix product, but added in the dtype of the weights.
+
+    Attributes
+    ----------
+    library, library_weight
+        (B,), (F,); zeros where sizes are not used.
+    """
+
+    library: Tensor
+    library_weight: Tensor

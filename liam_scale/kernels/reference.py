@@ -29,6 +29,11 @@ def linear_logits(hidden_BH: Tensor, weight_FH: Tensor, bias_F: Tensor) -> Tenso
     return functional.linear(hidden_BH, weight_FH, bias_F)
 
 
+def add_library(logits_BF: Tensor, library_B: Tensor, library_weight_F: Tensor) -> Tensor:
+    """(B, F) logits of a layer that also reads the size of the cell."""
+    return logits_BF + library_B[:, None] * library_weight_F
+
+
 def log_normalizer(logits_BF: Tensor) -> Tensor:
     """(B,) log(1 + sum_f exp logit_f), the normaliser of a softmax with a reference class of logit 0."""
     zero = logits_BF.new_zeros(len(logits_BF), 1)
@@ -63,12 +68,6 @@ def original_terms(counts_BF: Tensor, logits_BF: Tensor, r: Tensor) -> tuple[Ten
     own_B = (counts_BF * log_p_BF).sum(dim=1) + torch.lgamma(r + counts_BF.sum(dim=1))
     zero_B = r * torch.log(torch.exp(-normalizer_B) + ORIGINAL_EPSILON)
     return own_B, zero_B, torch.lgamma(r)
-
-
-def negative_multinomial_original(counts_BF: Tensor, logits_BF: Tensor, r: Tensor) -> Tensor:
-    """(B,) log-likelihood as the original computes it: coupled over the cells given, with its epsilons."""
-    own_B, zero_B, gamma = original_terms(counts_BF, logits_BF, r)
-    return own_B + zero_B.sum() - gamma.sum()
 
 
 def theta_of(log_theta: Tensor, sample_B: Tensor) -> Tensor:

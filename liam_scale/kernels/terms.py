@@ -34,6 +34,14 @@ class Cells:
 
 
 @dataclass(frozen=True)
+class InputGradients:
+    """d loss / d hidden (B, H) and d loss / d library (B,)."""
+
+    hidden: Tensor
+    library: Tensor
+
+
+@dataclass(frozen=True)
 class Coupling:
     """How the original's sums over the minibatch enter the loss of this rank.
 
@@ -45,7 +53,7 @@ class Coupling:
         Share of this rank in a term that the minibatch has once (lgamma of a dispersion common to all cells).
     """
 
-    weight: Tensor
+    weight: Tensor | float
     share: float
 
 

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from liam_scale.kernels.options import Impl, Precision
+from liam_scale.kernels.options import Impl
+from liam_scale.kernels.precision import Precision
 from loaders.option_checks import Range, check_options
 from loaders.schema import MODALITIES
 
@@ -63,9 +64,9 @@ class ModelConfig:
     priors: Literal["present", "original"] = "present"
     """Library priors from the cells that have the modality, or from all cells with log 0 taken as 0 as the original."""
     impl: Impl = "auto"
-    """Which twin of the kernels computes."""
+    """Kernels made for the device where there are any, the same in plain torch, or the formulas on dense tensors."""
     precision: Annotated[Precision, tyro.conf.arg(aliases=["--precision"])] = "float32"
-    """Precision of the matrix products over all features; sums and logarithms stay float32."""
+    """Type in which the decoders multiply over all features while training; refused where the device lacks it."""
 
     def __post_init__(self) -> None:
         check_options(self, "model")
@@ -79,11 +80,6 @@ class ModelConfig:
             raise ValueError(
                 f"model.modalities: got {list(self.modalities)}; do: name each once, out of {', '.join(MODALITIES)}"
             )
-
-    @property
-    def is_single(self) -> bool:
-        """Whether this (resolved) model has one modality; then no row sum masks a loss term."""
-        return len(self.modalities) == 1
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "modalities": list(self.modalities)}

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from liam_scale.model.config import ModelConfig, ModelData
+from liam_scale.model.decoders import join_library
 from liam_scale.model.layers import Draw
 from liam_scale.model.liam import Liam
 from liam_scale.model.original_arrays import Layout, entries, shapes
@@ -171,7 +172,9 @@ def as_original(model: Liam, values: Mapping[str, torch.Tensor]) -> dict[str, np
 
     An entry whose values are missing is left out.
     """
-    host = {name: value.detach().cpu().numpy() for name, value in values.items()}
+    joined = dict(values)
+    join_library(joined)
+    host = {name: value.detach().cpu().numpy() for name, value in joined.items()}
     return {entry.original: entry.to_original(host) for entry in entries(model) if entry.own in host}
 
 

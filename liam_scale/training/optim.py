@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -85,8 +86,22 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put the moments of a checkpoint back."""
     parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
+    for key, value in _apart(parameters, tensors).items():
         name, moment = key.rsplit("/", 1)
         parameter = parameters[name]
         # Fused Adam wants its step count beside the parameter, as float32.
         optimizer.state[parameter][moment] = value.to(parameter.device)
+
+
+def _apart(parameters: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The moments of an older checkpoint, where those of a `library_weight` are the last column of the `weight`'s."""
+    found = dict(tensors)
+    for name in [name for name in parameters if name.endswith("library_weight") and f"{name}/step" not in tensors]:
+        weight = name.removesuffix("library_weight") + "weight"
+        for moment in [key.rsplit("/", 1)[1] for key in tensors if key.startswith(f"{weight}/")]:
+            joined = tensors[f"{weight}/{moment}"]
+            parts = (
+                (joined[:, :-1].contiguous(), joined[:, -1].contiguous()) if joined.dim() else (joined, joined.clone())
+            )
+            found[f"{weight}/{moment}"], found[f"{name}/{moment}"] = parts
+    return found

@@ -194,6 +194,16 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("precision", "impl"), [("tf32", "auto"), ("bf16", "reference")])
+def test_a_precision_that_the_device_lacks_is_refused_before_a_folder_is_made(
+    multiome: Path, tmp_path: Path, precision: str, impl: str
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=f"precision: got '{precision}', but .*; use 'float32'"):
+        liam_scale.train(multiome, out=out, batch_key="sample", device="cpu", precision=precision, impl=impl)
+    assert not out.exists()
+
+
 def test_a_missing_batch_key_lists_the_columns(
     multiome: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from liam_scale.kernels.cpu import threads
 from liam_scale.kernels.cpu.log_gamma import count_terms
-from liam_scale.kernels.cpu.products import has_bf16, multiply_transposed
 from liam_scale.kernels.cpu.softmax_tiles import (
     Cache,
     TiledLayer,
@@ -35,14 +34,14 @@ from liam_scale.kernels.cpu.softmax_tiles import (
 from liam_scale.kernels.cpu.sparse import by_feature
 from liam_scale.kernels.cpu.vector_math import FAST_MATH, log
 from liam_scale.kernels.gradients import Targets
-from liam_scale.kernels.options import OutputLayer, Precision
+from liam_scale.kernels.options import OutputLayer
 from liam_scale.kernels.reference import NB_EPSILON, THETA_FLOOR
 from loaders.csr import compiled
 
 
 @dataclass(frozen=True)
 class Group(TiledLayer):
-    """Some cells of a minibatch, and the output layer; `is_bf16` is for the products of the gradients alone.
+    """Some cells of a minibatch, and the output layer.
 
     Attributes
     ----------
@@ -110,7 +109,7 @@ def _exponential_tiles(group: Group, tiles: range, cache: Cache, total_maxima: A
     sums, part = (np.empty(group.num_cells, as_array(group.bias).dtype) for _ in range(2))
     for tile in tiles:
         features = group.features(tile)
-        logits = multiply_transposed(group.weight[features], group.hidden).numpy()
+        logits = group.product(features).to(group.weight.dtype).numpy()
         maxima = cache.maxima[tile].numpy()
         exponentiate(logits, group.bias[features].numpy(), cache.exponentials[tile].numpy(), maxima, sums, part)
         merge(maxima, sums, total_maxima, total_sums)
@@ -336,7 +335,7 @@ def evaluate(
     library: Tensor,
     log_theta: Tensor,
     sample: Tensor,
-    precision: Precision,
+    is_bf16: bool,
     tile_bytes: int,
     targets: Targets | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,8 +343,7 @@ def evaluate(
     num_cells, dtype = layer.counts.num_cells, layer.weight.dtype
     slope_theta = torch.exp(log_theta if log_theta.dim() == 2 else log_theta[:, None]).contiguous()
     sample = sample if log_theta.dim() == 2 else torch.zeros(num_cells, dtype=torch.int64)
-    weight, bias = layer.weight.detach().contiguous(), layer.bias.detach().contiguous()
-    entries, is_bf16 = by_feature(layer.counts, dtype), precision == "bf16" and dtype == torch.float32 and has_bf16()
+    entries = by_feature(layer.counts, dtype)
     chosen = layer.cell_weight.nonzero()[:, 0]  # the others have no part in the loss
     log_likelihood = torch.zeros(num_cells, dtype=torch.float64)
     hidden_gradient, library_gradient = torch.zeros_like(layer.hidden), torch.zeros_like(library)
@@ -359,9 +357,8 @@ def evaluate(
     for first, cells in enumerate(chosen.split(at_once) if len(chosen) else ()):
         column = np.full(num_cells, -1, np.int32)
         column[cells.numpy()] = np.arange(len(cells), dtype=np.int32)
-        hidden, cell_weight = layer.hidden.detach()[cells].contiguous(), layer.cell_weight.detach()[cells]
-        tiled = (entries, column, hidden, weight, bias, is_bf16)
-        group = Group(*tiled, slope_theta, sample[cells], library[cells], cell_weight)
+        tiled = (entries, column, layer.hidden[cells], layer.weight, layer.bias, is_bf16)
+        group = Group(*tiled, slope_theta, sample[cells], library[cells], layer.cell_weight[cells])
         found = _softmax(group)
         sums = _likelihood(group, found, theta_gradient)
         log_likelihood[cells] = sums.log_likelihood

@@ -11,6 +11,7 @@ Shapes: B cells, C cells that count, F features, H hidden units, N non-zeros, T 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 from liam_scale.kernels.cpu import threads
-from liam_scale.kernels.cpu.products import has_bf16, multiply_transposed
 from liam_scale.kernels.cpu.softmax_tiles import (
     Cache,
     TiledLayer,
@@ -34,32 +34,34 @@ from liam_scale.kernels.cpu.softmax_tiles import (
 from liam_scale.kernels.cpu.sparse import by_feature
 from liam_scale.kernels.cpu.vector_math import FAST_MATH, load
 from liam_scale.kernels.gradients import Targets
-from liam_scale.kernels.options import OutputLayer, Precision
+from liam_scale.kernels.options import SizedLayer
 from liam_scale.kernels.reference import ORIGINAL_EPSILON
-from liam_scale.kernels.terms import Cells, Coupling, Terms, coupled_terms, per_cell_terms
+from liam_scale.kernels.terms import Cells, Coupling, InputGradients, Terms, coupled_terms, per_cell_terms
 from loaders.csr import compiled
 
 
+@dataclass(frozen=True)
 class Layer(TiledLayer):
-    """The layer of the negative multinomial.
+    """The layer of the negative multinomial, which also reads the size of the cell.
 
-    With `is_bf16` all products are in bfloat16, except for the last input: the size of a cell, where it is one, drives
-    the logits into the hundreds, where bfloat16 would be off by one.
+    Attributes
+    ----------
+    library, library_weight
+        (C,), (F,).
     """
+
+    library: Tensor
+    library_weight: Tensor
 
     def logits(self, features: slice) -> Tensor:
         """(T, C), without the bias; good until this thread's next call."""
-        weight = self.weight[features]
+        product, weight = self.product(features), self.library_weight[features].numpy()
         if not self.is_bf16:
-            return multiply_transposed(weight, self.hidden)
-        product = torch.mm(weight[:, :-1].to(torch.bfloat16), self._narrow_hidden)
-        logits = threads.workspace("logits", product.shape, weight.dtype)
-        _add_last_input(as_array(product), weight[:, -1].numpy(), self.hidden[:, -1].numpy(), logits.numpy())
+            _add_library(product.numpy(), weight, self.library.numpy())
+            return product
+        logits = threads.workspace("logits", product.shape, self.weight.dtype)
+        _widen_and_add_library(as_array(product), weight, self.library.numpy(), logits.numpy())
         return logits
-
-    @functools.cached_property
-    def _narrow_hidden(self) -> Tensor:
-        return self.hidden[:, :-1].to(torch.bfloat16).T
 
     def scratch_bytes(self, *, with_entries: bool) -> int:
         """What the walks allocate beside the cache."""
@@ -70,10 +72,18 @@ class Layer(TiledLayer):
 
 
 @compiled(fastmath=FAST_MATH)
-def _add_last_input(product: Any, weight: Any, inputs: Any, logits: Any) -> None:
+def _add_library(logits: Any, weight: Any, library: Any) -> None:
+    """In place, for 0.8 ms of the 97: a 129th input of the product would cost as much and break its alignment."""
     for t in range(len(logits)):
-        for c in range(len(inputs)):
-            logits[t, c] = load(product, t, c) + weight[t] * inputs[c]
+        for c in range(len(library)):
+            logits[t, c] += weight[t] * library[c]
+
+
+@compiled(fastmath=FAST_MATH)
+def _widen_and_add_library(product: Any, weight: Any, library: Any, logits: Any) -> None:
+    for t in range(len(logits)):
+        for c in range(len(library)):
+            logits[t, c] = load(product, t, c) + weight[t] * library[c]
 
 
 @dataclass(frozen=True)
@@ -201,14 +211,13 @@ class Slopes:
     cell_weight: Tensor
 
 
-def _second_walk(
-    layer: Layer, found: Normalizers, slopes: Slopes, weight_gradient: Tensor, bias_gradient: Tensor
-) -> Tensor:
-    """Fill the gradients of weight and bias; returns (C, H) that of the hidden state."""
-    width = layer.weight.shape[1]
+def _second_walk(layer: Layer, found: Normalizers, slopes: Slopes, written: Sequence[Tensor]) -> InputGradients:
+    """Fill `written`, the gradients of weight, bias and library weight; returns those of the inputs of the C cells."""
+    width, cells, dtype = layer.weight.shape[1], layer.num_cells, layer.weight.dtype
     num = max(1, min(threads.num_workers(), layer.num_tiles))
-    dense = torch.zeros(num, width, layer.num_cells, dtype=layer.weight.dtype)
-    sparse = torch.zeros(num, layer.num_cells, width, dtype=layer.weight.dtype)
+    dense, sparse = torch.zeros(num, width, cells, dtype=dtype), torch.zeros(num, cells, width, dtype=dtype)
+    # float64: the part of the softmax and that of the counts, each thousands of times their difference, cancel
+    library = torch.zeros(num, cells, dtype=torch.float64)
     threads.run(
         [
             functools.partial(
@@ -217,15 +226,15 @@ def _second_walk(
                 range(k, layer.num_tiles, num),
                 found,
                 slopes,
-                weight_gradient,
-                bias_gradient,
+                written,
                 dense[k],
                 sparse[k],
+                library[k],
             )
             for k in range(num)
         ]
     )
-    return dense.sum(dim=0).T + sparse.sum(dim=0)
+    return InputGradients(dense.sum(dim=0).T + sparse.sum(dim=0), library.sum(dim=0).to(dtype))
 
 
 def _second_tiles(
@@ -233,29 +242,33 @@ def _second_tiles(
     tiles: range,
     found: Normalizers,
     slopes: Slopes,
-    weight_gradient: Tensor,
-    bias_gradient: Tensor,
+    written: Sequence[Tensor],
     dense: Tensor,
     sparse: Tensor,
+    library_gradient: Tensor,
 ) -> None:
     dtype, entries = layer.weight.dtype, layer.entries
     normalizer, weights = found.normalizer.to(dtype), slopes.cell_weight.to(dtype).numpy()
-    hidden_T = augmented(layer.hidden)
-    arrays = (layer.hidden.numpy(), sparse.numpy())
+    inputs_T = augmented(layer.hidden, layer.library)
+    arrays = (layer.hidden.numpy(), layer.library.numpy(), sparse.numpy(), library_gradient.numpy())
+    pulled, pull_part = np.empty(layer.num_cells), np.empty(layer.num_cells, entries.values.dtype)
     for tile in tiles:
         features = layer.features(tile)
-        weight = layer.weight[features]
+        weight, library_weight = layer.weight[features], layer.library_weight[features].numpy()
         if tile < found.cache.num_tiles:
             kept = found.cache.exponentials[tile, : len(weight)]
             scale = slopes.scale * torch.exp(found.cache.maxima[tile].double() - found.normalizer)
         else:
             kept, scale = _made_again(layer, features, normalizer), slopes.scale
+        _pull(as_array(kept), library_weight, pull_part, pulled)
+        library_gradient.addcmul_(torch.from_numpy(pulled), scale)
         scale = scale.to(dtype)
-        product, part = gradient_products(kept, hidden_T * scale, weight)
+        product, part = gradient_products(kept, inputs_T * scale, weight)
         dense.addcmul_(part.to(dtype), scale)
         _write_tile(
             as_array(product),
             weight.numpy(),
+            library_weight,
             entries.indptr,
             entries.cells,
             slopes.coefficients,
@@ -263,9 +276,23 @@ def _second_tiles(
             weights,
             *arrays,
             features.start,
-            weight_gradient[features].numpy(),
-            bias_gradient[features].numpy(),
+            *(gradient[features].numpy() for gradient in written),
         )
+
+
+@compiled(fastmath=FAST_MATH)
+def _pull(kept: Any, weight: Any, part: Any, pulled: Any) -> None:
+    """pulled[c] = sum over the tile of exponential times library weight, in float64 after every 32 features."""
+    for c in range(len(pulled)):
+        pulled[c] = 0
+    for first in range(0, len(weight), 32):
+        for c in range(len(part)):
+            part[c] = 0
+        for t in range(first, min(first + 32, len(weight))):
+            for c in range(len(part)):
+                part[c] += weight[t] * load(kept, t, c)
+        for c in range(len(part)):
+            pulled[c] += part[c]
 
 
 def _made_again(layer: Layer, features: slice, normalizer: Tensor) -> Tensor:
@@ -279,47 +306,55 @@ def _made_again(layer: Layer, features: slice, normalizer: Tensor) -> Tensor:
 def _write_tile(
     product: Any,
     weight: Any,
+    library_weight: Any,
     indptr: Any,
     cells: Any,
     coefficients: Any,
     column: Any,
     cell_weight: Any,
     hidden: Any,
+    library: Any,
     hidden_gradient: Any,
+    library_gradient: Any,
     first: int,
     weight_gradient: Any,
     bias_gradient: Any,
+    library_weight_gradient: Any,
 ) -> None:
-    """Gradients of a tile's weights and bias = product - counts^T (weights of the cells * hidden state)."""
+    """Gradients of a tile's weights = product - counts^T (weights of the cells * inputs), and the counts' own pull."""
     width = weight.shape[1]
     for t in range(len(weight)):
         row, out = weight[t], weight_gradient[t]
         for h in range(width):
             out[h] = load(product, t, h)
-        bias_slope = load(product, t, width)
+        bias_slope, library_slope = load(product, t, width), load(product, t, width + 1)
         f = np.uint64(first + t)
         for j in range(np.uint64(indptr[f]), np.uint64(indptr[f + np.uint64(1)])):
             place = column[np.uint64(cells[j])]
             if place < 0:
                 continue
-            source, target = hidden[np.uint64(place)], hidden_gradient[np.uint64(place)]
-            slope = coefficients[j] * cell_weight[np.uint64(place)]
+            at = np.uint64(place)
+            source, target = hidden[at], hidden_gradient[at]
+            slope = coefficients[j] * cell_weight[at]
             for h in range(width):
                 out[h] -= slope * source[h]
                 target[h] -= slope * row[h]
             bias_slope -= slope
+            library_slope -= slope * library[at]
+            library_gradient[at] -= slope * library_weight[t]
         bias_gradient[t] = bias_slope
+        library_weight_gradient[t] = library_slope
 
 
 def evaluate(
-    layer: OutputLayer,
+    layer: SizedLayer,
     r: Tensor,
     coupling: Coupling | None,
-    precision: Precision,
+    is_bf16: bool,
     tile_bytes: int,
     targets: Targets | None,
-) -> tuple[Terms, Tensor]:
-    """Terms of all cells, and the gradient of the hidden state; fills the targets."""
+) -> tuple[Terms, InputGradients]:
+    """Terms of all cells, and the gradients of the inputs; fills the targets."""
     num_cells, dtype = layer.counts.num_cells, layer.weight.dtype
     # cells of weight 0 need no logits, except that the original's sums run over all cells
     chosen = torch.arange(num_cells) if coupling is not None else layer.cell_weight.nonzero()[:, 0]
@@ -328,16 +363,17 @@ def evaluate(
     walk = Layer(
         entries=by_feature(layer.counts, dtype),
         column=column,
-        hidden=layer.hidden.detach()[chosen].contiguous(),
-        weight=layer.weight.detach().contiguous(),
-        bias=layer.bias.detach().contiguous(),
-        # A loss without gradients (validation, ELBO) is worth its full precision.
-        is_bf16=precision == "bf16" and dtype == torch.float32 and has_bf16() and targets is not None,
+        hidden=layer.hidden[chosen],
+        weight=layer.weight,
+        bias=layer.bias,
+        is_bf16=is_bf16,
+        library=layer.library[chosen],
+        library_weight=layer.library_weight,
     )
     cells = Cells(
         total=layer.counts.totals().double()[chosen],
         r=r.double()[chosen] if r.dim() else r.double(),
-        weight=layer.cell_weight.detach().double()[chosen],
+        weight=layer.cell_weight.double()[chosen],
     )
     with_entries = coupling is not None
     cache_bytes = tile_bytes - walk.scratch_bytes(with_entries=with_entries) if targets is not None else 0
@@ -348,8 +384,8 @@ def evaluate(
     else:
         fit, slope, coefficients = _original_fit(walk, found)
         terms = coupled_terms(cells, fit, slope, found.normalizer, coupling)
-    hidden_gradient = torch.zeros_like(layer.hidden)
+    gradients = InputGradients(torch.zeros_like(layer.hidden), torch.zeros_like(layer.library))
     if targets is not None:
-        slopes = Slopes(terms.scale, coefficients, cells.weight)
-        hidden_gradient[chosen] = _second_walk(walk, found, slopes, *targets.tensors)
-    return terms.placed(chosen, num_cells), hidden_gradient
+        own = _second_walk(walk, found, Slopes(terms.scale, coefficients, cells.weight), targets.tensors)
+        gradients.hidden[chosen], gradients.library[chosen] = own.hidden, own.library
+    return terms.placed(chosen, num_cells), gradients

@@ -23,13 +23,6 @@ def has_onednn() -> bool:
     )
 
 
-@functools.cache
-def has_bf16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware; elsewhere it would be slower than float32."""
-    is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return has_onednn() and is_supported is not None and bool(is_supported())
-
-
 def multiply_transposed(left: Tensor, right: Tensor) -> Tensor:
     """(M, N) = left (M, K) right (N, K)^T, of CPU tensors."""
     if left.dtype == torch.float32 and has_onednn() and min(left.shape) and min(right.shape):

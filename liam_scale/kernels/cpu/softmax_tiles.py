@@ -48,7 +48,7 @@ class TiledLayer:
     weight, bias
         (F, H), (F,) contiguous.
     is_bf16
-        Products in bfloat16; a subclass says which.
+        Products in bfloat16, and the exponentials that they read.
     """
 
     entries: ByFeature
@@ -69,6 +69,17 @@ class TiledLayer:
     @property
     def num_tiles(self) -> int:
         return -(-len(self.weight) // self.tile)
+
+    def product(self, features: slice) -> Tensor:
+        """(T, C) weight hidden^T, in bfloat16 with `is_bf16`."""
+        weight = self.weight[features]
+        if self.is_bf16:
+            return torch.mm(weight.to(torch.bfloat16), self._narrow_hidden)
+        return multiply_transposed(weight, self.hidden)
+
+    @functools.cached_property
+    def _narrow_hidden(self) -> Tensor:
+        return self.hidden.to(torch.bfloat16).T
 
     def features(self, tile: int) -> slice:
         return slice(tile * self.tile, min((tile + 1) * self.tile, len(self.weight)))
@@ -109,10 +120,10 @@ def as_array(tensor: Tensor) -> Any:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def augmented(hidden: Tensor) -> Tensor:
-    """(H + 1, B) hidden state transposed, and a row of ones that makes the bias's gradient a column of a product."""
+def augmented(hidden: Tensor, *columns: Tensor) -> Tensor:
+    """The inputs as rows: hidden state (H, B), ones, which make the bias's gradient a column of a product, and more."""
     ones = torch.ones(len(hidden), 1, dtype=hidden.dtype)
-    return torch.cat([hidden, ones], dim=1).T.contiguous()
+    return torch.cat([hidden, ones, *(column[:, None] for column in columns)], dim=1).T.contiguous()
 
 
 def gradient_products(slopes: Tensor, augmented_hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from liam_scale.kernels.device.compiled import dense_log_likelihood
+from liam_scale.kernels.device.products import multiply
 from liam_scale.kernels.device.sparse import cell_of_entries, entries
 from liam_scale.kernels.gradients import Targets
-from liam_scale.kernels.options import OutputLayer, Precision
+from liam_scale.kernels.options import OutputLayer
 from liam_scale.kernels.reference import NB_EPSILON, theta_of
 
 TEMPORARIES = 10
@@ -25,12 +26,14 @@ def _cells_at_once(layer: OutputLayer, tile_bytes: int) -> int:
     return max(1, min(len(layer.hidden), tile_bytes // row))
 
 
-def _log_likelihood(layer: OutputLayer, library: Tensor, log_theta: Tensor, sample: Tensor, cells: slice) -> Tensor:
+def _log_likelihood(
+    layer: OutputLayer, library: Tensor, log_theta: Tensor, sample: Tensor, cells: slice, is_bf16: bool
+) -> Tensor:
     """(C,) float64 log-likelihood of some cells, differentiable."""
-    logits = torch.addmm(layer.bias, layer.hidden[cells], layer.weight.T)
+    logits = multiply(layer.hidden[cells], layer.weight.T, is_bf16=is_bf16) + layer.bias
     mean = library[cells, None] * torch.softmax(logits, dim=1)
     theta = theta_of(log_theta, sample[cells])
-    dense = dense_log_likelihood(mean, theta, mean.new_tensor(NB_EPSILON))
+    dense = dense_log_likelihood(mean, theta)
     counts = layer.counts
     owner = cell_of_entries(counts)
     features, x = counts.indices.long(), counts.values
@@ -55,21 +58,21 @@ def evaluate(
     library: Tensor,
     log_theta: Tensor,
     sample: Tensor,
-    precision: Precision,
+    is_bf16: bool,
     tile_bytes: int,
     targets: Targets | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in plain torch on any device; products in float32 or tf32 (bf16 is read as tf32)."""
+    """(B,) float64 log-likelihood, gradients of hidden state and library; fills the targets."""
     counts = entries(layer.counts, layer.weight.dtype)
     leaves = [t.detach().requires_grad_() for t in (layer.hidden, layer.weight, layer.bias, library, log_theta)]
-    plain = OutputLayer(counts, leaves[0], leaves[1], leaves[2], layer.cell_weight.detach())
+    plain = OutputLayer(counts, leaves[0], leaves[1], leaves[2], layer.cell_weight)
     at_once = _cells_at_once(plain, tile_bytes)
     log_likelihood = torch.zeros(counts.num_cells, dtype=torch.float64, device=library.device)
     gradients = [torch.zeros_like(leaf) for leaf in leaves] if targets is not None else []
     for first in range(0, counts.num_cells, at_once):
         cells = slice(first, min(first + at_once, counts.num_cells))
         with torch.set_grad_enabled(targets is not None):
-            part = _log_likelihood(plain, leaves[3], leaves[4], sample, cells)
+            part = _log_likelihood(plain, leaves[3], leaves[4], sample, cells, is_bf16)
             loss = -(plain.cell_weight[cells] * part).sum()
         log_likelihood[cells] = torch.where(plain.cell_weight[cells] != 0, part.detach(), 0).double()
         if targets is not None:

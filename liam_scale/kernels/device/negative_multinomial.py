@@ -14,17 +14,20 @@ import torch
 from torch import Tensor
 
 from liam_scale.kernels.device.compiled import softmax_slopes
+from liam_scale.kernels.device.products import multiply
 from liam_scale.kernels.device.sparse import (
     cell_of_entries,
     entries,
+    feature_of_entries,
     product,
     subtract_transposed_product,
     transposed_product,
+    with_transpose,
 )
 from liam_scale.kernels.gradients import Targets
-from liam_scale.kernels.options import OutputLayer, Precision
+from liam_scale.kernels.options import SizedLayer
 from liam_scale.kernels.reference import ORIGINAL_EPSILON
-from liam_scale.kernels.terms import Cells, Coupling, Terms, coupled_terms, per_cell_terms
+from liam_scale.kernels.terms import Cells, Coupling, InputGradients, Terms, coupled_terms, per_cell_terms
 from loaders.minibatch import SparseCounts
 
 
@@ -35,14 +38,14 @@ class Walker:
     Attributes
     ----------
     layer
-        Detached; counts in the weight's dtype and with their transpose.
+        Detached; counts in the weight's dtype.
     tile_bytes
         Bound on temporaries.
     is_bf16
-        Products of the gradients in bfloat16.
+        Products in bfloat16.
     """
 
-    layer: OutputLayer
+    layer: SizedLayer
     tile_bytes: int
     is_bf16: bool
 
@@ -54,7 +57,9 @@ class Walker:
 
     def logits(self, features: slice) -> Tensor:
         """(B, T)."""
-        return torch.addmm(self.layer.bias[features], self.layer.hidden, self.layer.weight[features].T)
+        layer = self.layer
+        logits = multiply(layer.hidden, layer.weight[features].T, is_bf16=self.is_bf16).add_(layer.bias[features])
+        return logits.addcmul_(layer.library[:, None], layer.library_weight[features])
 
 
 def _normalizer(walker: Walker) -> Tensor:
@@ -66,98 +71,99 @@ def _normalizer(walker: Walker) -> Tensor:
 
 
 def _linear_fit(walker: Walker) -> Tensor:
-    """(B,) float64 sum_f y_f l_f = h . (Y W) + Y b."""
+    """(B,) float64 sum_f y_f l_f = h . (Y W) + library Y w + Y b."""
     layer = walker.layer
-    fit = product(layer.counts, layer.weight)
-    shift = product(layer.counts, layer.bias[:, None])[:, 0]
-    return (fit.double() * layer.hidden.double()).sum(dim=1) + shift.double()
+    fit = (product(layer.counts, layer.weight).double() * layer.hidden.double()).sum(dim=1)
+    shift, slope = product(layer.counts, torch.stack([layer.bias, layer.library_weight], dim=1)).double().unbind(dim=1)
+    return fit + layer.library.double() * slope + shift
 
 
-def _original_fit(walker: Walker, normalizer: Tensor) -> tuple[Tensor, Tensor, SparseCounts]:
-    """sum_f y_f log(p_f + eps), its slope, and the counts with y p / (p + eps) in their place."""
-    layer = walker.layer
-    counts = layer.counts
-    by_cell = _entry_logits(walker, cell_of_entries(counts), counts.indices.long())
-    p = torch.exp(by_cell.double() - normalizer[cell_of_entries(counts)])
+def _original_fit(walker: Walker, normalizer: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) sum_f y_f log(p_f + eps), and (B,) its slope."""
+    counts = walker.layer.counts
+    cells = cell_of_entries(counts)
+    p = torch.exp(_entry_logits(walker, cells, counts.indices.long()).double() - normalizer[cells])
     slopes = counts.values.double() * p / (p + ORIGINAL_EPSILON)
     fits = counts.values.double() * torch.log(p + ORIGINAL_EPSILON)
-    changed = replace(counts, values=torch.stack([fits, slopes], dim=1))
-    fit, slope = _sum_by_cell(changed).unbind(dim=1)
-    assert counts.feature_indptr is not None
+    # unsafe: a check of the lengths would wait for the device
+    lengths = (counts.indptr[1:] - counts.indptr[:-1]).long()
+    sums = torch.segment_reduce(
+        torch.stack([fits, slopes], dim=1), "sum", lengths=lengths, axis=0, initial=0.0, unsafe=True
+    )
+    fit, slope = sums.unbind(dim=1)
+    return fit, slope
+
+
+def _original_slopes(walker: Walker, normalizer: Tensor) -> SparseCounts:
+    """The counts with y p / (p + eps) in their place, which is the slope of the original's fit."""
+    counts = with_transpose(walker.layer.counts)
     assert counts.cells is not None
     assert counts.feature_values is not None
-    sizes = (counts.feature_indptr[1:] - counts.feature_indptr[:-1]).long()
-    arange = torch.arange(counts.num_features, device=sizes.device)
-    features = torch.repeat_interleave(arange, sizes, output_size=len(counts.cells))
-    by_feature = _entry_logits(walker, counts.cells.long(), features)
-    p = torch.exp(by_feature.double() - normalizer[counts.cells.long()])
-    feature_slopes = counts.feature_values.double() * p / (p + ORIGINAL_EPSILON)
-    dtype = layer.weight.dtype
-    return fit, slope, replace(counts, values=slopes.to(dtype), feature_values=feature_slopes.to(dtype))
 
+    def slopes(values: Tensor, cells: Tensor, features: Tensor) -> Tensor:
+        p = torch.exp(_entry_logits(walker, cells, features).double() - normalizer[cells])
+        return (values.double() * p / (p + ORIGINAL_EPSILON)).to(values.dtype)
 
-def _sum_by_cell(counts: SparseCounts) -> Tensor:
-    lengths = (counts.indptr[1:] - counts.indptr[:-1]).long()
-    return torch.segment_reduce(counts.values, "sum", lengths=lengths, axis=0, initial=0.0)
+    by_cell = slopes(counts.values, cell_of_entries(counts), counts.indices.long())
+    by_feature = slopes(counts.feature_values, counts.cells.long(), feature_of_entries(counts))
+    return replace(counts, values=by_cell, feature_values=by_feature)
 
 
 def _entry_logits(walker: Walker, cells: Tensor, features: Tensor) -> Tensor:
     """(N,) logit of each entry, in pieces: gathering both rows of all entries at once would take N x 2H floats."""
     layer = walker.layer
     piece = max(1, walker.tile_bytes // (4 * layer.weight.shape[1] * layer.weight.element_size()))
-    result = torch.empty(len(cells), dtype=layer.weight.dtype, device=cells.device)
+    result = layer.bias[features] + layer.library[cells] * layer.library_weight[features]
     for first in range(0, len(cells), piece):
         c, f = cells[first : first + piece], features[first : first + piece]
-        result[first : first + piece] = (layer.hidden[c] * layer.weight[f]).sum(dim=1) + layer.bias[f]
+        result[first : first + piece] += (layer.hidden[c] * layer.weight[f]).sum(dim=1)
     return result
 
 
 def _second_walk(
-    walker: Walker,
-    normalizer: Tensor,
-    scale: Tensor,
-    slopes: SparseCounts,
-    weight_gradient: Tensor,
-    bias_gradient: Tensor,
-) -> Tensor:
-    """Fill the gradients of weight and bias; returns (B, H) that of the hidden state."""
-    layer = walker.layer
-    dtype = layer.weight.dtype
-    factor = torch.bfloat16 if walker.is_bf16 else dtype
-    hidden, hidden_gradient = layer.hidden.to(factor), torch.zeros_like(layer.hidden)
-    shift, scale = normalizer.to(dtype), scale.to(dtype)
+    walker: Walker, normalizer: Tensor, scale: Tensor, slopes: SparseCounts, targets: Targets
+) -> InputGradients:
+    """Fill the gradients of weight, bias and library weight; returns those of the inputs."""
+    layer, (weight_gradient, bias_gradient, library_weight_gradient) = walker.layer, targets.tensors
+    hidden_gradient, library_gradient = torch.zeros_like(layer.hidden), torch.zeros_like(layer.library)
+    shift, scale = normalizer.to(layer.weight.dtype), scale.to(layer.weight.dtype)
     for features in walker.tiles():
         slope = softmax_slopes(walker.logits(features), shift, scale)
         bias_gradient[features] = slope.sum(dim=0)
-        slope = slope.to(factor)
-        weight_gradient[features] = torch.mm(slope.T, hidden).to(dtype)
-        hidden_gradient += torch.mm(slope, layer.weight[features].to(factor)).to(dtype)
-    weights = layer.cell_weight[:, None]
+        weight_gradient[features] = multiply(slope.T, layer.hidden, is_bf16=walker.is_bf16)
+        hidden_gradient += multiply(slope, layer.weight[features], is_bf16=walker.is_bf16)
+        # sums and not products: tf32 would be off by the size of the cell times 2^-11
+        library_weight_gradient[features] = (slope * layer.library[:, None]).sum(dim=0)
+        library_gradient += (slope * layer.library_weight[features]).sum(dim=1)
+    weights, slopes = layer.cell_weight[:, None], with_transpose(slopes)
     subtract_transposed_product(weight_gradient, slopes, weights * layer.hidden, walker.tile_bytes)
-    bias_gradient -= transposed_product(slopes, weights)[:, 0]
-    return hidden_gradient - weights * product(slopes, layer.weight)
+    factors = torch.cat([weights, weights * layer.library[:, None]], dim=1)
+    bias, library_weight = transposed_product(slopes, factors).unbind(dim=1)
+    bias_gradient -= bias
+    library_weight_gradient -= library_weight
+    hidden_gradient -= weights * product(slopes, layer.weight)
+    library_gradient -= layer.cell_weight * product(slopes, layer.library_weight[:, None])[:, 0]
+    return InputGradients(hidden_gradient, library_gradient)
 
 
 def evaluate(
-    layer: OutputLayer,
+    layer: SizedLayer,
     r: Tensor,
     coupling: Coupling | None,
-    precision: Precision,
+    is_bf16: bool,
     tile_bytes: int,
     targets: Targets | None,
-) -> tuple[Terms, Tensor]:
-    """The same in plain torch on any device."""
-    counts, dtype = entries(layer.counts, layer.weight.dtype), layer.weight.dtype
-    tensors = (t.detach() for t in (layer.hidden, layer.weight, layer.bias, layer.cell_weight))
-    walker = Walker(OutputLayer(counts, *tensors), tile_bytes, precision == "bf16" and dtype == torch.float32)
-    cells = Cells(counts.totals().double(), r.double(), layer.cell_weight.detach().double())
+) -> tuple[Terms, InputGradients]:
+    """Terms of all cells, and the gradients of the inputs; fills the targets."""
+    counts = entries(layer.counts, layer.weight.dtype)
+    walker = Walker(replace(layer, counts=counts), tile_bytes, is_bf16)
+    cells = Cells(counts.totals().double(), r.double(), layer.cell_weight.double())
     normalizer = _normalizer(walker)
     if coupling is None:
-        slopes, terms = counts, per_cell_terms(cells, _linear_fit(walker), normalizer)
+        terms = per_cell_terms(cells, _linear_fit(walker), normalizer)
     else:
-        fit, slope, slopes = _original_fit(walker, normalizer)
-        terms = coupled_terms(cells, fit, slope, normalizer, coupling)
-    hidden_gradient = torch.zeros_like(layer.hidden)
-    if targets is not None:
-        hidden_gradient = _second_walk(walker, normalizer, terms.scale, slopes, *targets.tensors)
-    return terms, hidden_gradient
+        terms = coupled_terms(cells, *_original_fit(walker, normalizer), normalizer, coupling)
+    if targets is None:
+        return terms, InputGradients(torch.zeros_like(layer.hidden), torch.zeros_like(layer.library))
+    slopes = counts if coupling is None else _original_slopes(walker, normalizer)
+    return terms, _second_walk(walker, normalizer, terms.scale, slopes, targets)

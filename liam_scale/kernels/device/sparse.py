@@ -1,6 +1,7 @@
 """Sparse products in plain torch, for devices without kernels of their own (CUDA).
 
 `embedding_bag` sums weighted rows per bag: a bag per cell is counts @ table, a bag per feature is counts^T @ table.
+Every device has it, and it uses no atomics in its forward direction, so that sums are the same from run to run.
 """
 
 from __future__ import annotations
@@ -15,15 +16,13 @@ from loaders.minibatch import SparseCounts
 
 
 def entries(counts: SparseCounts, dtype: torch.dtype, *, log1p: bool = False) -> SparseCounts:
-    """The counts in another dtype, or their log(1 + counts); with the transpose, which is made if it is missing."""
+    """The counts in another dtype, or their log(1 + counts)."""
 
     def changed(values: Tensor) -> Tensor:
         return torch.log1p(values.to(dtype)) if log1p else values.to(dtype)
 
-    if counts.feature_values is None:
-        counts = _with_transpose(counts)
-    assert counts.feature_values is not None
-    return replace(counts, values=changed(counts.values), feature_values=changed(counts.feature_values))
+    by_feature = None if counts.feature_values is None else changed(counts.feature_values)
+    return replace(counts, values=changed(counts.values), feature_values=by_feature)
 
 
 def product(counts: SparseCounts, table: Tensor) -> Tensor:
@@ -33,6 +32,7 @@ def product(counts: SparseCounts, table: Tensor) -> Tensor:
 
 def transposed_product(counts: SparseCounts, table: Tensor) -> Tensor:
     """(F, O) = counts^T table, with a table of shape (B, O)."""
+    counts = with_transpose(counts)
     assert counts.feature_indptr is not None
     assert counts.cells is not None
     assert counts.feature_values is not None
@@ -54,9 +54,30 @@ def subtract_transposed_product(result: Tensor, counts: SparseCounts, table: Ten
 
 def cell_of_entries(counts: SparseCounts) -> Tensor:
     """(N,) cell of each entry of the counts by cell."""
-    sizes = (counts.indptr[1:] - counts.indptr[:-1]).long()
-    cells = torch.arange(counts.num_cells, device=sizes.device)
-    return torch.repeat_interleave(cells, sizes, output_size=len(counts.indices))
+    return _owners(counts.indptr, len(counts.indices))
+
+
+def with_transpose(counts: SparseCounts) -> SparseCounts:
+    """The counts with their transpose, made here (a sort) where the loader has not brought it."""
+    if counts.feature_values is not None:
+        return counts
+    order = torch.argsort(counts.indices, stable=True)
+    sizes = torch.bincount(counts.indices, minlength=counts.num_features)
+    feature_indptr = functional.pad(torch.cumsum(sizes, 0), (1, 0)).to(torch.int32)
+    cells = cell_of_entries(counts).to(torch.int32)
+    return replace(counts, feature_indptr=feature_indptr, cells=cells[order], feature_values=counts.values[order])
+
+
+def feature_of_entries(counts: SparseCounts) -> Tensor:
+    """(N,) feature of each entry of the transpose."""
+    assert counts.feature_indptr is not None
+    return _owners(counts.feature_indptr, len(counts.indices))
+
+
+def _owners(indptr: Tensor, num_entries: int) -> Tensor:
+    """(N,) row of each entry; the number of entries is given, since asking for it would wait for the device."""
+    rows = torch.arange(len(indptr) - 1, device=indptr.device)
+    return torch.repeat_interleave(rows, (indptr[1:] - indptr[:-1]).long(), output_size=num_entries)
 
 
 def _bags(indptr: Tensor, indices: Tensor, values: Tensor, table: Tensor) -> Tensor:
@@ -65,14 +86,3 @@ def _bags(indptr: Tensor, indices: Tensor, values: Tensor, table: Tensor) -> Ten
     return functional.embedding_bag(
         indices, table, indptr, mode="sum", per_sample_weights=values, include_last_offset=True
     )
-
-
-def _with_transpose(counts: SparseCounts) -> SparseCounts:
-    cells = torch.repeat_interleave(
-        torch.arange(counts.num_cells, device=counts.indices.device, dtype=torch.int32),
-        (counts.indptr[1:] - counts.indptr[:-1]).long(),
-    )
-    order = torch.argsort(counts.indices, stable=True)
-    sizes = torch.bincount(counts.indices, minlength=counts.num_features)
-    feature_indptr = functional.pad(torch.cumsum(sizes, 0), (1, 0)).to(torch.int32)
-    return replace(counts, feature_indptr=feature_indptr, cells=cells[order], feature_values=counts.values[order])

@@ -6,8 +6,8 @@ import pytest
 import scipy.sparse
 import torch
 
-from liam_scale.kernels.cpu.products import has_bf16
 from liam_scale.kernels.negative_binomial import negative_binomial
+from liam_scale.kernels.precision import has_bf16
 from loaders.minibatch import SparseCounts
 
 SHARED = Path(os.environ.get("LIAM_SHARED", Path(__file__).resolve().parents[4] / "shared"))
@@ -182,18 +182,15 @@ def test_a_broken_weight_makes_the_loss_nan(impl):
         assert not torch.isfinite(loss)
 
 
-def test_bf16_leaves_the_loss_alone_and_errs_little_in_the_gradients():
-    if not has_bf16():
-        pytest.skip("this processor has no bfloat16 products; precision='bf16' computes in float32 here")
+def test_bf16_errs_little(impl):
+    if impl == "auto" and not has_bf16():
+        pytest.skip("this processor has no bfloat16 products")
     counts, arguments = make_counts(64, 3000), make_inputs(64, 3000, 33)
-    single = run(counts, *arguments, dtype=torch.float32)
-    half = run(counts, *arguments, dtype=torch.float32, precision="bf16")
+    single = run(counts, *arguments, dtype=torch.float32, impl=impl)
+    half = run(counts, *arguments, dtype=torch.float32, precision="bf16", impl=impl)
     for name, a, b in zip(NAMES, single, half, strict=True):
-        if name in ("hidden", "weight", "bias"):
-            assert (a - b).norm() <= 2**-7 * a.norm(), name
-            assert not torch.equal(a, b), name
-        else:
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        assert (a - b).norm() <= {"loss": 1e-4, "log_likelihood": 1e-3}.get(name, 2**-7) * a.norm(), name
+        assert not torch.equal(a, b), name
 
 
 def test_buffers_become_the_gradients():

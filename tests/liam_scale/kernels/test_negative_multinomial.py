@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from liam_scale.kernels import reference
-from liam_scale.kernels.cpu.products import has_bf16
 from liam_scale.kernels.negative_multinomial import negative_multinomial
+from liam_scale.kernels.precision import has_bf16
 from loaders.minibatch import SparseCounts
 
 SHARED = Path(os.environ.get("LIAM_SHARED", Path(__file__).resolve().parents[4] / "shared"))
 GOLDEN = SHARED / "reference" / "golden" / "nm_likelihood.npz"
-NAMES = ("loss", "log_likelihood", "hidden", "weight", "bias", "r")
+NAMES = ("loss", "log_likelihood", "hidden", "weight", "bias", "r", "library", "library_weight")
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +50,25 @@ def make_inputs(cells, features, hidden, *, spread=0.3, r=None, seed=0):
     r = torch.rand(cells, generator=generator) * 5 + 0.1 if r is None else r
     weights = torch.rand(cells, generator=generator) + 0.1
     weights[: cells // 5] = 0  # cells without the modality
-    return [normal(cells, hidden), normal(features, hidden) * spread, normal(features), r], weights
+    library, library_weight = torch.exp(normal(cells) + 3), normal(features) * spread / 20
+    return [
+        normal(cells, hidden),
+        normal(features, hidden) * spread,
+        normal(features),
+        r,
+        library,
+        library_weight,
+    ], weights
+
+
+def evaluate(counts, hidden, weight, bias, r, library=None, library_weight=None, **options):
+    sizes = {"library": library, "library_weight": library_weight}
+    return negative_multinomial(counts, hidden, weight, bias, r, **sizes, **options)
 
 
 def run(counts, inputs, cell_weight, *, dtype, factor=1.0, **options):
     parameters = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
-    loss, log_likelihood = negative_multinomial(counts, *parameters, cell_weight=cell_weight.to(dtype), **options)
+    loss, log_likelihood = evaluate(counts, *parameters, cell_weight=cell_weight.to(dtype), **options)
     (loss * factor).backward()
     return [loss.detach(), log_likelihood, *[p.grad for p in parameters]]
 
@@ -65,7 +79,7 @@ def assert_within_envelope(counts, inputs, cell_weight, *, slack=1e-6, impl="aut
     plain = run(counts, inputs, cell_weight, dtype=torch.float32, impl="reference", **_plain(options))
     fused = run(counts, inputs, cell_weight, dtype=torch.float32, impl=impl, **options)
     exact = run(counts, inputs, cell_weight, dtype=torch.float64, impl=impl, **options)
-    for name, t, p, f, e in zip(NAMES, truth, plain, fused, exact, strict=True):
+    for name, t, p, f, e in zip(NAMES[: len(truth)], truth, plain, fused, exact, strict=True):
         if not t.numel():
             continue
         scale = t.abs().max().item()
@@ -104,9 +118,9 @@ def test_any_memory_and_number_of_threads(tile_bytes, threads, likelihood):
 def test_extreme_logits(impl, peak, likelihood):
     """The published code turns NaN once a logit exceeds 177."""
     counts = make_counts(8, 300)
-    (hidden, weight, bias, r), cell_weight = make_inputs(8, 300, 5)
-    bias[::7], bias[3::7] = peak, -peak
-    assert_within_envelope(counts, [hidden, weight, bias, r], cell_weight, likelihood=likelihood, impl=impl)
+    inputs, cell_weight = make_inputs(8, 300, 5)
+    inputs[2][::7], inputs[2][3::7] = peak, -peak
+    assert_within_envelope(counts, inputs, cell_weight, likelihood=likelihood, impl=impl)
 
 
 @pytest.mark.parametrize("likelihood", ["per-cell", "original"])
@@ -134,12 +148,12 @@ def test_no_cell_has_the_modality(impl, likelihood):
 def test_no_cells(impl):
     counts = SparseCounts.from_scipy(scipy.sparse.csr_matrix((0, 60), dtype=np.float32))
     inputs, _ = make_inputs(1, 60, 5)
-    inputs[0], inputs[3] = inputs[0][:0], inputs[3][:0]
-    loss, log_likelihood, hidden, weight, bias, r = run(counts, inputs, torch.zeros(0), dtype=torch.float32, impl=impl)
+    inputs = [x[:0] if len(x) == 1 else x for x in inputs]
+    found = run(counts, inputs, torch.zeros(0), dtype=torch.float32, impl=impl)
+    loss, log_likelihood, hidden, weight, bias, r, library, library_weight = found
     assert loss == 0
-    assert (len(log_likelihood), len(hidden), len(r)) == (0, 0, 0)
-    assert (weight == 0).all()
-    assert (bias == 0).all()
+    assert [len(x) for x in (log_likelihood, hidden, r, library)] == [0, 0, 0, 0]
+    assert all((x == 0).all() for x in (weight, bias, library_weight))
 
 
 def test_counts_without_their_transpose(impl):
@@ -164,7 +178,7 @@ def test_gradcheck(impl, likelihood):
 
     def loss(*parameters):
         options = {"cell_weight": cell_weight.double(), "likelihood": likelihood}
-        return negative_multinomial(counts, *parameters, **options, impl=impl)[0]
+        return evaluate(counts, *parameters, **options, impl=impl)[0]
 
     assert torch.autograd.gradcheck(loss, parameters)
 
@@ -174,7 +188,7 @@ def test_a_broken_weight_makes_the_loss_nan(impl):
     inputs, cell_weight = make_inputs(6, 50, 4)
     for value in (torch.nan, torch.inf):
         inputs[1][17, 2] = value
-        loss, _ = negative_multinomial(counts, *inputs, cell_weight=cell_weight, impl=impl)
+        loss, _ = evaluate(counts, *inputs, cell_weight=cell_weight, impl=impl)
         assert not torch.isfinite(loss)
 
 
@@ -188,43 +202,75 @@ def test_the_original_on_ranks_adds_up_to_the_whole_minibatch(impl, constant):
     sums = [torch.zeros(()).double(), *[torch.zeros_like(x).double() for x in inputs]]
     for cells in (slice(0, 3), slice(3, 10)):
         part = SparseCounts.from_scipy(counts.to_scipy()[cells])
-        share = [inputs[0][cells], inputs[1], inputs[2], r if constant else r[cells]]
+        share = [inputs[0][cells], inputs[1], inputs[2], r if constant else r[cells], inputs[4][cells], inputs[5]]
         found = run(
             part, share, scale * present[cells], dtype=torch.float64, likelihood="original",
-            num_global_with=int(present.sum()), num_global=10, cell_scale=scale, impl=impl)  # fmt: skip
+            num_global_with=int(present.sum()), num_global=10, cell_scale=scale, impl=impl,
+        )  # fmt: skip
         sums[0] += found[0]
-        for total, gradient, is_cells in zip(sums[1:], found[2:], (True, False, False, not constant), strict=True):
+        for total, gradient, is_cells in zip(
+            sums[1:], found[2:], (True, False, False, not constant, True, False), strict=True
+        ):
             total[cells if is_cells else ...] += gradient
     torch.testing.assert_close(sums[0], whole[0])
     for total, gradient in zip(sums[1:], whole[2:], strict=True):
         torch.testing.assert_close(total, gradient)
 
 
-@pytest.mark.skipif(not has_bf16(), reason="this processor has no bfloat16 products; bf16 computes in float32 here")
-class TestBfloat16:
+def deep_cells(cells=64, features=5000, hidden=32):
+    """Cells of thousands of counts, which drive the logits to +-300."""
+    inputs, cell_weight = make_inputs(cells, features, hidden)
+    inputs[4] = torch.linspace(1000, 9000, cells)
+    inputs[5] *= 0.6
+    return make_counts(cells, features), inputs, cell_weight
+
+
+class TensorCores(TorchDispatchMode):
+    """Matrix products of float32 as a GPU makes them with tf32: operands rounded to 10 bits of mantissa."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            args = [self.rounded(x) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x for x in args]
+        return func(*args, **(kwargs or {}))
+
     @staticmethod
-    def inputs():
-        """A layer whose last input is the size of the cell: it drives the logits to +-300."""
-        (hidden, weight, bias, r), cell_weight = make_inputs(64, 5000, 33)
-        hidden[:, -1] = torch.linspace(1000, 9000, 64)
-        weight[:, -1] *= 0.03
-        return (hidden, weight, bias, r), cell_weight
+    def rounded(x):
+        return ((x.view(torch.int32) + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+
+
+@pytest.mark.parametrize("likelihood", ["per-cell", "original"])
+def test_the_size_of_a_cell_survives_products_in_tf32(likelihood):
+    """As a 129th input of the product it shifts cells by thousands of nats and gradients by a tenth of their norm."""
+    counts, inputs, cell_weight = deep_cells()
+    truth = run(counts, inputs, cell_weight, dtype=torch.float64, likelihood=likelihood, impl="reference")
+    with TensorCores():
+        found = run(counts, inputs, cell_weight, dtype=torch.float32, likelihood=likelihood, impl="plain")
+    assert (found[1] - truth[1]).abs().max() < 3e-4 * truth[1].abs().max()
+    for name, a, b in zip(NAMES[2:], found[2:], truth[2:], strict=True):
+        assert (a - b).norm() < 2e-3 * b.norm(), name
+
+
+class TestBfloat16:
+    @pytest.fixture(autouse=True, params=["auto", "plain"])
+    def impl(self, request):
+        if request.param == "auto" and not has_bf16():
+            pytest.skip("this processor has no bfloat16 products")
+        return request.param
 
     @pytest.mark.parametrize("tile_bytes", [0, 2**26])
-    def test_errs_little(self, tile_bytes):
-        counts = make_counts(64, 5000)
-        inputs, cell_weight = self.inputs()
-        single = run(counts, inputs, cell_weight, dtype=torch.float32, tile_bytes=tile_bytes)
-        half = run(counts, inputs, cell_weight, dtype=torch.float32, precision="bf16", tile_bytes=tile_bytes)
+    def test_errs_little(self, impl, tile_bytes):
+        counts, inputs, cell_weight = deep_cells()
+        options = {"dtype": torch.float32, "tile_bytes": tile_bytes or (1 if impl == "auto" else 2**20), "impl": impl}
+        single = run(counts, inputs, cell_weight, **options)
+        half = run(counts, inputs, cell_weight, precision="bf16", **options)
         for name, a, b in zip(NAMES, single, half, strict=True):
             assert (a - b).norm() <= (1e-4 if name in ("loss", "log_likelihood", "r") else 2**-8) * a.norm(), name
             assert not torch.equal(a, b), name
 
-    def test_a_loss_without_gradients_is_that_of_float32(self):
-        counts = make_counts(64, 5000)
-        inputs, cell_weight = self.inputs()
+    def test_a_loss_without_gradients_is_that_of_float32(self, impl):
+        counts, inputs, cell_weight = deep_cells()
         single, half = (
-            negative_multinomial(counts, *inputs, cell_weight=cell_weight, precision=precision)
+            evaluate(counts, *inputs, cell_weight=cell_weight, precision=precision, impl=impl)
             for precision in ("float32", "bf16")
         )
         assert all(torch.equal(a, b) for a, b in zip(single, half, strict=True))
@@ -235,18 +281,19 @@ def test_buffers_become_the_gradients():
     inputs, cell_weight = make_inputs(6, 50, 4)
     wanted = run(counts, inputs, cell_weight, dtype=torch.float32, factor=3.0)
     parameters = [x.clone().requires_grad_() for x in inputs]
-    buffers = {"weight": torch.full_like(inputs[1], torch.nan), "bias": torch.full_like(inputs[2], torch.nan)}
+    owners = {"weight": 1, "bias": 2, "library_weight": 5}
+    buffers = {name: torch.full_like(inputs[k], torch.nan) for name, k in owners.items()}
     for _ in range(2):
         for parameter in parameters:
             parameter.grad = None
-        loss, _ = negative_multinomial(counts, *parameters, cell_weight=cell_weight, grad_buffers=buffers)
+        loss, _ = evaluate(counts, *parameters, cell_weight=cell_weight, grad_buffers=buffers)
         (3 * loss).backward()
-        assert parameters[1].grad.data_ptr() == buffers["weight"].data_ptr()
-        assert parameters[2].grad.data_ptr() == buffers["bias"].data_ptr()
+        for name, k in owners.items():
+            assert parameters[k].grad.data_ptr() == buffers[name].data_ptr()
         for parameter, gradient in zip(parameters, wanted[2:], strict=True):
             torch.testing.assert_close(parameter.grad, gradient)
     with pytest.raises(RuntimeError, match="zero_grad"):
-        negative_multinomial(counts, *parameters, cell_weight=cell_weight, grad_buffers=buffers)
+        evaluate(counts, *parameters, cell_weight=cell_weight, grad_buffers=buffers)
 
 
 def test_a_buffer_overwritten_before_backward_is_noticed():
@@ -254,8 +301,8 @@ def test_a_buffer_overwritten_before_backward_is_noticed():
     inputs, cell_weight = make_inputs(6, 50, 4)
     parameters = [x.clone().requires_grad_() for x in inputs]
     buffers = {"weight": torch.empty_like(inputs[1])}
-    first, _ = negative_multinomial(counts, *parameters, cell_weight=cell_weight, grad_buffers=buffers)
-    negative_multinomial(counts, *parameters, cell_weight=cell_weight, grad_buffers=buffers)
+    first, _ = evaluate(counts, *parameters, cell_weight=cell_weight, grad_buffers=buffers)
+    evaluate(counts, *parameters, cell_weight=cell_weight, grad_buffers=buffers)
     with pytest.raises(RuntimeError, match="written again"):
         first.backward()
 
@@ -265,7 +312,7 @@ def test_without_gradients_nothing_is_formed():
     inputs, cell_weight = make_inputs(6, 50, 4)
     parameters = [x.clone().requires_grad_() for x in inputs]
     with torch.no_grad():
-        loss, log_likelihood = negative_multinomial(counts, *parameters, cell_weight=cell_weight)
+        loss, log_likelihood = evaluate(counts, *parameters, cell_weight=cell_weight)
     wanted = run(counts, inputs, cell_weight, dtype=torch.float32)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, wanted[0])
@@ -274,13 +321,15 @@ def test_without_gradients_nothing_is_formed():
 
 def test_wrong_arguments_are_refused():
     counts = make_counts(6, 50)
-    (hidden, weight, bias, r), cell_weight = make_inputs(6, 50, 4)
+    (hidden, weight, bias, r, library, _), cell_weight = make_inputs(6, 50, 4)
     with pytest.raises(ValueError, match=r"hidden.*\(6, 4\)"):
         negative_multinomial(counts, hidden.T, weight, bias, r, cell_weight=cell_weight)
     with pytest.raises(ValueError, match=r"^r: "):
         negative_multinomial(counts, hidden, weight, bias, r[:1], cell_weight=cell_weight)
     with pytest.raises(ValueError, match="likelihood"):
         negative_multinomial(counts, hidden, weight, bias, r, cell_weight=cell_weight, likelihood="coupled")
+    with pytest.raises(ValueError, match="library, library_weight: got one without the other"):
+        negative_multinomial(counts, hidden, weight, bias, r, cell_weight=cell_weight, library=library)
     halves = [x.bfloat16() for x in (hidden, weight, bias)]
     with pytest.raises(ValueError, match="precision"):
         negative_multinomial(counts, *halves, r, cell_weight=cell_weight)
@@ -312,7 +361,7 @@ def status(key):
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 def run():
     options = {"likelihood": sys.argv[1], "precision": sys.argv[2], "tile_bytes": 2**25}
-    return negative_multinomial(counts, *inputs, cell_weight=torch.ones(cells), grad_buffers=buffers, **options)
+    return evaluate(counts, *inputs, cell_weight=torch.ones(cells), grad_buffers=buffers, **options)
 run()
 release_workspaces()
 before = status("VmRSS")

@@ -113,9 +113,9 @@ class Dense:
         return -ll.sum(1)
 
     def negative_multinomial(self, y: Tensor, size: Tensor | None) -> Tensor:
-        h = self.decoder("atac")
-        h = h if size is None else torch.cat([h, size], 1)
-        odds = torch.exp(h @ self.state["decoders.atac.weight"].T + self.state["decoders.atac.bias"])
+        logits = self.decoder("atac") @ self.state["decoders.atac.weight"].T + self.state["decoders.atac.bias"]
+        logits = logits if size is None else logits + size * self.state["decoders.atac.library_weight"]
+        odds = torch.exp(logits)
         p, p0 = odds / (1 + odds.sum(1, keepdim=True)), 1 / (1 + odds.sum(1))
         raw, n = self.state["decoders.atac.r_raw"], y.sum(1)
         r = torch.log(1 + torch.exp(raw)).clamp(1e-10, 1e5)
@@ -203,6 +203,7 @@ def test_logits_of_hundreds_stay_finite_in_float32(impl: Any, likelihood: Any, t
     model = Liam(config, data(("rna", "atac")), seed=1).double()
     with torch.no_grad():
         model.decoders["atac"].weight.mul_(400.0)
+        model.decoders["atac"].library_weight.mul_(400.0)
     cells = toy(("rna", "atac"))
     logits = model.decoders["atac"].logits
     inference = model.infer(cells, Noise(seed=5, step=9, place=cells.place))

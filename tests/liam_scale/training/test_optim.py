@@ -55,3 +55,21 @@ def test_adam_goes_on_bit_for_bit_from_its_saved_moments() -> None:
         step(straight, adam, gradient)
         step(resumed, other, gradient)
     assert torch.equal(straight.weight, resumed.weight)
+
+
+def test_moments_of_a_checkpoint_with_joined_library_weights_are_read() -> None:
+    """Older checkpoints have the library's weights as the last column of the weight beside them."""
+    model = nn.Module()
+    model.weight, model.library_weight = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5))
+    adam = build_optimizer(model, OptimConfig())
+    joined = torch.arange(20.0).reshape(5, 4)
+    old = {"weight/exp_avg": joined, "weight/exp_avg_sq": joined + 100, "weight/step": torch.tensor(7.0)}
+    load_optimizer_tensors(model, adam, old)
+    found = optimizer_tensors(model, adam)
+    for moment, value in (("exp_avg", joined), ("exp_avg_sq", joined + 100)):
+        assert torch.equal(found[f"weight/{moment}"], value[:, :3])
+        assert torch.equal(found[f"library_weight/{moment}"], value[:, 3])
+    assert found["weight/step"] == found["library_weight/step"] == 7
+    model.weight.grad, model.library_weight.grad = torch.ones(5, 3), torch.ones(5)
+    adam.step()
+    assert optimizer_tensors(model, adam)["library_weight/step"] == 8
