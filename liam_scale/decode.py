@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-import zarr
 from torch import Tensor
 
 from liam_scale.command import Command
@@ -23,9 +21,11 @@ from liam_scale.model.decoders import NegativeMultinomialDecoder
 from liam_scale.preparation import open_stores, sample_column, sample_table
 from liam_scale.provenance import check_maker
 from liam_scale.run_directory import RunDirectory, RunRecord
+from loaders.durable import replacing
 from loaders.option_checks import Range, check_options
 from loaders.stores import Store
 from loaders.stores.anndata_zarr import add_dense_matrix, write_anndata
+from loaders.stores.base import check_finite
 from loaders.stores.zarr_root import HDF5_SUFFIXES
 
 CELLS_PER_CHUNK = 4_096
@@ -104,11 +104,10 @@ def decode(config: DecodeConfig) -> Path:
         cure=f"decode with that run, or write this one's first: {embed} --key {config.key} --overwrite",
     )
     targets = _target_codes(config, store, record)
-    partial = config.out.with_name(f".{config.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    values = _create(partial, store, chosen)
-    num_cells = store.schema.num_cells
-    try:
+    data, num_cells = _empty(store, chosen), store.schema.num_cells
+    with replacing(config.out) as path:
+        write_anndata(data, path)
+        values = add_dense_matrix(path, data.n_vars, cells_per_chunk=CELLS_PER_CHUNK)
         for start in range(0, num_cells, CELLS_PER_CHUNK):
             stop = min(num_cells, start + CELLS_PER_CHUNK)
             embedding = store.read_embedding(config.key, start, stop)
@@ -117,12 +116,9 @@ def decode(config: DecodeConfig) -> Path:
                     f"{what} has {embedding.shape[1]} dimensions, the model {model.num_latent}; write its embedding "
                     f"with: {embed} --key {config.key}"
                 )
+            check_finite(store, embedding, start, what=what, cure=f"write it again with: {embed} --key {config.key}")
             decoded = _decode_chunk(model, torch.from_numpy(embedding), [t[start:stop] for t in targets], chosen)
             values[start:stop] = decoded.numpy() * np.float32(config.library_size)
-        partial.rename(config.out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return config.out
 
 
@@ -169,13 +165,12 @@ def _target_codes(config: DecodeConfig, store: Store, record: RunRecord) -> list
     return [np.full(num_cells, samples.index(config.target_sample))]
 
 
-def _create(path: Path, store: Store, chosen: list[Chosen]) -> zarr.Array:
-    """Lay down the AnnData with cells and features, and an empty X."""
+def _empty(store: Store, chosen: list[Chosen]) -> anndata.AnnData:
+    """Cells and features of the result, without values."""
     names = [name for part in chosen for name in part.names]
     modalities = [part.modality for part in chosen for _ in part.names]
     var = pd.DataFrame({"modality": pd.Categorical(modalities)}, index=pd.Index(names))
-    write_anndata(anndata.AnnData(obs=store.obs_frame(), var=var), path)
-    return add_dense_matrix(path, len(names), cells_per_chunk=CELLS_PER_CHUNK)
+    return anndata.AnnData(obs=store.obs_frame(), var=var)
 
 
 @torch.no_grad()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
+from zipfile import BadZipFile
 
 import anndata
 import h5py
@@ -26,13 +27,14 @@ from liam_scale.preparation import RecodedSamples, open_stores, sample_table
 from liam_scale.provenance import attributes_of, check_maker
 from liam_scale.run_directory import RunDirectory, RunRecord
 from liam_scale.training.distributed import Device, World, check_device, join_world, launched_ranks
-from loaders.durable import sha256_of
+from loaders.durable import replacing, sha256_of
 from loaders.loader import Loader
 from loaders.memory import parse_memory
 from loaders.minibatch import Minibatch
 from loaders.option_checks import Range, check_options
 from loaders.stores import Store, embeddings
 from loaders.stores.anndata_zarr import write_anndata
+from loaders.stores.base import check_finite
 from loaders.stores.zarr_root import HDF5_SUFFIXES, open_root
 
 CELLS_PER_STEP = 1_024
@@ -213,29 +215,25 @@ def _loader(config: EmbedConfig, part: RunDirectory, store: Store, world: World)
 
 
 def _embed_part(config: EmbedConfig, part: RunDirectory, model: Liam, store: Store, world: World, pieces: Path) -> None:
-    """Embed this rank's cells in pieces; a piece is a file that stands whole or not at all."""
+    """Embed this rank's cells in pieces, from the first that is not there on."""
     pieces.mkdir(exist_ok=True)
     loader = _loader(config, part, store, world)
     steps = loader.steps_per_epoch
+    files = [pieces / f"{world.size:04d}-{world.rank:04d}-{n:08d}.npz" for n in range(0, steps, STEPS_PER_PIECE)]
+    done = next((n for n, file in enumerate(files) if not file.exists()), len(files))
+    if done == len(files):
+        return
+    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "step": done * STEPS_PER_PIECE})
+    minibatches = iter(loader)
     shows_bar = world.is_main and sys.stderr.isatty()
-    with torch.no_grad(), tqdm(total=steps, unit="step", disable=not shows_bar) as bar:
-        for start in range(0, steps, STEPS_PER_PIECE):
-            stop = min(steps, start + STEPS_PER_PIECE)
-            file = pieces / f"{world.size:04d}-{world.rank:04d}-{start:08d}.npz"
-            if not file.exists():
-                loader.load_state_dict({**loader.state_dict(), "epoch": 0, "step": start})
-                parts = [_embed_minibatch(config, model, m.to(world.device)) for m in _first(loader, stop - start)]
-                rows, values = (np.concatenate(column) for column in zip(*parts, strict=True))
-                partial = file.with_suffix(".partial.npz")
-                np.savez(partial, rows=rows, values=values)
-                partial.rename(file)
-            bar.update(stop - start)
-
-
-def _first(loader: RecodedSamples, count: int) -> Iterator[Minibatch]:
-    iterator = iter(loader)
-    for _ in range(count):
-        yield next(iterator)
+    with torch.no_grad(), tqdm(total=steps, initial=done * STEPS_PER_PIECE, unit="step", disable=not shows_bar) as bar:
+        for file in files[done:]:
+            own = islice(minibatches, STEPS_PER_PIECE)
+            parts = [_embed_minibatch(config, model, minibatch.to(world.device)) for minibatch in own]
+            rows, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+            with replacing(file) as path:
+                np.savez(path, rows=rows, values=values)
+            bar.update(len(parts))
 
 
 def _embed_minibatch(config: EmbedConfig, model: Liam, minibatch: Minibatch) -> tuple[np.ndarray, np.ndarray]:
@@ -252,37 +250,51 @@ def _embed_minibatch(config: EmbedConfig, model: Liam, minibatch: Minibatch) -> 
 
 
 def _write(config: EmbedConfig, store: Store, pieces: Path, num_models: int, attributes: dict[str, str]) -> None:
-    """Put the pieces together in cell order: 80 bytes a cell at 20 dimensions."""
-    columns: list[np.ndarray] = []
-    for index in range(num_models):
-        whole: np.ndarray | None = None
-        seen = np.zeros(store.schema.num_cells, dtype=bool)
-        for file in sorted((pieces / str(index)).glob("*[0-9].npz")):
-            with np.load(file) as piece:
-                if whole is None:
-                    whole = np.empty((store.schema.num_cells, piece["values"].shape[1]), dtype=np.float32)
-                whole[piece["rows"]] = piece["values"]
-                seen[piece["rows"]] = True
-        assert whole is not None, "a store has cells"
-        assert seen.all(), "every cell is in a piece"
-        columns.append(whole)
-    embedding = np.concatenate(columns, axis=1)
+    """Put the pieces together in cell order (80 bytes a cell at 20 dimensions), and the whole in its place."""
+    embedding = np.concatenate([_joined(pieces / str(n), store) for n in range(num_models)], axis=1)
+    check_finite(
+        store,
+        embedding,
+        0,
+        what=f"embed: {config.run} on {store.uri}",
+        cure="see where its history.csv stops being finite, and train again with a lower --lr",
+    )
     if config.out is None:
-        # An earlier one may have had another width. Until the new one stands, its pieces are beside the run.
-        store.drop_embedding(config.key)
-        store.write_embedding(config.key, 0, embedding, store.schema.num_cells, attributes)
+        store.write_embedding(config.key, embedding, attributes)
         return
-    partial = config.out.with_name(f".{config.out.name}.partial")
-    if config.out.suffix == ".h5ad":
-        anndata.AnnData(obs=store.obs_frame(), obsm={config.key: embedding}).write_h5ad(partial)
-        with h5py.File(partial, "r+") as file:
-            file["obsm"][config.key].attrs.update(attributes)
-    else:
-        shutil.rmtree(partial, ignore_errors=True)
-        write_anndata(anndata.AnnData(obs=store.obs_frame()), partial)
-        root = zarr.open_group(partial, mode="r+", use_consolidated=False)
-        embeddings.write(root, str(partial), config.key, 0, embedding, len(embedding), attributes)
-    partial.rename(config.out)
+    data = anndata.AnnData(obs=store.obs_frame())
+    with replacing(config.out) as path:
+        if config.out.suffix == ".h5ad":
+            data.obsm[config.key] = embedding
+            data.write_h5ad(path)
+            with h5py.File(path, "r+") as file:
+                file["obsm"][config.key].attrs.update(attributes)
+        else:
+            write_anndata(data, path)
+            root = zarr.open_group(path, mode="r+", use_consolidated=False)
+            embeddings.write(root, config.key, embedding, attributes)
+
+
+def _joined(pieces: Path, store: Store) -> np.ndarray:
+    """(cells, latent) values of one model, of every cell and finite."""
+    whole: np.ndarray | None = None
+    seen = np.zeros(store.schema.num_cells, dtype=bool)
+    for file in sorted(pieces.glob("*[0-9].npz")):
+        try:
+            with np.load(file) as piece:
+                rows, values = piece["rows"], piece["values"]
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            file.unlink()
+            raise RuntimeError(
+                f"embed: {file} was damaged ({error}) and is removed; run the same command again"
+            ) from error
+        if whole is None:
+            whole = np.empty((len(seen), values.shape[1]), dtype=np.float32)
+        whole[rows] = values
+        seen[rows] = True
+    assert whole is not None, "a store has cells"
+    assert seen.all(), "every cell is in a piece"
+    return whole
 
 
 main = Command(

@@ -21,10 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-try:
-    import fcntl
-except ImportError:  # Windows: nobody can tell whose folder is left over, so all stay
-    fcntl = None  # type: ignore[assignment]
+from loaders.machine import HAS_FILE_LOCKS, lock
 
 SUFFIX = ".partial"
 _LOCK = "lock"
@@ -34,8 +31,13 @@ _CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, *, hidden: Path | None = None) -> Iterator[Path]:
     """A path at which to make a file or folder, which becomes `target` when the block ends without an error.
+
+    Parameters
+    ----------
+    hidden
+        What the hidden folder is named after, and beside which it stands, instead of the target.
 
     Raises
     ------
@@ -43,7 +45,7 @@ def replacing(target: Path) -> Iterator[Path]:
         The disk is full or cannot be written; what stood at `target` still stands.
     """
     with writing(target):
-        staging = Staging(target)
+        staging = Staging(target, hidden=hidden)
         try:
             yield staging.path
             staging.publish()
@@ -107,12 +109,12 @@ class Staging:
         The hidden folder; anything else in it is gone with `discard`.
     """
 
-    def __init__(self, target: Path, *, beside: Path | None = None) -> None:
+    def __init__(self, target: Path, *, hidden: Path | None = None) -> None:
         self.target = target
-        parent = beside or target.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target, beside=parent)
-        self.folder, self._lock = _make_folder(parent, target.name)
+        hidden = hidden or target
+        hidden.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target, hidden=hidden)
+        self.folder, self._lock = _make_folder(hidden)
         self.path = self.folder / target.name
 
     def publish(self) -> None:
@@ -143,20 +145,20 @@ class Staging:
             list(pool.map(lambda path: _sync(path) if path.is_dir() else _sync_file(path, mode), made))
 
 
-def leftovers(target: Path, *, beside: Path | None = None) -> list[Path]:
-    """Hidden folders of `target` (a name with `*` for several), in use or left by a killed process."""
-    parent = beside or target.parent
-    name = target.name if "*" in target.name else glob.escape(target.name)
-    return sorted(parent.glob(f".{name}.*{SUFFIX}"))
+def leftovers(hidden: Path) -> list[Path]:
+    """Hidden folders of a path (`*` in its name: of several), in use or left by a killed process."""
+    name = hidden.name if "*" in hidden.name else glob.escape(hidden.name)
+    return sorted(hidden.parent.glob(f".{name}.????????{SUFFIX}"))
 
 
-def remove_leftovers(target: Path, *, beside: Path | None = None) -> list[Path]:
+def remove_leftovers(target: Path, *, hidden: Path | None = None) -> list[Path]:
     """Remove hidden folders whose process is gone: its lock died with it. An old version found in one is put back."""
     removed = []
-    for folder in leftovers(target, beside=beside) if fcntl else ():
+    # Without locks nobody can tell whose folder is left over.
+    for folder in leftovers(hidden or target) if HAS_FILE_LOCKS else ():
         try:
-            with open(folder / _LOCK, "r+b") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(folder / _LOCK, "r+b") as file:
+                lock(file.fileno(), wait=False)
                 if (folder / _REPLACED).exists() and not target.exists():
                     os.rename(folder / _REPLACED, target)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -171,18 +173,17 @@ def remove_leftovers(target: Path, *, beside: Path | None = None) -> list[Path]:
     return removed
 
 
-def _make_folder(parent: Path, name: str) -> tuple[Path, IO[bytes]]:
+def _make_folder(hidden: Path) -> tuple[Path, IO[bytes]]:
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=SUFFIX, dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{hidden.name}.", suffix=SUFFIX, dir=hidden.parent))
         try:
-            lock = open(folder / _LOCK, "xb")  # noqa: SIM115 (held open while the folder is in use)
+            file = open(folder / _LOCK, "xb")  # noqa: SIM115 (held open while the folder is in use)
         except FileNotFoundError:  # taken for a leftover by another process
             continue
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock(file.fileno())
         if (folder / _LOCK).exists():
-            return folder, lock
-        lock.close()
+            return folder, file
+        file.close()
 
 
 def _exchange(one: Path, other: Path) -> bool:

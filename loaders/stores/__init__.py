@@ -2,7 +2,6 @@
 
 from loaders.stores.base import ObsColumn, Store
 from loaders.stores.chained_store import ChainedStore
-from loaders.stores.embeddings import EMBEDDING_CHUNK_CELLS
 from loaders.stores.iterate import iterate_rows
 from loaders.stores.matched_store import MatchedStore
 from loaders.stores.open import open_store
@@ -10,7 +9,6 @@ from loaders.stores.soma_store import SomaStore
 from loaders.stores.zarr_store import ZarrStore
 
 __all__ = [
-    "EMBEDDING_CHUNK_CELLS",
     "ChainedStore",
     "MatchedStore",
     "ObsColumn",

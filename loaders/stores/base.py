@@ -73,16 +73,11 @@ class Store(Protocol):
         ...
 
     def write_embedding(
-        self,
-        name: str,
-        start: int,
-        values: npt.NDArray[np.float32],
-        num_cells: int,
-        attributes: Mapping[str, str] | None = None,
+        self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str] | None = None
     ) -> None:
-        """Put (m, d) values into obsm[name] at the cells [start, start + m).
+        """Put (n, d) values of all cells into obsm[name], with attributes, in the place of what stands there.
 
-        The array is created, with `attributes`, when it is missing.
+        RuntimeError where that cannot be: then the old values still stand.
         """
         ...
 
@@ -94,10 +89,23 @@ class Store(Protocol):
         """Attributes of obsm[name], such as who made it; one entry for each store underneath that holds it."""
         ...
 
-    def drop_embedding(self, name: str) -> None:
-        """Remove obsm[name] where it is; for one process, before an embedding of another width is written."""
-        ...
-
     def obs_frame(self) -> pd.DataFrame:
         """All obs columns, indexed by cell id. Memory grows with the number of cells."""
         ...
+
+
+def check_embedding(store: Store, name: str, values: npt.NDArray[np.float32]) -> None:
+    """Refuse an embedding of other cells."""
+    if values.ndim != 2 or len(values) != store.schema.num_cells:
+        raise ValueError(
+            f"obsm[{name!r}]: got values of shape {values.shape} for {store.uri} of {store.schema.num_cells} cells;"
+            f" embed this store again"
+        )
+
+
+def check_finite(store: Store, values: npt.NDArray[np.float32], start: int, *, what: str, cure: str) -> None:
+    """Refuse (m, d) values of the cells from `start` on of which some are NaN or infinite."""
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1)) + start
+    if len(bad):
+        cells = ", ".join(str(store.cell_ids(int(row), int(row) + 1)[0]) for row in bad[:3])
+        raise RuntimeError(f"{what}: got values that are not finite for {len(bad):,} cells ({cells}, ...); {cure}")

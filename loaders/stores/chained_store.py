@@ -13,7 +13,7 @@ import pandas as pd
 
 from loaders.csr import SparseRows, concat_rows, offsets_of, widest_dtype
 from loaders.schema import MODALITIES, ModalitySchema, Schema, sha256_of_names
-from loaders.stores.base import ObsColumn, Store, describe_store
+from loaders.stores.base import ObsColumn, Store, check_embedding, describe_store
 from loaders.stores.matched_store import MatchedStore
 from loaders.stores.matrices import once
 
@@ -124,23 +124,11 @@ class ChainedStore:
         return concat_rows(parts)
 
     def write_embedding(
-        self,
-        name: str,
-        start: int,
-        values: npt.NDArray[np.float32],
-        num_cells: int,
-        attributes: Mapping[str, str] | None = None,
+        self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str] | None = None
     ) -> None:
-        if num_cells != self.schema.num_cells:
-            raise ValueError(
-                f"obsm[{name!r}]: got an embedding of {num_cells} cells for {self.uri} of {self.schema.num_cells};"
-                f" embed these stores again"
-            )
-        done = 0
-        for i, first, last in _pieces(self._starts, start, start + len(values)):
-            part = values[done : done + last - first]
-            self.stores[i].write_embedding(name, first, part, self.stores[i].schema.num_cells, attributes)
-            done += last - first
+        check_embedding(self, name, values)
+        for store, start in zip(self.stores, self._starts, strict=False):
+            store.write_embedding(name, values[start : start + store.schema.num_cells], attributes)
 
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         pieces = _pieces(self._starts, start, stop) or [(0, 0, 0)]
@@ -148,10 +136,6 @@ class ChainedStore:
 
     def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
         return [entry for store in self.stores for entry in store.embedding_attributes(name)]
-
-    def drop_embedding(self, name: str) -> None:
-        for store in self.stores:
-            store.drop_embedding(name)
 
     def obs_frame(self) -> pd.DataFrame:
         return pd.concat([store.obs_frame() for store in self.stores])

@@ -1,62 +1,42 @@
-"""Writing an embedding into obsm of a Zarr store, from several threads, processes and machines."""
+"""Embeddings in obsm of a Zarr store: written whole beside the old one, then put in its place."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-import zarr.errors
+from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore
 
-from loaders.machine import HAS_FILE_LOCKS, lock
+from loaders.durable import replacing
 
-EMBEDDING_CHUNK_CELLS = 8192
-"""Cells of one chunk. Writers whose ranges begin and end at multiples of it never touch each other's files."""
+CHUNK_CELLS = 8192
 
 
-def write(
-    root: zarr.Group,
-    uri: str,
-    name: str,
-    start: int,
-    values: npt.NDArray[np.float32],
-    num_cells: int,
-    attributes: Mapping[str, str] | None = None,
-) -> None:
-    """Put (m, d) values into obsm[name] at the rows [start, start + m); the array is created, with attributes, when it
-    is missing.
+def write(root: zarr.Group, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str]) -> None:
+    """Put (n, d) values into obsm[name], with attributes.
 
-    Ranges that do not cover whole chunks are read, changed and written under a lock of the folder, which processes on
-    one machine respect; on a remote store only whole chunks may be written by several processes.
-
-    Raises
-    ------
-    ValueError
-        The range lies outside the cells, or obsm[name] exists with another width.
+    On a local disk a reader finds the old embedding or the new one, whatever happens; elsewhere, where nothing can be
+    renamed, the old one goes first.
     """
-    stop = start + len(values)
-    if values.ndim != 2 or start < 0 or stop > num_cells:
-        raise ValueError(
-            f"obsm[{name!r}] of {uri}: got values of shape {values.shape} at cell {start}; give (cells, width) within"
-            f" {num_cells} cells"
-        )
-    array = _open_or_create(root, name, (num_cells, values.shape[1]), attributes or {})
-    if array.shape != (num_cells, values.shape[1]):
-        raise ValueError(
-            f"obsm[{name!r}] of {uri}: got an embedding of width {values.shape[1]} where one of shape {array.shape}"
-            f" stands; use another name, or remove the old one first (drop_embedding)"
-        )
-    chunk = array.chunks[0]
-    covers_chunks = start % chunk == 0 and (stop % chunk == 0 or stop == num_cells)
-    with contextlib.nullcontext() if covers_chunks else _folder_lock(array):
-        array[start:stop] = np.ascontiguousarray(values, np.float32)
+    obsm = root.require_group("obsm")
+    if "encoding-type" not in obsm.attrs:
+        obsm.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+    backend = obsm.store_path.store
+    if isinstance(backend, LocalStore):
+        folder = backend.root.resolve() / obsm.path
+        with replacing(folder / name, hidden=_hidden(backend.root.resolve(), folder, name)) as path:
+            _create(LocalStore(path), None, root.metadata.zarr_format, values, attributes)
+    else:
+        _create(backend, f"{obsm.path}/{name}", root.metadata.zarr_format, values, attributes)
+    _consolidate_again(root)
 
 
 def read(root: zarr.Group, uri: str, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
@@ -66,6 +46,8 @@ def read(root: zarr.Group, uri: str, name: str, start: int, stop: int) -> npt.ND
     ------
     ValueError
         There is no such array.
+    RuntimeError
+        It is damaged.
     """
     held = root.get("obsm", {})
     if name not in held:
@@ -73,7 +55,12 @@ def read(root: zarr.Group, uri: str, name: str, start: int, stop: int) -> npt.ND
             f"obsm of {uri}: got {name!r}, it holds {', '.join(sorted(held)) or 'nothing'};"
             " write the embedding first: python -m liam_scale.embed RUN"
         )
-    return np.asarray(held[name][start:stop], dtype=np.float32)
+    try:
+        return np.asarray(held[name][start:stop], dtype=np.float32)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise RuntimeError(
+            f"obsm[{name!r}] of {uri}: cells {start}:{stop} are damaged ({error}); embed the store again"
+        ) from error
 
 
 def attributes(root: zarr.Group, name: str) -> list[dict[str, Any]]:
@@ -82,32 +69,28 @@ def attributes(root: zarr.Group, name: str) -> list[dict[str, Any]]:
     return [dict(held[name].attrs)] if name in held else []
 
 
-def drop(root: zarr.Group, name: str) -> None:
-    """Remove obsm[name] where it exists."""
-    if "obsm" in root and name in root["obsm"]:
-        del root["obsm"][name]
-        _consolidate_again(root)
+def _hidden(store: Path, obsm: Path, name: str) -> Path:
+    """Beside the store, whose readers remark on folders they do not know; in obsm where that cannot be."""
+    can = os.access(store.parent, os.W_OK) and store.parent.stat().st_dev == obsm.stat().st_dev
+    return store.parent / f"{store.name}.obsm.{name}" if can else obsm / name
 
 
-def _open_or_create(root: zarr.Group, name: str, shape: tuple[int, int], own: Mapping[str, str]) -> zarr.Array:
-    obsm = root.require_group("obsm")
-    if "encoding-type" not in obsm.attrs:
-        obsm.attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
-    if name in obsm:
-        return obsm[name]
-    try:
-        array = obsm.create_array(
-            name,
-            shape=shape,
-            chunks=(EMBEDDING_CHUNK_CELLS, shape[1]),
-            dtype=np.float32,
-            fill_value=np.nan,
-            attributes={**own, "encoding-type": "array", "encoding-version": "0.2.0"},
-        )
-    except (zarr.errors.ContainsArrayError, FileExistsError):  # another process made it a moment ago
-        return obsm[name]
-    _consolidate_again(root)
-    return array
+def _create(
+    backend: Any, path: str | None, zarr_format: Any, values: npt.NDArray[np.float32], attributes: Mapping[str, str]
+) -> None:
+    array = zarr.create_array(
+        backend,
+        name=path,
+        shape=values.shape,
+        chunks=(CHUNK_CELLS, values.shape[1]),
+        dtype=np.float32,
+        fill_value=np.nan,
+        compressors=(ZstdCodec(), Crc32cCodec()) if zarr_format == 3 else "auto",
+        zarr_format=zarr_format,
+        attributes={**attributes, "encoding-type": "array", "encoding-version": "0.2.0"},
+        overwrite=True,
+    )
+    array[:] = np.ascontiguousarray(values, np.float32)
 
 
 def _consolidate_again(root: zarr.Group) -> None:
@@ -121,19 +104,3 @@ def _consolidate_again(root: zarr.Group) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consolidated metadata", category=ZarrUserWarning)
             zarr.consolidate_metadata(root.store_path.store, path=path or None)
-
-
-@contextlib.contextmanager
-def _folder_lock(array: zarr.Array) -> Iterator[None]:
-    """Exclusive lock of an array's folder on a local disk; nothing elsewhere."""
-    backend = array.store_path.store
-    # Without locks (Windows) ranges must be whole chunks, which those of the embed command are.
-    if not HAS_FILE_LOCKS or not isinstance(backend, LocalStore):
-        yield
-        return
-    descriptor = os.open(backend.root / array.path, os.O_RDONLY)
-    try:
-        lock(descriptor)
-        yield
-    finally:
-        os.close(descriptor)

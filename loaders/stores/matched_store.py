@@ -117,20 +117,12 @@ class MatchedStore:
         return self._measure(modality)[1]
 
     def write_embedding(
-        self,
-        name: str,
-        start: int,
-        values: npt.NDArray[np.float32],
-        num_cells: int,
-        attributes: Mapping[str, str] | None = None,
+        self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str] | None = None
     ) -> None:
-        self.store.write_embedding(name, start, values, num_cells, attributes)
+        self.store.write_embedding(name, values, attributes)
 
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return self.store.read_embedding(name, start, stop)
 
     def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
         return self.store.embedding_attributes(name)
-
-    def drop_embedding(self, name: str) -> None:
-        self.store.drop_embedding(name)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
+import secrets
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-CREATION_PAUSES = (0.0, 0.0, 0.1, 0.3, 1.0, 3.0)
-"""Seconds before each attempt to find or create an embedding that other processes may be creating too."""
+from loaders.stores.zarr_root import local_path
 
 
 def write(
@@ -23,7 +22,10 @@ def write(
     values: npt.NDArray[np.float32],
     attributes: Mapping[str, str],
 ) -> None:
-    """Put (m, d) values at the cells of (m,) joinids; the array, whose metadata take attributes, is made when missing.
+    """Put (m, d) values at the cells of (m,) joinids into obsm[name], a new array whose metadata take attributes.
+
+    The array is whole before obsm names it. TileDB-SOMA cannot replace a name in one step: between the old array and
+    the new, a reader finds none for some milliseconds.
 
     Parameters
     ----------
@@ -31,31 +33,21 @@ def write(
         The module tiledbsoma and the context of the store.
     measurement
         Address of the measurement.
-
-    Raises
-    ------
-    ValueError
-        obsm[name] exists with another width, or for fewer cells.
     """
-    import pyarrow
-
-    width = values.shape[1]
-    uri = _open_or_create(soma, context, measurement, name, width)
-    with soma.open(uri, context=context) as array:
-        shape = array.shape
-    if len(joinids) and (shape[0] <= joinids[-1] or shape[1] != width):
-        raise ValueError(
-            f"{measurement}/obsm[{name!r}]: got an embedding of width {width} for joinids up to {joinids[-1]}, where"
-            f" one of shape {shape} stands; use another name"
-        )
-    entries = {
-        "soma_dim_0": np.repeat(joinids, width),
-        "soma_dim_1": np.tile(np.arange(width, dtype=np.int64), len(values)),
-        "soma_data": np.ascontiguousarray(values, np.float32).ravel(),
-    }
-    with soma.open(uri, "w", context=context) as array:
-        array.write(pyarrow.table(entries))
-        array.metadata.update(attributes)
+    obsm, num_rows, old = _look(soma, context, measurement, name)
+    new = f"{obsm}/{name}-{secrets.token_hex(4)}"
+    try:
+        _create(soma, context, new, (num_rows, values.shape[1]), joinids, values, attributes)
+    except BaseException:
+        _remove(new)
+        raise
+    if old is not None:
+        with soma.open(obsm, "d", context=context) as group:
+            del group[name]
+    with soma.open(new, context=context) as array, soma.open(obsm, "w", context=context) as group:
+        group.set(name, array, use_relative_uri=True)
+    if old is not None:
+        _remove(old)
 
 
 def read(
@@ -95,31 +87,40 @@ def attributes(soma: Any, context: Any, measurement: str, name: str) -> list[dic
         return [dict(group["obsm"][name].metadata)]
 
 
-def drop(soma: Any, context: Any, measurement: str, name: str) -> None:
-    """Remove obsm[name] where it exists."""
+def _look(soma: Any, context: Any, measurement: str, name: str) -> tuple[str, int, str | None]:
+    """Address of obsm, which is made where it is missing; cells of the measurement; address of obsm[name]."""
     with soma.open(measurement, context=context) as group:
-        if "obsm" not in group or name not in group["obsm"]:
-            return
-        obsm = str(group["obsm"].uri)
-    with soma.open(obsm, "w", context=context) as group:
-        del group[name]
+        num_rows = max(int(group["X"][layer].shape[0]) for layer in group["X"])
+        if "obsm" in group:
+            obsm = group["obsm"]
+            return str(obsm.uri).rstrip("/"), num_rows, str(obsm[name].uri) if name in obsm else None
+    with soma.open(measurement, "w", context=context) as group:
+        return str(group.add_new_collection("obsm").uri).rstrip("/"), num_rows, None
 
 
-def _open_or_create(soma: Any, context: Any, measurement: str, name: str, width: int) -> str:
-    """Address of the array obsm[name]."""
+def _create(
+    soma: Any,
+    context: Any,
+    uri: str,
+    shape: tuple[int, int],
+    joinids: npt.NDArray[np.int64],
+    values: npt.NDArray[np.float32],
+    attributes: Mapping[str, str],
+) -> None:
     import pyarrow
 
-    for pause in CREATION_PAUSES:
-        time.sleep(pause)
-        with soma.open(measurement, context=context) as group:
-            if "obsm" in group and name in group["obsm"]:
-                return str(group["obsm"][name].uri)
-            num_rows = max(int(group["X"][layer].shape[0]) for layer in group["X"])
-        # Another process may be making it at this moment: then tiledbsoma raises one or the other.
-        with (
-            contextlib.suppress(soma.AlreadyExistsError, KeyError),
-            soma.open(measurement, "w", context=context) as group,
-        ):
-            obsm = group["obsm"] if "obsm" in group else group.add_new_collection("obsm")
-            obsm.add_new_sparse_ndarray(name, type=pyarrow.float32(), shape=(num_rows, width))
-    raise RuntimeError(f"{measurement}/obsm: got no array {name!r} though it was created; run the same command again")
+    entries = {
+        "soma_dim_0": np.repeat(joinids, shape[1]),
+        "soma_dim_1": np.tile(np.arange(shape[1], dtype=np.int64), len(values)),
+        "soma_data": np.ascontiguousarray(values, np.float32).ravel(),
+    }
+    with soma.SparseNDArray.create(uri, type=pyarrow.float32(), shape=shape, context=context) as array:
+        array.write(pyarrow.table(entries))
+        array.metadata.update(attributes)
+
+
+def _remove(uri: str) -> None:
+    """Remove an array that obsm does not name, where it stands on a local disk."""
+    path = local_path(uri)
+    if path is not None:
+        shutil.rmtree(path, ignore_errors=True)

@@ -17,9 +17,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from loaders.csr import SparseRows, offsets_of
+from loaders.durable import writing
 from loaders.schema import MODALITIES, ModalitySchema, Schema, sha256_of_names
 from loaders.stores import soma_embeddings
-from loaders.stores.base import ObsColumn, describe_store
+from loaders.stores.base import ObsColumn, check_embedding, describe_store
 from loaders.stores.columns import encode
 from loaders.stores.matrices import once
 from loaders.stores.modalities import check_modality, modality_of
@@ -165,27 +166,15 @@ class SomaStore:
         return SparseRows(offsets_of(lengths), rows.indices, rows.values, rows.num_features)
 
     def write_embedding(
-        self,
-        name: str,
-        start: int,
-        values: npt.NDArray[np.float32],
-        num_cells: int,
-        attributes: Mapping[str, str] | None = None,
+        self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str] | None = None
     ) -> None:
-        """Put values into obsm[name] of the first measurement, at the joinids of the cells [start, start + m).
-
-        Every call adds a fragment, so a call should hold thousands of cells. Processes may write at the same time.
-        """
-        stop = start + len(values)
-        if num_cells != len(self._joinids) or values.ndim != 2 or start < 0 or stop > num_cells:
-            raise ValueError(
-                f"obsm[{name!r}] of {self.uri}: got values of shape {values.shape} at cell {start} of {num_cells};"
-                f" the experiment has {len(self._joinids)} chosen cells"
-            )
+        """Put values into obsm[name] of the first measurement, at the joinids of the cells."""
+        check_embedding(self, name, values)
         try:
-            soma_embeddings.write(
-                self._soma, self._context, self._home, name, self._joinids[start:stop], values, attributes or {}
-            )
+            with writing(f"{self.uri}/obsm/{name}"):
+                soma_embeddings.write(
+                    self._soma, self._context, self._home, name, self._joinids, values, attributes or {}
+                )
         except self._soma.SOMAError as error:
             raise RuntimeError(
                 f"store {self.uri}: cannot be written ({error}); make it writable, or write the embedding to a file"
@@ -196,9 +185,6 @@ class SomaStore:
 
     def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
         return soma_embeddings.attributes(self._soma, self._context, self._home, name)
-
-    def drop_embedding(self, name: str) -> None:
-        soma_embeddings.drop(self._soma, self._context, self._home, name)
 
     def obs_frame(self) -> pd.DataFrame:
         columns = list(self.schema.obs_columns)

@@ -6,7 +6,6 @@ Reading goes through zarr-python, which reads every codec and every backend.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +15,10 @@ import pandas as pd
 import zarr
 
 from loaders.csr import SparseRows
+from loaders.durable import writing
 from loaders.schema import SCHEMA_KEY, Schema
 from loaders.stores import columns, embeddings, foreign
-from loaders.stores.base import ObsColumn, describe_store
+from loaders.stores.base import ObsColumn, check_embedding, describe_store
 from loaders.stores.matrices import CsrMatrix, once
 from loaders.stores.parts import ModalityPart
 from loaders.stores.zarr_root import Source, describe_source, is_local, open_root
@@ -61,7 +61,6 @@ class ZarrStore:
         self._source = source
         self._storage_options = storage_options
         self._root = open_root(source, storage_options=storage_options)
-        self._write_lock = threading.Lock()
         if SCHEMA_KEY in self._root.attrs:
             if modality is not None or layer is not None:
                 raise ValueError(
@@ -127,37 +126,23 @@ class ZarrStore:
         return matrix.read(start, stop)
 
     def write_embedding(
-        self,
-        name: str,
-        start: int,
-        values: npt.NDArray[np.float32],
-        num_cells: int,
-        attributes: Mapping[str, str] | None = None,
+        self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str] | None = None
     ) -> None:
-        if num_cells != self.schema.num_cells:
-            raise ValueError(
-                f"obsm[{name!r}]: got an embedding of {num_cells} cells for {self.uri} of {self.schema.num_cells};"
-                f" embed this store again"
-            )
-        with self._write_lock:
-            root = self._writable()
-            try:
-                embeddings.write(root, self.uri, name, start, values, num_cells, attributes)
-            except ValueError:
-                raise
-            except Exception as error:  # a backend's own: no permission, a server that takes no writes, a full disk
-                raise self._unwritable(error) from error
+        check_embedding(self, name, values)
+        root = self._writable()
+        try:
+            with writing(f"{self.uri}/obsm/{name}", only_full=True):
+                embeddings.write(root, name, values, attributes or {})
+        except RuntimeError:
+            raise
+        except Exception as error:  # a backend's own: no permission, a server that takes no writes
+            raise self._unwritable(error) from error
 
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return embeddings.read(self._reopened(), self.uri, name, start, stop)
 
     def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
         return embeddings.attributes(self._reopened(), name)
-
-    def drop_embedding(self, name: str) -> None:
-        """Remove obsm[name], if it is there; for one process, before others write an embedding of another width."""
-        with self._write_lock:
-            embeddings.drop(self._writable(), name)
 
     def obs_frame(self) -> pd.DataFrame:
         return self._obs.frame()

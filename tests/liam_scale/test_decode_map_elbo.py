@@ -85,6 +85,20 @@ def test_decoding_without_an_embedding_says_how_to_make_one(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_embedding_with_missing_rows_is_not_decoded(
+    embedded: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(shutil.copytree(embedded[1], tmp_path / "store.zarr"))
+    values = store.read_embedding("X_liam", 0, 600)
+    values[[7, 400]] = np.nan
+    store.write_embedding("X_liam", values, store.embedding_attributes("X_liam")[0])
+    arguments = [str(embedded[0]), "--out", str(tmp_path / "v"), "--modality", "rna", "--store", str(store.uri)]
+    assert decode_main(arguments) == 1
+    cells = ", ".join(str(store.cell_ids(row, row + 1)[0]) for row in (7, 400))
+    assert f"not finite for 2 cells ({cells}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["store.zarr"]
+
+
 def test_the_elbo_of_cells_adds_up_to_the_objective(trained: Path, multiome: Path) -> None:
     run = liam_scale.load_run(trained)
     scores = run.elbo(draws=2, seed=3)

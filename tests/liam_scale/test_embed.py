@@ -79,9 +79,54 @@ def test_an_interrupted_embedding_goes_on_and_leaves_no_pieces(
     assert not list(run.glob("embedding-*"))
 
 
+def test_the_loader_starts_once(trained: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its threads, windows and buffers are made anew at every start, which costs as much as reading."""
+    monkeypatch.setattr(module, "CELLS_PER_STEP", 50)
+    monkeypatch.setattr(module, "STEPS_PER_PIECE", 2)
+    starts, once = [], Loader.__iter__
+    monkeypatch.setattr(Loader, "__iter__", lambda self: starts.append(1) or once(self))
+    embed(EmbedConfig(run=trained, store=(str(store),)))
+    assert starts == [1]
+
+
+def test_a_damaged_piece_is_named_and_the_same_command_goes_on(
+    trained: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    monkeypatch.setattr(module, "CELLS_PER_STEP", 100)
+    monkeypatch.setattr(module, "STEPS_PER_PIECE", 2)
+    write = module._write
+    monkeypatch.setattr(module, "_write", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        embed(EmbedConfig(run=run, store=(str(store),)))
+    monkeypatch.setattr(module, "_write", write)
+    (piece,) = run.glob("embedding-*/0/*-00000002.npz")
+    content = bytearray(piece.read_bytes())
+    content[len(content) // 2] ^= 1
+    piece.write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"00000002.npz was damaged .* run the same command again"):
+        embed(EmbedConfig(run=run, store=(str(store),)))
+    embed(EmbedConfig(run=run, store=(str(store),)))
+    np.testing.assert_allclose(mudata.read_zarr(store).obsm["X_liam"], expected(trained, store), atol=2e-6)
+
+
+def test_weights_that_are_not_finite_are_not_embedded(
+    trained: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(trained), "--store", str(store)]) == 0
+    before = mudata.read_zarr(store).obsm["X_liam"]
+    run = liam_scale.load_run(shutil.copytree(trained, tmp_path / "run"))
+    weights = run.model().state_dict()
+    run.directory.save_weights({name: torch.full_like(value, torch.nan) for name, value in weights.items()})
+    assert main([str(run.path), "--store", str(store)]) == 1
+    cell = open_store(store).cell_ids(0, 1)[0]
+    assert f"not finite for 600 cells ({cell}, " in capsys.readouterr().err
+    np.testing.assert_array_equal(mudata.read_zarr(store).obsm["X_liam"], before)
+
+
 def test_an_embedding_of_another_width_replaces_the_old_one(trained: Path, store: Path) -> None:
     opened = open_store(store)
-    opened.write_embedding("X_liam", 0, np.ones((600, 7), dtype=np.float32), 600)
+    opened.write_embedding("X_liam", np.ones((600, 7), dtype=np.float32))
     embed(EmbedConfig(run=trained, store=(str(store),)))
     assert mudata.read_zarr(store).obsm["X_liam"].shape == (600, 4)
 

@@ -283,8 +283,7 @@ class TestEvaluate:
         half[:100] = np.nan
         if from_store:
             opened = open_store(store)
-            opened.drop_embedding("X_half")
-            opened.write_embedding("X_half", 0, half, 1600)
+            opened.write_embedding("X_half", half)
             evaluated = {"config": config(store, **options)}
         else:
             data = pbmc.copy()

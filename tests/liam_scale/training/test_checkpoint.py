@@ -149,7 +149,7 @@ def test_damage_everywhere_is_an_error_and_nothing_is_deleted(tmp_path: Path) ->
 
 
 def test_leftovers_of_a_killed_write_are_ignored_and_go_with_the_next(tmp_path: Path) -> None:
-    leftover = tmp_path / ".step-000000002.x.partial"
+    leftover = tmp_path / ".step-000000002.x1234567.partial"
     leftover.mkdir()
     (leftover / "lock").touch()
     (leftover / "model.safetensors").write_bytes(b"half")

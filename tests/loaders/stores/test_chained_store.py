@@ -116,13 +116,12 @@ def test_obs_columns_are_united(tmp_path: Path, toy: ModuleType) -> None:
 def test_embedding_goes_to_each_store(three: list[Path], toy: ModuleType) -> None:
     store = open_store(three)
     values = np.arange(100, dtype=np.float32).reshape(50, 2)
-    for start in (30, 0):
-        store.write_embedding("X_liam", start, values[start : start + 30], toy.NUM_CELLS)
+    store.write_embedding("X_liam", values)
     np.testing.assert_array_equal(open_store(three).read_embedding("X_liam", 0, 50), values)
     np.testing.assert_array_equal(store.read_embedding("X_liam", 18, 29), values[18:29])
     np.testing.assert_array_equal(mudata.read_zarr(three[2]).obsm["X_liam"], values[27:])
-    with pytest.raises(ValueError, match=r"embedding of 20 cells for .* of 50"):
-        store.write_embedding("X_liam", 0, values[:20], 20)
+    with pytest.raises(ValueError, match=r"values of shape \(20, 2\) for .* of 50"):
+        store.write_embedding("X_liam", values[:20])
 
 
 def test_zarr_and_soma_stores_in_one_chain(tmp_path: Path, toy: ModuleType, write_soma: Callable) -> None:
@@ -149,7 +148,7 @@ def test_annbatch_collection_opens_as_a_chain(tmp_path: Path, toy: ModuleType) -
     toy.check_counts(store, "rna")
     toy.check_obs(store)
     values = np.arange(50, dtype=np.float32)[:, None]
-    store.write_embedding("X_liam", 0, values, 50)
+    store.write_embedding("X_liam", values)
     np.testing.assert_array_equal(
         zarr.open_group(tmp_path / "collection.zarr", mode="r")["dataset_1/obsm/X_liam"][:], values[20:31]
     )

@@ -1,10 +1,11 @@
-"""Embeddings written by several processes at once are complete, and the store stays what it was."""
+"""An embedding is the old one or the new one, and the store stays what it was."""
 
 from __future__ import annotations
 
-import itertools
-import subprocess
-import sys
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -14,9 +15,9 @@ import numpy as np
 import pytest
 import zarr
 
+from loaders.durable import replacing
 from loaders.ecosystem import quiet_anndata
-from loaders.schema import SCHEMA_KEY
-from loaders.stores import EMBEDDING_CHUNK_CELLS, open_store
+from loaders.stores import embeddings, open_store
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Consolidated metadata:zarr.errors.ZarrUserWarning"),
@@ -31,21 +32,6 @@ def embedding_of(cells: np.ndarray, width: int = 3) -> np.ndarray:
     return (cells[:, None] + np.arange(width) / 8).astype(np.float32)
 
 
-WRITE_RANGE = """
-import sys
-import numpy as np
-import zarr
-from loaders.stores.embeddings import write
-
-path, start, stop, num_cells = sys.argv[1], *map(int, sys.argv[2:])
-root = zarr.open_group(path, mode="r+", use_consolidated=False)
-for first in range(start, stop, 1000):
-    cells = np.arange(first, min(first + 1000, stop))
-    write(root, path, "X_liam", first, (cells[:, None] + np.arange(3) / 8).astype(np.float32), num_cells)
-"""
-"""One process: its cells in small pieces, most of which share a chunk with other pieces, some with another process."""
-
-
 @pytest.mark.parametrize("consolidated", [False, True])
 def test_written_store_opens_in_mudata_and_keeps_its_schema(
     own_store: Path, toy: ModuleType, consolidated: bool
@@ -55,8 +41,8 @@ def test_written_store_opens_in_mudata_and_keeps_its_schema(
     store = open_store(own_store)
     fingerprint = store.schema.fingerprint
     expected = embedding_of(np.arange(toy.NUM_CELLS))
-    for start in (30, 0, 10):
-        store.write_embedding("X_liam", start, expected[start : start + 20], toy.NUM_CELLS)
+    for values in (expected[:, :2], expected + 1, expected):
+        store.write_embedding("X_liam", values)
     data = mudata.read_zarr(own_store)
     np.testing.assert_array_equal(data.obsm["X_liam"], expected)
     np.testing.assert_array_equal(data.mod["rna"].X.toarray(), toy.counts_of("rna", np.arange(toy.NUM_CELLS)))
@@ -72,42 +58,68 @@ def test_embedding_of_an_anndata_that_others_wrote(tmp_path: Path, toy: ModuleTy
         toy.make_anndata("rna", np.arange(toy.NUM_CELLS)).write_zarr(tmp_path / "a.zarr")
     store = open_store(tmp_path / "a.zarr")
     expected = embedding_of(np.arange(toy.NUM_CELLS))
-    store.write_embedding("X_liam", 0, expected, toy.NUM_CELLS)
+    store.write_embedding("X_liam", expected)
     np.testing.assert_array_equal(anndata.read_zarr(tmp_path / "a.zarr").obsm["X_liam"], expected)
 
 
-def test_processes_that_share_chunks_lose_nothing(tmp_path: Path) -> None:
-    num_cells = 2 * EMBEDDING_CHUNK_CELLS + 4321
-    zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=3)
-    bounds = [0, 5_001, 11_003, num_cells]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITE_RANGE, *map(str, (tmp_path / "a.zarr", start, stop, num_cells))],
-            cwd=Path(__file__).resolve().parents[3],
-        )
-        for start, stop in itertools.pairwise(bounds)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
-    array = zarr.open_group(tmp_path / "a.zarr", mode="r")["obsm/X_liam"]
-    assert array.chunks == (EMBEDDING_CHUNK_CELLS, 3)
-    np.testing.assert_array_equal(array[:], embedding_of(np.arange(num_cells)))
+def test_a_reader_finds_the_old_embedding_or_the_new_and_no_remark(own_store: Path, toy: ModuleType) -> None:
+    store, expected = open_store(own_store), embedding_of(np.arange(toy.NUM_CELLS))
+    store.write_embedding("X_liam", expected)
+    is_done, found = threading.Event(), set()
+
+    def read() -> None:
+        while not is_done.is_set():
+            values = store.read_embedding("X_liam", 0, toy.NUM_CELLS) - expected
+            assert (values == values[0, 0]).all()
+            found.add(float(values[0, 0]))
+            assert set(zarr.open_group(own_store, mode="r")["obsm"].keys()) >= {"X_liam"}
+
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read)
+        for number in range(1, 21):
+            store.write_embedding("X_liam", expected + number)
+        is_done.set()
+        reader.result()
+    assert len(found) > 1
+    assert found <= set(range(21))
 
 
-def test_another_width_is_refused_until_the_old_one_is_dropped(own_store: Path, toy: ModuleType) -> None:
-    store = open_store(own_store)
-    cells = np.arange(toy.NUM_CELLS)
-    store.write_embedding("X_liam", 0, embedding_of(cells), toy.NUM_CELLS)
-    with pytest.raises(ValueError, match=r"obsm\['X_liam'\].*width 5.*\(50, 3\).*drop_embedding"):
-        store.write_embedding("X_liam", 0, embedding_of(cells, 5), toy.NUM_CELLS)
-    store.drop_embedding("X_liam")
-    store.write_embedding("X_liam", 0, embedding_of(cells, 5), toy.NUM_CELLS)
-    assert zarr.open_group(own_store, mode="r")["obsm/X_liam"].shape == (toy.NUM_CELLS, 5)
-    assert SCHEMA_KEY in zarr.open_group(own_store, mode="r").attrs
+def test_a_full_disk_leaves_the_old_embedding(own_store: Path, disk_of: Callable[[str], Path], toy: ModuleType) -> None:
+    disk = disk_of("2m")
+    shutil.copytree(own_store, disk / "a.zarr")
+    store, expected = open_store(disk / "a.zarr"), embedding_of(np.arange(toy.NUM_CELLS))
+    store.write_embedding("X_liam", expected)
+    before = sorted(path.name for path in disk.rglob("*"))
+    large = np.random.default_rng(0).random((toy.NUM_CELLS, 20_000), np.float32)
+    with pytest.raises(RuntimeError, match=r"writing .*a.zarr/obsm/X_liam: disk full"):
+        store.write_embedding("X_liam", large)
+    np.testing.assert_array_equal(mudata.read_zarr(disk / "a.zarr").obsm["X_liam"], expected)
+    assert sorted(path.name for path in disk.rglob("*")) == before
 
 
-def test_wrong_number_of_cells_is_refused(own_store: Path, toy: ModuleType) -> None:
-    store = open_store(own_store)
-    with pytest.raises(ValueError, match=r"51 cells .* of 50"):
-        store.write_embedding("X_liam", 0, embedding_of(np.arange(51)), 51)
-    with pytest.raises(ValueError, match=r"at cell 49"):
-        store.write_embedding("X_liam", 49, embedding_of(np.arange(2)), toy.NUM_CELLS)
+def test_in_a_folder_that_is_not_the_users_it_is_made_within_the_store(
+    own_store: Path, toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embeddings.os, "access", lambda path, mode: False)
+    made = []
+    monkeypatch.setattr(embeddings, "replacing", lambda target, hidden: made.append(hidden) or replacing(target))
+    expected = embedding_of(np.arange(toy.NUM_CELLS))
+    open_store(own_store).write_embedding("X_liam", expected)
+    assert made == [own_store.resolve() / "obsm" / "X_liam"]
+    np.testing.assert_array_equal(mudata.read_zarr(own_store).obsm["X_liam"], expected)
+
+
+def test_a_flipped_bit_of_an_embedding_is_found(own_store: Path, toy: ModuleType) -> None:
+    store, expected = open_store(own_store), embedding_of(np.arange(toy.NUM_CELLS))
+    store.write_embedding("X_liam", expected)
+    (chunk,) = (path for path in (own_store / "obsm/X_liam/c").rglob("*") if path.is_file())
+    content = chunk.read_bytes()
+    for byte in range(0, len(content), 5):
+        chunk.write_bytes(content[:byte] + bytes([content[byte] ^ 1 << byte % 8]) + content[byte + 1 :])
+        with pytest.raises(RuntimeError, match=r"obsm\['X_liam'\] of .*own.zarr: cells 0:50 are damaged"):
+            store.read_embedding("X_liam", 0, toy.NUM_CELLS)
+
+
+def test_wrong_number_of_cells_is_refused(own_store: Path) -> None:
+    with pytest.raises(ValueError, match=r"shape \(51, 3\) .* of 50"):
+        open_store(own_store).write_embedding("X_liam", embedding_of(np.arange(51)))

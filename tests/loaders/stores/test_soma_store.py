@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -178,8 +177,10 @@ def test_measurements_are_named_by_option_or_alias(tmp_path: Path, toy: ModuleTy
 def test_embedding_is_written_at_the_joinids_and_read_back(experiment: Path, toy: ModuleType) -> None:
     store = open_store(experiment)
     values = np.arange(NUM_CELLS * 3, dtype=np.float32).reshape(-1, 3)
-    for start in (20, 0, 40):
-        store.write_embedding("X_liam", start, values[start : start + 20], NUM_CELLS)
+    store.write_embedding("X_liam", values[:, :2])
+    store.write_embedding("X_liam", values, {"made_by": "a test"})
+    assert store.embedding_attributes("X_liam")[0]["made_by"] == "a test"
+    assert len(list((experiment / "ms/RNA/obsm").glob("X_liam*"))) == 1, "the old one is removed"
     np.testing.assert_array_equal(open_store(experiment).read_embedding("X_liam", 0, NUM_CELLS), values)
     np.testing.assert_array_equal(store.read_embedding("X_liam", 7, 31), values[7:31])
     with tiledbsoma.open(str(experiment)) as opened:
@@ -187,18 +188,16 @@ def test_embedding_is_written_at_the_joinids_and_read_back(experiment: Path, toy
     assert len(table) == NUM_CELLS * 3
     np.testing.assert_array_equal(np.unique(table["soma_dim_0"]), joinid_of(np.arange(NUM_CELLS)))
     assert store.embedding_attributes("X_other") == []
-    with pytest.raises(ValueError, match=r"width 2 .* shape \(7148, 3\) stands; use another name"):
-        store.write_embedding("X_liam", 0, values[:, :2], NUM_CELLS)
     with pytest.raises(ValueError, match=r"obsm: got 'X_other', it holds X_liam"):
         store.read_embedding("X_other", 0, 3)
-    with pytest.raises(ValueError, match=r"51; the experiment has 50 chosen cells"):
-        store.write_embedding("X_liam", 0, np.zeros((51, 3), np.float32), 51)
+    with pytest.raises(ValueError, match=r"got values of shape \(51, 3\) .* of 50 cells"):
+        store.write_embedding("X_liam", np.zeros((51, 3), np.float32))
 
 
 def test_embedding_of_filtered_cells_leaves_the_others_missing(experiment: Path) -> None:
     store = open_store(experiment, obs_filter="lane == 1")
     num_cells = store.schema.num_cells
-    store.write_embedding("X_liam", 0, np.ones((num_cells, 2), np.float32), num_cells)
+    store.write_embedding("X_liam", np.ones((num_cells, 2), np.float32))
     everywhere = open_store(experiment).read_embedding("X_liam", 0, NUM_CELLS)
     np.testing.assert_array_equal(np.isnan(everywhere).all(1), np.arange(NUM_CELLS) % 3 != 1)
 
@@ -230,20 +229,18 @@ def test_damage_is_named(tmp_path: Path, toy: ModuleType) -> None:
         open_store(tmp_path / "exp")
 
 
-def test_processes_write_one_embedding(experiment: Path) -> None:
-    script = (
-        "import sys, numpy as np\nfrom loaders.stores import open_store\n"
-        "start, stop = int(sys.argv[2]), int(sys.argv[3])\n"
-        "values = np.arange(start * 2, stop * 2, dtype=np.float32).reshape(-1, 2)\n"
-        "open_store(sys.argv[1]).write_embedding('X_liam', start, values, 50)\n"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(experiment), str(start), str(stop)],
-            cwd=Path(__file__).resolve().parents[3],
-        )
-        for start, stop in ((0, 20), (20, 50))
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    values = open_store(experiment).read_embedding("X_liam", 0, NUM_CELLS)
-    np.testing.assert_array_equal(values, np.arange(100, dtype=np.float32).reshape(50, 2))
+def test_an_embedding_that_cannot_be_written_leaves_the_old_one(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(experiment)
+    values = np.ones((NUM_CELLS, 2), np.float32)
+    store.write_embedding("X_liam", values)
+
+    def fails(*arguments: object) -> None:
+        raise tiledbsoma.SOMAError("[TileDB::IO] Error: Cannot write to file; No space left on device")
+
+    monkeypatch.setattr(tiledbsoma.SparseNDArray, "write", fails)
+    with pytest.raises(RuntimeError, match=r"writing .*/obsm/X_liam: disk full"):
+        store.write_embedding("X_liam", 2 * values)
+    np.testing.assert_array_equal(store.read_embedding("X_liam", 0, NUM_CELLS), values)
+    assert len(list((experiment / "ms/RNA/obsm").glob("X_liam*"))) == 1
