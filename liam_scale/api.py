@@ -14,10 +14,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
+from anndata import AnnData
+from mudata import MuData
 
+from liam_scale.attach import Missing, attach
 from liam_scale.config import TrainConfig
 from liam_scale.decode import DecodeConfig, decode
 from liam_scale.elbo import elbo
@@ -27,6 +28,8 @@ from liam_scale.kernels.precision import Precision
 from liam_scale.map import MapConfig, map_store
 from liam_scale.model import Liam, ModelConfig
 from liam_scale.model.config import ModelName
+from liam_scale.preparation import open_stores
+from liam_scale.provenance import attributes_of
 from liam_scale.run_directory import RunDirectory, RunRecord
 from liam_scale.train import train as train_run
 from liam_scale.training.distributed import Device
@@ -80,9 +83,73 @@ class Run:
         """The trained module, on the CPU, in evaluation mode."""
         return self.directory.load_model()
 
-    def embed(self, store: str | Path | None = None, **options: Any) -> str:
-        """Write `obsm["X_liam"]`; options are the fields of `liam_scale.embed.EmbedConfig`. Returns where it stands."""
+    def embed(self, store: str | Path | AnnData | MuData | None = None, **options: Any) -> str | None:
+        """Write `obsm["X_liam"]` of a store, and return where it stands; or that of an object in memory.
+
+        Options are the fields of `liam_scale.embed.EmbedConfig`, or for an object the keywords of `write_to`.
+        """
+        if isinstance(store, AnnData | MuData):
+            self.write_to(store, **options)
+            return None
         return embed(EmbedConfig(run=self.path, store=_uris(store), **options))
+
+    def embedding(self, store: str | Path | None = None, **options: Any) -> pd.DataFrame:
+        """The embedding in memory, a row for each cell, indexed by cell id; written nowhere.
+
+        `adata.obsm["X_liam"] = run.embedding().loc[adata.obs_names].to_numpy()` is what `run.embed(adata)` does.
+        """
+        config = EmbedConfig(run=self.path, store=_uris(store), **options)
+        opened = open_stores(config.store or self.record.stores)
+        values = compute(config, opened)
+        cells = pd.Index(opened.cell_ids(0, len(values)), name="cell")
+        return pd.DataFrame(values, index=cells, columns=[f"liam_{i + 1}" for i in range(values.shape[1])])
+
+    def write_to(
+        self,
+        target: AnnData | MuData | str | Path,
+        *,
+        store: str | Path | None = None,
+        key: str = "X_liam",
+        overwrite: bool = False,
+        missing: Missing = "refuse",
+        **options: Any,
+    ) -> None:
+        """Put the embedding into your own object or file, by cell id and in its order of cells.
+
+        Parameters
+        ----------
+        target
+            An AnnData or MuData, or an h5ad, h5mu or Zarr file, in which nothing else changes. It may lack cells of
+            the store. Its ids are those of the store; or, where ingest put the name of the source before them, the
+            barcodes of one source.
+        store
+            Store with the counts of these cells; default: that of the training.
+        key
+            Name in obsm.
+        overwrite
+            Replace an embedding of that name that another run made.
+        missing
+            Cells that the store lacks: "refuse" them, or fill their rows with "nan".
+        **options
+            Fields of `liam_scale.embed.EmbedConfig`: `kind`, `memory`, `threads`, `seed`.
+
+        Raises
+        ------
+        ValueError
+            Cells cannot be found, or another run's embedding stands there.
+        """
+        config = EmbedConfig(run=self.path, store=_uris(store), **options)
+        opened, run = open_stores(config.store or self.record.stores), self.record.id
+        attach(
+            target,
+            lambda: compute(config, opened),
+            opened,
+            key=key,
+            attributes=attributes_of(run),
+            run=run,
+            overwrite=overwrite,
+            missing=missing,
+        )
 
     def decode(self, out: str | Path, **options: Any) -> Path:
         """Write decoded values; options are the fields of `liam_scale.decode.DecodeConfig`."""
@@ -95,10 +162,6 @@ class Run:
     def elbo(self, store: str | Path | None = None, **options: Any) -> pd.DataFrame:
         """Per-cell loss terms (nats), indexed by cell id; options are the keywords of `liam_scale.elbo.elbo`."""
         return elbo(self.directory, store=_uris(store), **options)
-
-    def embedding(self, store: str | Path | None = None) -> npt.NDArray[np.float32]:
-        """(cells, latent) embedding in memory, computed here and written nowhere."""
-        return compute(EmbedConfig(run=self.path, store=_uris(store)))
 
 
 def _uris(store: str | Path | None) -> tuple[str, ...]:

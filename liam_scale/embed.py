@@ -173,10 +173,10 @@ def _fingerprint(config: EmbedConfig, directory: RunDirectory, store: Store) -> 
     return digest.hexdigest()[:16]
 
 
-def compute(config: EmbedConfig) -> np.ndarray:
+def compute(config: EmbedConfig, store: Store | None = None) -> np.ndarray:
     """The embedding in memory, (cells, latent) float32 in the order of the store's cells; writes nothing."""
     directory = RunDirectory(config.run)
-    store = open_stores(config.store or directory.record().stores)
+    store = store or open_stores(config.store or directory.record().stores)
     columns = []
     for part in directory.parts():
         check_features(store, part.record())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import anndata
 import h5py
 import zarr
 
@@ -21,12 +22,21 @@ def attributes_of(run: str | None) -> dict[str, str]:
 
 
 def attributes_in_file(path: Path, key: str) -> list[dict[str, Any]]:
-    """Attributes of obsm[key] in an h5ad, h5mu or Zarr; none where there is no such array."""
+    """Attributes of obsm[key] in an h5ad, h5mu or Zarr; none where there is no such array.
+
+    Where an object was written that had the embedding in memory, they stand in uns[key].
+    """
     if path.is_file():
         with h5py.File(path, "r") as file:
-            return [dict(file["obsm"][key].attrs)] if key in file.get("obsm", {}) else []
-    obsm = zarr.open_group(path, mode="r").get("obsm", {})
-    return [dict(obsm[key].attrs)] if key in obsm else []
+            return _attributes_in(file, key)
+    return _attributes_in(zarr.open_group(path, mode="r"), key)
+
+
+def _attributes_in(root: Any, key: str) -> list[dict[str, Any]]:
+    if key not in root.get("obsm", {}):
+        return []
+    made = anndata.io.read_elem(root["uns"][key]) if key in root.get("uns", {}) else None
+    return [{**(made if isinstance(made, Mapping) else {}), **root["obsm"][key].attrs}]
 
 
 def check_maker(held: Sequence[Mapping[str, Any]], run: str | None, *, what: str, cure: str) -> None:

@@ -17,6 +17,10 @@ SCHEMA_KEY = "liam_scale"
 MODALITIES = ("rna", "atac", "adt")
 """The modalities this package knows, in the order in which every list of them stands."""
 
+BARCODE_COLUMNS = ("source_barcode", "barcode")
+"""Obs columns of a store with the ids of the cells in their sources, where ingest put the source's name before them.
+`barcode`, or the other where the sources themselves have a column `barcode`."""
+
 
 def sha256_of_names(names: Iterable[str]) -> str:
     """Hash names in their order; two stores with equal hashes have the same features in the same columns."""

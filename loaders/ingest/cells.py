@@ -14,6 +14,7 @@ import pandas as pd
 
 from loaders.ingest.sources.frames import join_columns, take
 from loaders.ingest.sources.parts import Say, Source
+from loaders.schema import BARCODE_COLUMNS
 
 SAMPLE = "sample"
 """Obs column of the store that holds the sample."""
@@ -70,12 +71,15 @@ class Cells:
         Obs column the sample was taken from, or None where it is the source's name.
     starts
         (sources + 1,) first cell of each source.
+    barcodes
+        (n,) ids of the cells in their sources where `ids` had to be prefixed, else None.
     """
 
     ids: npt.NDArray[Any]
     sample: pd.Categorical
     sample_from: str | None
     starts: npt.NDArray[np.int64]
+    barcodes: npt.NDArray[Any] | None = None
 
     @property
     def num_cells(self) -> int:
@@ -115,7 +119,9 @@ def gather_cells(
         )
     else:
         sample = _sample_column(sources, sample_key)
-    return Cells(_unique_ids(sources, names, say), sample, sample_key, starts)
+    given = np.concatenate([source.cell_ids for source in sources])
+    ids = _unique_ids(sources, given, names, say)
+    return Cells(ids, sample, sample_key, starts, None if ids is given else given)
 
 
 def _sample_column(sources: Sequence[Source], key: str) -> pd.Categorical:
@@ -150,8 +156,7 @@ def _sample_column(sources: Sequence[Source], key: str) -> pd.Categorical:
     return pd.Categorical(column).remove_unused_categories()
 
 
-def _unique_ids(sources: Sequence[Source], names: Sequence[str], say: Say) -> npt.NDArray[Any]:
-    ids = np.concatenate([source.cell_ids for source in sources])
+def _unique_ids(sources: Sequence[Source], ids: npt.NDArray[Any], names: Sequence[str], say: Say) -> npt.NDArray[Any]:
     if len(sources) == 1:
         return ids
     hashes = pd.util.hash_array(ids[:0].astype(object)) if not len(ids) else _hash(ids)
@@ -165,7 +170,7 @@ def _unique_ids(sources: Sequence[Source], names: Sequence[str], say: Say) -> np
     collisions = len(hashes) - len(np.unique(hashes))
     say(
         f"{collisions} cell ids stand in more than one source: every id is prefixed by its source's name "
-        f"({names[0]}_...)"
+        f"({names[0]}_...), and the ids of the sources are kept in an obs column"
     )
     together = np.concatenate(prefixed)
     assert len(np.unique(_hash(together))) == len(together), "prefixed cell ids are not unique"
@@ -183,6 +188,9 @@ def obs_columns(
 ) -> Iterator[tuple[str, Any]]:
     """The store's obs, one column at a time: `sample`, then those of the sources; order[i] is the cell at place i."""
     yield SAMPLE, pd.Categorical.from_codes(cells.sample.codes[order], cells.sample.categories)
+    if cells.barcodes is not None:
+        kept = BARCODE_COLUMNS[0 if any("barcode" in source.obs.columns for source in sources) else 1]
+        yield kept, pd.Series(cells.barcodes[order].astype(object))
     apart = {name for source in sources for name in source.obs.disagreeing}
     for name in dict.fromkeys(name for source in sources for name in source.obs.columns):
         if name in apart or (name == SAMPLE and cells.sample_from == SAMPLE and all(s.sample is None for s in sources)):

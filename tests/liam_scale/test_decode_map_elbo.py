@@ -185,7 +185,7 @@ def test_mapping_matches_features_by_name(trained: Path, multiome: Path, tmp_pat
     zeroed.write_h5mu(tmp_path / "zeroed.h5mu")
     liam_scale.ingest([tmp_path / "zeroed.h5mu"], out=tmp_path / "zeroed.zarr", sample_key="sample")
     ids = mudata.read_zarr(tmp_path / "zeroed.zarr").obs_names
-    wanted = dict(zip(ids, run.embedding(tmp_path / "zeroed.zarr"), strict=True))
+    wanted = dict(zip(ids, run.embedding(tmp_path / "zeroed.zarr").to_numpy(), strict=True))
     np.testing.assert_allclose(mapped.obsm["X_liam"], np.stack([wanted[i] for i in mapped.obs_names]), atol=1e-5)
 
 
