@@ -93,6 +93,46 @@ def test_the_commands_in_the_docs_parse(page: Path) -> None:
         command(name).parse(arguments)
 
 
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)*(?![\w.]*1)")
+FOREIGN_OPTIONS = {"--help", "--version", "--print-completion", "--tyro-print-completion"} | {
+    "--standalone",
+    "--nproc-per-node",
+}
+LAUNCH = r"(?:liam-scale |(?:python|torchrun)[^`\n]*? -m liam_scale\.)"
+COMMAND = re.compile(rf"(?:(?<=`)|(?<=: )){LAUNCH}([a-z_]+)([^`\n;)]*)")
+"""A command to type: all between backticks, or what follows a colon up to the end of its line."""
+
+
+def texts(path: Path) -> list[str]:
+    """String literals of a source, 1 in place of what an f-string fills in."""
+    tree = ast.parse(path.read_text())
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            found.append("".join(str(p.value) if isinstance(p, ast.Constant) else "1" for p in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            found.append(node.value)
+    return found
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *PAGES], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_commands_and_options_in_messages_docstrings_and_prose_exist(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {line.split()[1] for line in OPTIONS.read_text().splitlines()} | FOREIGN_OPTIONS
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "config.toml").write_text("store = 'atlas.zarr'")
+    for text in texts(path) if path.suffix == ".py" else [path.read_text()]:
+        for name, arguments in COMMAND.findall(text):
+            assert name in COMMANDS, text
+            if words := [word for word in shlex.split(arguments) if word != "..."]:
+                command(name).parse(words)
+        if path.suffix == ".py":
+            assert set(OPTION.findall(text)) <= known, text
+
+
 def test_the_options_are_those_that_were_agreed_on(capsys: pytest.CaptureFixture[str]) -> None:
     """A renamed or dropped option breaks scripts; a new one is added to tests/options.txt by hand."""
     found = []
@@ -100,6 +140,7 @@ def test_the_options_are_those_that_were_agreed_on(capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             command(name)(["--help"])
         said = capsys.readouterr().out
+        assert not re.search(r"\{None\}|\[\[|\bSTR\b", said), f"{name} --help names a value in words of the parser"
         options = sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)*", said)) - {"--help"})
         found += [f"{name} {option}" for option in options]
     assert found == OPTIONS.read_text().split("\n")[:-1]
