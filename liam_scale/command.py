@@ -133,6 +133,21 @@ _READABLE = ConstructorRegistry()
 
 
 @_READABLE.primitive_rule
+def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    return (
+        None
+        if info.type is not str
+        else PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="NAME",
+            instance_from_str=lambda given: given[0],
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda value: [value],
+        )
+    )
+
+
+@_READABLE.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """An option that may be absent looks like any other; `None` on the command line takes a file's value away."""
     kinds = get_args(info.type)

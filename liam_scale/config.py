@@ -23,11 +23,11 @@ LOCKED = ("seed", "batch_key", "model", "optim", "loader.minibatch", "loader.val
 class TrainConfig:
     """Train liam on a store. Under torchrun every process is a rank of the same run."""
 
-    store: Annotated[tuple[str, ...], tyro.conf.Positional]
+    store: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STORE ...")]
     """Store to train on, or several that are chained as one data set."""
     out: Path
     """Folder of the run: configuration, history, checkpoints, weights."""
-    batch_key: str | None = None
+    batch_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Obs column with the sample of each cell, the covariate to remove. Without it nothing is removed."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of weights, split, order and noise."""

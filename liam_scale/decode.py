@@ -39,17 +39,17 @@ LOGIT_BYTES = 64 * 2**20
 class DecodeConfig:
     """Decode chosen features of every cell, also of modalities that a cell lacks (imputation of mosaics)."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a finished run whose embedding stands in the store."""
     out: Path
     """AnnData Zarr to write: cells x chosen features, float32."""
-    features: tuple[str, ...] = ()
+    features: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FEATURE ...")] = ()
     """Names of features; `adt:CD4` names the modality where names coincide. Default: all of `modality`."""
     modality: str | None = None
     """Look for features in this modality alone."""
-    target_sample: str = "own"
+    target_sample: Annotated[str, tyro.conf.arg(metavar="SAMPLE")] = "own"
     """Sample that all cells are decoded as; own: that of each cell; mean: average over all samples."""
-    store: tuple[str, ...] = ()
+    store: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STORE ...")] = ()
     """Store with the embedding; default: that of the training."""
     key: str = "X_liam"
     """Name of the embedding in obsm."""

@@ -33,7 +33,7 @@ _RESULTS = ("metrics.csv", "umap.png", "loss.png")
 class DemoConfig:
     """Ingest, train, embed and evaluate a small data set with the commands that one would use on one's own."""
 
-    out: Annotated[Path, tyro.conf.Positional] = Path("liam-demo")
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = Path("liam-demo")
     """Folder for everything the demo makes. A demo that was interrupted goes on when started again."""
     multiome: bool = False
     """Simulated RNA + ATAC, whose cell types are known, instead of the CITE-seq mosaic of human blood cells."""

@@ -50,9 +50,9 @@ Kind = Literal["mean", "latent-mean", "latent-variance", "sample"]
 class EmbedConfig:
     """Embed the cells of a store with a trained model. Under torchrun every process embeds its own range of cells."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a finished run."""
-    store: tuple[str, ...] = ()
+    store: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STORE ...")] = ()
     """Store to embed, or several chained; default: those of the training."""
     out: Path | None = None
     """Write a separate AnnData here instead of into the store: .h5ad, or a Zarr folder."""
@@ -62,7 +62,7 @@ class EmbedConfig:
     """Replace an embedding of that name that another run made."""
     kind: Kind = "mean"
     """mean: E[softmax(N(m, v))]; latent-mean, latent-variance: m, v before the softmax; sample: one draw of softmax."""
-    memory: str = "512MiB"
+    memory: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "512MiB"
     """Memory of the loader."""
     threads: Annotated[int | None, Range(least=1)] = None
     """Reader threads of one process."""

@@ -48,15 +48,15 @@ BASELINE = "PCA"
 class EvaluateConfig:
     """Score an embedding against the samples and labels of its cells, beside PCA, and draw it."""
 
-    store: Annotated[str, tyro.conf.Positional]
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
     """Store with the embedding and the counts; or an .h5ad or .h5mu file that fits in memory."""
     embedding: str = "X_liam"
     """Name of the embedding in obsm."""
-    embedding_file: str | None = None
+    embedding_file: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
     """AnnData Zarr or .h5ad with the embedding of the same cells, as `embed --out` writes it. Default: the store."""
-    batch_key: str | None = None
+    batch_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Obs column with the sample of each cell."""
-    label_key: str | None = None
+    label_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Obs column with a label of each cell, such as its cell type; cells without one are left out."""
     out: Path | None = None
     """Folder for metrics.csv, umap.png and loss.png. Default: print the table, write nothing."""

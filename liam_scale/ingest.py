@@ -20,12 +20,12 @@ from loaders.stores import open_store
 class IngestConfig:
     """Read source files, check their counts, shuffle the cells, write one store."""
 
-    sources: Annotated[tuple[str, ...], tyro.conf.Positional]
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
     """h5ad, h5mu, 10x .h5, AnnData or MuData Zarr, SOMA experiment; `rna=a.h5ad,atac=b.h5ad` pairs files by cell,
     `NAME=a.h5ad` names the sample."""
     out: Path
     """Store to write, e.g. atlas.zarr."""
-    sample_key: str | None = None
+    sample_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Obs column that becomes `sample`; default: the column `sample`, else the name of each file."""
     sample_from_file: bool = False
     """Each file's name becomes `sample`, even where the files have such a column."""
@@ -33,7 +33,7 @@ class IngestConfig:
     """Features kept when several sources differ: those of all, or those of any."""
     layer: str | None = None
     """Layer that holds the counts; default: X."""
-    memory: str = "1GiB"
+    memory: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "1GiB"
     """Memory for chunks and shuffling; the peak does not grow with the number of cells."""
     seed: int = 0
     """Seed of the global shuffle."""

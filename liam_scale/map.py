@@ -38,13 +38,13 @@ from loaders.stores import MatchedStore, Store
 class MapConfig:
     """Place the cells of new samples into a trained model and write their embedding."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of a finished run."""
-    store: Annotated[str, tyro.conf.Positional]
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
     """Store with the new cells; its features are matched by name, missing ones count as zero."""
     out: Path | None = None
     """Folder of the extended run; default: `mapped-<store>` in the run's folder."""
-    batch_key: str | None = None
+    batch_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Obs column with the sample; default: that of the run."""
     max_epochs: Annotated[int, Range(least=1)] = 20
     """Epochs of training the parameters of the new samples."""
@@ -52,7 +52,7 @@ class MapConfig:
     """Name of the embedding in obsm."""
     overwrite: bool = False
     """Replace an embedding of that name that another run made."""
-    memory: str = "512MiB"
+    memory: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "512MiB"
     """Memory of the loader."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of the order of cells and of the noise."""

@@ -17,7 +17,7 @@ class LoaderConfig:
 
     minibatch: Annotated[int, Range(least=1), tyro.conf.arg(aliases=["--minibatch"])] = 128
     """Cells of one optimizer step, over all ranks."""
-    memory: Annotated[str, tyro.conf.arg(aliases=["--memory"])] = "1GiB"
+    memory: Annotated[str, tyro.conf.arg(aliases=["--memory"], metavar="SIZE")] = "1GiB"
     """Memory of windows and read-ahead of all modalities together, over all ranks of this machine's process."""
     streams: Annotated[int | None, Range(least=1)] = None
     """Virtual ranks; fixed when a run is created. Default 16, or twice the ranks if that is more."""
@@ -27,7 +27,7 @@ class LoaderConfig:
     """Share of every sample's cells held out for validation."""
     adt_transform: Literal["clr", "none"] = "clr"
     """Transform of ADT counts, made while reading: centred log-ratio per cell, or the values as they are."""
-    balance: str | None = None
+    balance: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Obs column whose categories are drawn equally often in an epoch."""
 
     def __post_init__(self) -> None:

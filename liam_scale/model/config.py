@@ -27,7 +27,7 @@ class ModelConfig:
 
     model: Annotated[ModelName, tyro.conf.arg(aliases=["--model"])] = "bavae"
     """Model of the paper; bavae is liam as published."""
-    modalities: tuple[str, ...] = ()
+    modalities: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODALITY ...")] = ()
     """Modalities to integrate, of rna, atac and adt; empty: all that the store holds."""
     alpha: Annotated[float | None, Range(least=0), tyro.conf.arg(aliases=["--alpha"])] = None
     """Weight of the adversary that removes the sample from the embedding; the paper uses 0 to 1000."""
