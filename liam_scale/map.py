@@ -77,15 +77,17 @@ def map_store(config: MapConfig) -> RunDirectory:
     Raises
     ------
     ValueError
-        The run has several models or has not finished, `out` exists, or the store shares no features with the model.
+        The run has several models or has not finished, `out` holds something else, or the store shares no features with
+        the model.
     """
     source = RunDirectory(config.run)
     record = source.record()
     if record.parts:
         raise ValueError(f"run: {config.run} is a late integration; map into one of {', '.join(record.parts)} in it")
     out = config.out or config.run / f"mapped-{Path(config.store).stem}"
-    if out.exists():
-        raise ValueError(f"--out: {out} exists; name a new folder")
+    directory = RunDirectory(out)
+    if not directory.is_run:
+        directory.check_free()
     model = source.load_model()
     store = MatchedStore(open_stores([config.store]), source.features())
     batch_key = config.batch_key or record.batch_key
@@ -103,7 +105,6 @@ def map_store(config: MapConfig) -> RunDirectory:
         optim=OptimConfig(weight_decay=0.0),
         training=TrainingConfig(max_epochs=config.max_epochs),
     )
-    directory = RunDirectory(out)
     new_record = replace(
         record,
         stores=training.store,
@@ -115,7 +116,10 @@ def map_store(config: MapConfig) -> RunDirectory:
     options = to_toml(training)
     if not config.overwrite:
         check_replaces(store, config.key, directory.identified(new_record, options).id)
-    directory.create(new_record, options, source.features())
+    if not directory.is_run:
+        directory.create(new_record, options, source.features())
+    elif directory.record() != directory.identified(new_record, options):
+        raise ValueError(f"--out: {out} holds a run of other options or data; name a new folder")
     if masks:
         _train(extended, masks, training, store, new_record, directory)
     directory.save_weights(extended.state_dict())
@@ -200,7 +204,11 @@ def _train(
             history=History(directory.history),
             couples_cells=record.model.likelihood == "original",
         )
-        trainer.fit()
+        checkpoint = directory.newest_checkpoint()
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        if trainer.fit() == "interrupted":
+            raise KeyboardInterrupt
         model.load_state_dict(trainer.best_weights())
 
 

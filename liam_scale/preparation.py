@@ -142,8 +142,8 @@ def settle(config: TrainConfig, store: Store, models: tuple[ModelConfig, ...], r
                 f"--out: {config.out} holds a run and --resume is never; name another folder, or use --resume auto"
             )
         streams = int(directory.saved_options()["loader"]["streams"])
-    elif config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise ValueError(f"--out: {config.out} exists and is not a run; name a new folder")
+    else:
+        directory.check_free()
     settled = replace(config, model=model, loader=replace(config.loader, streams=streams))
     if ranks > streams:
         raise ValueError(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from liam_scale.model import Liam, ModelConfig, ModelData
 from liam_scale.training.checkpoint import Checkpoint, load_weights, newest_checkpoint, save_weights
-from loaders.durable import write_text
+from loaders.durable import leftovers, replacing, write_text
 from loaders.options import LoaderConfig
 from loaders.schema import sha256_of_names
 
@@ -141,14 +142,27 @@ class RunDirectory:
             raise _damaged(file, f"the names differ from those that {RUN_FILE} has the sha256 of")
         return names
 
-    def create(self, record: RunRecord, options: str, features: dict[str, list[str]]) -> None:
-        """Lay the folder down; `run.json` comes last."""
-        record = self.identified(record, options)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_text(self.path / "config.toml", options)
-        write_text(self.path / "features.json", json.dumps(features))
-        entry = record.to_json()
-        write_text(self.path / RUN_FILE, json.dumps({**entry, "sha256": _seal(entry)}, indent=1))
+    def check_free(self) -> None:
+        """Refuse to make a run where something else stands; a run that was killed while it was made is made again."""
+        is_free = not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+        if not is_free and not leftovers(self.path / RUN_FILE):
+            raise ValueError(f"--out: {self.path} exists and is not a run; name a new folder")
+
+    def create(
+        self, record: RunRecord, options: str, features: dict[str, list[str]], *, parts: Sequence[tuple[Any, ...]] = ()
+    ) -> None:
+        """Lay the folder down, and those of its parts (name, record, options, features).
+
+        `run.json` comes last; until then the hidden folder in which it grows says what the rest is.
+        """
+        with replacing(self.path / RUN_FILE) as file:
+            for name, *own in parts:
+                RunDirectory(self.path / name).create(*own)
+            self.checkpoints.mkdir(exist_ok=True)
+            write_text(self.path / "config.toml", options)
+            write_text(self.path / "features.json", json.dumps(features))
+            entry = self.identified(record, options).to_json()
+            file.write_text(json.dumps({**entry, "sha256": _seal(entry)}, indent=1))
 
     def identified(self, record: RunRecord, options: str) -> RunRecord:
         """The record with the id of a run here: the folder's name, and a hash of its path, options and data.

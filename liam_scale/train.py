@@ -72,15 +72,17 @@ def train(config: TrainConfig) -> tuple[RunDirectory, Outcome | None]:
 
 def _create(directory: RunDirectory, config: TrainConfig, store: Store, models: tuple[ModelConfig, ...]) -> None:
     """Lay down the folder of a new run: one model, or one folder for each model of a late integration."""
-    parts = tuple(m.modalities[0] for m in models) if len(models) > 1 else ()
-    for part, model in zip(parts or ("",), models, strict=True):
+    made = []
+    for model in models:
         data = model_data(store, model, config.batch_key, config.loader.transforms)
-        options = to_toml(replace(config, model=model))
         features = {name: list(map(str, store.feature_names(name))) for name in model.modalities}
-        RunDirectory(directory.path / part).create(record_of(config, store, model, data), options, features)
-    if parts:
-        record = record_of(config, store, config.model, data, parts)
-        directory.create(record, to_toml(config), {})
+        own = record_of(config, store, model, data)
+        made.append((model.modalities[0], own, to_toml(replace(config, model=model)), features))
+    if len(made) == 1:
+        directory.create(*made[0][1:])
+    else:
+        record = record_of(config, store, config.model, data, tuple(name for name, *_ in made))
+        directory.create(record, to_toml(config), {}, parts=made)
 
 
 def _train_part(directory: RunDirectory, config: TrainConfig, store: Store, world: World) -> Outcome:

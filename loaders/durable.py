@@ -113,8 +113,8 @@ class Staging:
         self.target = target
         hidden = hidden or target
         hidden.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target, hidden=hidden)
         self.folder, self._lock = _make_folder(hidden)
+        remove_leftovers(target, hidden=hidden)
         self.path = self.folder / target.name
 
     def publish(self) -> None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import liam_scale
+from liam_scale import map as module
 from liam_scale.decode import choose_features
 from liam_scale.decode import main as decode_main
 from liam_scale.map import extend, united_samples
 from liam_scale.map import main as map_main
 from liam_scale.model import ModelData
+from liam_scale.training.trainer import Trainer
 from loaders import Loader, open_store
 from loaders.synthetic import simulate
 
@@ -165,6 +167,41 @@ def test_new_samples_are_mapped_without_moving_what_was_trained(trained: Path, n
     assert moved > 0
     # The encoder of z sees no sample, so the new cells stand where the old model puts them.
     np.testing.assert_allclose(mudata.read_zarr(store).obsm["X_liam"], old.embedding(store), atol=1e-6)
+
+
+def test_an_interrupted_mapping_goes_on_to_the_same_weights(
+    trained: Path, newcomers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mapped(place: str, *more: str) -> int:
+        folder = tmp_path / place
+        if not folder.exists():
+            shutil.copytree(newcomers, folder / "new.zarr")
+        arguments = [str(trained), str(folder / "new.zarr"), "--out", str(folder / "run"), "--max-epochs", "3", *more]
+        return map_main(arguments)
+
+    assert mapped("straight") == 0
+    evaluate, seen = Trainer._evaluate, []
+
+    def stops_after_the_second(self: Trainer) -> None:
+        evaluate(self)
+        seen.append(self.at.epoch)
+        if len(seen) == 2:
+            self.save()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_evaluate", stops_after_the_second)
+    assert mapped("killed") == 130
+    monkeypatch.setattr(module, "embed_store", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert mapped("killed") == 130
+    monkeypatch.undo()
+    assert mapped("killed") == 0
+    assert seen == [0, 1, 2]
+    runs = [tmp_path / place / "run" / "model.safetensors" for place in ("straight", "killed")]
+    assert runs[0].read_bytes() == runs[1].read_bytes()
+    shown = [mudata.read_zarr(tmp_path / place / "new.zarr").obsm["X_liam"] for place in ("straight", "killed")]
+    np.testing.assert_array_equal(*shown)
+    assert mapped("killed", "--seed", "4", "--overwrite") == 2
+    assert "holds a run of other options or data" in capsys.readouterr().err
 
 
 def test_mapping_matches_features_by_name(trained: Path, multiome: Path, tmp_path: Path) -> None:
