@@ -19,7 +19,10 @@ import tyro
 from liam_scale.command import Command
 from loaders.option_checks import Range, check_options
 
-SIMULATION = "num_cells=3000, num_types=12, genes_per_cell=120, peaks_per_cell=300, sample_effect=0.8"
+SIMULATION = (
+    "num_cells=3000, num_genes=2000, num_peaks=8000, num_samples=3, num_types=12, genes_per_cell=120, "
+    "peaks_per_cell=300, sample_effect=0.8"
+)
 """What `--multiome` simulates, of 2,000 genes and 8,000 peaks in 3 samples: shallow cells and samples so different that
 k-means on principal components finds the samples (NMI with the types 0.5)."""
 

@@ -1,6 +1,10 @@
 """Simulated RNA + ATAC (+ ADT) atlases with known cell types and sample effects, streamed to a store at any size.
 
-Every cell is a function of (seed, its number): the same whatever the number of cells or threads.
+A cell's expected counts are `depth * (w p_a + (1 - w) p_b) * effect_s`: two archetypes a and b (the cell's type and
+another one), mixed by w, and the multiplicative effect of its sample s. Its counts are the points of a Poisson process:
+each point chooses an archetype, a feature of it, and stays with the probability of the sample's effect.
+
+Shapes: B cells, K archetypes, S samples, F features, N points.
 """
 
 from __future__ import annotations
@@ -19,15 +23,28 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse
 
-from loaders.csr import SparseRows, index_dtype
+from loaders.csr import SparseRows, index_dtype, offsets_of
 from loaders.ecosystem import plain_mudata
 from loaders.ingest.writer import ModalityLayout, StoreWriter
 from loaders.machine import default_threads
 from loaders.schema import MODALITIES, Schema
-from loaders.synthetic.draw import Archetypes, draw_cells, gap_table, hash64, make_archetypes
 
-_BLOCK = 2048
-"""Cells drawn by one task; their parameters come from one generator keyed (seed, block)."""
+_BLOCK = 256
+"""Cells drawn by one task, from generators keyed (seed, purpose, block): a cell does not depend on how many follow."""
+
+_SLOT_BITS, _EFFECT_BITS, _MIX_BITS = 20, 8, 16
+"""Bits of a point's 64 that choose its feature (shares in steps of 2^-20; the mean of 116,490 peaks is 9 steps),
+whether the sample's effect keeps it, and its archetype."""
+
+_SIGMAS = {"rna": (1.6, 1.2), "atac": (0.9, 0.9), "adt": (1.0, 1.0)}
+"""Standard deviations of log rates: between features, and between types in a fifth of the features."""
+
+_DEPTH_SIGMA = 0.35
+_NORMAL_QUANTILES = np.array([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])
+"""Quantiles 0.1, 0.3, 0.5, 0.7, 0.9 of the normal distribution: five equally likely depths."""
+
+_PROTEINS_POINTS = 3_000
+"""Mean total count of antibodies per cell."""
 
 _VALUE_DTYPES: dict[str, np.dtype[Any]] = {
     "rna": np.dtype(np.uint8),
@@ -36,117 +53,104 @@ _VALUE_DTYPES: dict[str, np.dtype[Any]] = {
 }
 _NAMES = {"rna": "gene", "atac": "peak", "adt": "protein"}
 
-_PROTEINS_POINTS = 3_000
-"""Mean total count of antibodies per cell."""
+
+@dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What is to be simulated.
+
+    Types are archetypes: log-normal feature rates, of which a type changes a fifth. A cell mixes its type with another
+    one (weight 0.7 to 1), has a log-normal depth of its own and Poisson counts; samples multiply rates and differ in
+    composition. Cells come in random order.
+    """
+
+    num_genes: int = 13_431
+    num_peaks: int = 116_490
+    num_proteins: int = 0
+    """Features of rna, atac and adt; 0 leaves the modality out."""
+    num_samples: int = 4
+    num_types: int = 12
+    genes_per_cell: float = 800
+    peaks_per_cell: float = 3_600
+    """Mean number of non-zeros of a cell."""
+    mosaic: Sequence[Sequence[str]] | None = None
+    """Modalities of each sample, for example `(("rna", "atac"), ("rna",), ("atac",))`, repeated over the samples; None:
+    every sample has all."""
+    sample_effect: float = 0.35
+    """Standard deviation of the samples' log effects on features; 0.0 for none."""
+    seed: int = 0
+    """Decides everything; cell c is the same in a store of any size."""
+
+    def __post_init__(self) -> None:
+        for name, features in self.num_features.items():
+            wanted = self.nonzeros_per_cell(name)
+            if wanted > 0.6 * features:
+                raise ValueError(
+                    f"non-zeros per cell of {name}: got {wanted:g} of {features} features; "
+                    "a simulated cell fills at most 60% of them: ask for fewer, or for more features"
+                )
+        for name in {name for names in self.mosaic or () for name in names} - set(self.num_features):
+            raise ValueError(f"mosaic: got {name!r}, simulated are {', '.join(self.num_features)}; name one of them")
+        if self.num_samples < 1 or self.num_types < 2:
+            raise ValueError(
+                f"num_samples, num_types: got {self.num_samples}, {self.num_types}; give at least 1 sample and 2 types"
+            )
+
+    @property
+    def num_features(self) -> dict[str, int]:
+        features = {"rna": self.num_genes, "atac": self.num_peaks, "adt": self.num_proteins}
+        return {name: count for name, count in features.items() if count}
+
+    def nonzeros_per_cell(self, name: str) -> float:
+        return {"rna": self.genes_per_cell, "atac": self.peaks_per_cell}.get(name, 0.5 * self.num_proteins)
+
+    def has(self, name: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether cells of these samples have the modality."""
+        mosaic = self.mosaic or [tuple(self.num_features)]
+        return np.array([name in mosaic[s % len(mosaic)] for s in range(self.num_samples)])[samples]
+
+    def layouts(self) -> dict[str, ModalityLayout]:
+        return {
+            name: ModalityLayout(_var(name, features), _VALUE_DTYPES[name], self.nonzeros_per_cell(name))
+            for name, features in self.num_features.items()
+        }
 
 
 @dataclass(frozen=True)
 class _Cells:
-    """Parameters of a range of cells: (B,) each; depth per modality."""
+    """Parameters of a block's cells: (B,) each; depth per modality."""
 
-    numbers: npt.NDArray[np.int64]
     samples: npt.NDArray[np.int64]
     types: npt.NDArray[np.int64]
     others: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float64]
     depths: dict[str, npt.NDArray[np.float64]]
 
+    def head(self, size: int) -> _Cells:
+        depths = {name: depth[:size] for name, depth in self.depths.items()}
+        return _Cells(self.samples[:size], self.types[:size], self.others[:size], self.weights[:size], depths)
+
 
 @dataclass(frozen=True)
-class Simulation:
-    """What is to be simulated; `simulate` documents the fields."""
+class _Archetypes:
+    """Tables of one modality.
 
-    num_features: dict[str, int]
-    nonzeros_per_cell: dict[str, float]
-    num_samples: int
-    num_types: int
-    mosaic: tuple[tuple[str, ...], ...]
-    sample_effect: float
-    seed: int
+    Attributes
+    ----------
+    feature
+        (K, 2^20) int32: a feature stands as often in its archetype's row as its share says.
+    keep
+        (S, F) uint16 effect of each sample, 256 = one.
+    points
+        Points drawn per unit of depth, before the sample's effect removes some.
+    """
 
-    def __post_init__(self) -> None:
-        for name, features in self.num_features.items():
-            wanted = self.nonzeros_per_cell.get(name, 0.0)
-            if wanted > 0.6 * features:
-                raise ValueError(
-                    f"non-zeros per cell of {name}: got {wanted:g} of {features} features; "
-                    "a simulated cell fills at most 60% of them: ask for fewer, or for more features"
-                )
-        for names in self.mosaic:
-            for name in names:
-                if name not in self.num_features:
-                    raise ValueError(
-                        f"mosaic: got {name!r}, simulated are {', '.join(self.num_features)}; name one of them"
-                    )
-        if self.num_samples < 1 or self.num_types < 2:
-            raise ValueError(
-                f"num_samples, num_types: got {self.num_samples}, {self.num_types}; give at least 1 sample and 2 types"
-            )
-
-    def has(self, modality: str, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Whether cells of these samples have the modality."""
-        of_sample = np.array([modality in self.mosaic[s % len(self.mosaic)] for s in range(self.num_samples)])
-        return of_sample[samples]
-
-    def tables(self) -> dict[str, Archetypes]:
-        tables = {}
-        depths = np.exp(_DEPTH_SIGMA * _NORMAL_QUANTILES)
-        for name, features in self.num_features.items():
-            rng = np.random.default_rng([self.seed, 1, MODALITIES.index(name)])
-            popularity, between_types = {"rna": (1.6, 1.2), "atac": (0.9, 0.9), "adt": (1.0, 1.0)}[name]
-            tables[name] = make_archetypes(
-                self.num_types,
-                self.num_samples,
-                features,
-                nonzeros_per_cell=self.nonzeros_per_cell.get(name, 0.5 * features),
-                popularity_sigma=popularity,
-                type_sigma=between_types,
-                sample_sigma=self.sample_effect,
-                depths=depths,
-                rng=rng,
-            )
-        return tables
-
-    def cells(self, block: int, start: int, stop: int) -> _Cells:
-        """Parameters of the cells [start, stop) of a block, independent of stop: the whole block is drawn."""
-        composition = np.random.default_rng([self.seed, 2]).dirichlet(np.full(self.num_types, 3.0), self.num_samples)
-        rng = np.random.default_rng([self.seed, 3, block])
-        samples = rng.integers(0, self.num_samples, _BLOCK)
-        types = (rng.random(_BLOCK)[:, None] > np.cumsum(composition, axis=1)[samples]).sum(axis=1)
-        types = np.minimum(types, self.num_types - 1)
-        others = (types + rng.integers(1, self.num_types, _BLOCK)) % self.num_types
-        weights = 1.0 - 0.3 * rng.beta(1.0, 3.0, _BLOCK)
-        shared = rng.normal(0.0, 1.0, _BLOCK)
-        depths = {}
-        for name in MODALITIES:
-            own = rng.normal(0.0, 1.0, _BLOCK)
-            depths[name] = np.exp(_DEPTH_SIGMA * (0.8 * shared + 0.6 * own))[: stop - start]
-        cut = slice(0, stop - start)
-        numbers = np.arange(start, stop)
-        return _Cells(numbers, samples[cut], types[cut], others[cut], weights[cut], depths)
-
-
-_DEPTH_SIGMA = 0.35
-_NORMAL_QUANTILES = np.array([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])
-"""Quantiles 0.1, 0.3, 0.5, 0.7, 0.9 of the normal distribution: five equally likely depths."""
+    feature: npt.NDArray[np.int32]
+    keep: npt.NDArray[np.uint16]
+    points: float
 
 
 def simulate(
-    out: str | Path,
-    *,
-    num_cells: int,
-    num_genes: int = 13_431,
-    num_peaks: int = 116_490,
-    num_proteins: int = 0,
-    num_samples: int = 4,
-    num_types: int = 12,
-    genes_per_cell: float = 800,
-    peaks_per_cell: float = 3_600,
-    mosaic: Sequence[Sequence[str]] | None = None,
-    sample_effect: float = 0.35,
-    seed: int = 0,
-    overwrite: bool = False,
-    threads: int | None = None,
+    out: str | Path, *, num_cells: int, overwrite: bool = False, threads: int | None = None, **options: Any
 ) -> Schema:
     """Simulate cells into a store; memory does not grow with their number (but for 100 bytes a cell of ids and obs).
 
@@ -154,90 +158,40 @@ def simulate(
     ----------
     out
         Path of the store.
-    num_genes, num_peaks, num_proteins
-        Features of rna, atac and adt; 0 leaves the modality out.
-    genes_per_cell, peaks_per_cell
-        Mean number of non-zeros of a cell.
-    mosaic
-        Modalities of each sample, for example `(("rna", "atac"), ("rna",), ("atac",))`, repeated over the samples;
-        default: every sample has all.
-    sample_effect
-        Standard deviation of the samples' log effects on features; 0.0 for none.
-    seed
-        Decides everything; cell c is the same in a store of any size.
     threads
         Threads that draw; default the CPUs of this process, at most 4.
+    **options
+        Fields of `Simulation`.
 
     Notes
     -----
-    Types are archetypes: log-normal feature rates, of which a type changes a fifth. A cell mixes its type with another
-    one (weight 0.7 to 1), has a log-normal depth of its own and Poisson counts; samples multiply rates and differ in
-    composition. obs: `sample`, `donor` (the same), `cell_type`, `mixed_with`, `own_weight`. Cells come in random order.
-    Counts of rna and atac saturate at 255.
+    obs: `sample`, `donor` (the same), `cell_type`, `mixed_with`, `own_weight`. Counts of rna and atac saturate at 255.
+    20,000 cells of the default shape take 40 s of one core.
     """
-    simulation = _make(
-        num_genes,
-        num_peaks,
-        num_proteins,
-        num_samples,
-        num_types,
-        genes_per_cell,
-        peaks_per_cell,
-        mosaic,
-        sample_effect,
-        seed,
-    )
-    layouts = {
-        name: ModalityLayout(
-            _var(name, features), _VALUE_DTYPES[name], simulation.nonzeros_per_cell.get(name, features / 2)
-        )
-        for name, features in simulation.num_features.items()
-    }
+    simulation = Simulation(**options)
+    layouts = simulation.layouts()
     truth: list[_Cells] = []
     with StoreWriter(out, modalities=layouts, overwrite=overwrite, threads=threads) as writer:
-        for cells, counts in _draw(simulation, num_cells, threads):
+        for cells, counts in _blocks(simulation, num_cells, threads):
             for name, rows in counts.items():
                 writer.append(name, rows)
             truth.append(cells)
         samples = np.concatenate([cells.samples for cells in truth])
         masks = {name: simulation.has(name, samples) for name in layouts}
+        about = {"simulated": True, "seed": simulation.seed}
         return writer.finish(
             cell_ids=_cell_ids(num_cells),
             obs=_obs(simulation, truth),
             present={name: mask for name, mask in masks.items() if not mask.all()},
             is_shuffled=True,
-            provenance={"simulated": True, "seed": seed, "num_types": num_types, "num_samples": num_samples},
+            provenance={**about, "num_types": simulation.num_types, "num_samples": simulation.num_samples},
         )
 
 
-def simulate_mudata(
-    *,
-    num_cells: int,
-    num_genes: int = 2_000,
-    num_peaks: int = 8_000,
-    num_proteins: int = 0,
-    num_samples: int = 3,
-    num_types: int = 6,
-    genes_per_cell: float = 250,
-    peaks_per_cell: float = 600,
-    mosaic: Sequence[Sequence[str]] | None = None,
-    sample_effect: float = 0.35,
-    seed: int = 0,
-) -> mudata.MuData:
-    """The same simulation as a MuData in memory, for a source file: `simulate_mudata(...).write("multiome.h5mu")`."""
-    simulation = _make(
-        num_genes,
-        num_peaks,
-        num_proteins,
-        num_samples,
-        num_types,
-        genes_per_cell,
-        peaks_per_cell,
-        mosaic,
-        sample_effect,
-        seed,
-    )
-    blocks = list(_draw(simulation, num_cells, None))
+def simulate_mudata(*, num_cells: int, **options: Any) -> mudata.MuData:
+    """The same as a MuData in memory, for a source file: `simulate_mudata(...).write("multiome.h5mu")`."""
+    simulation = Simulation(**options)
+    blocks = list(_blocks(simulation, num_cells, None))
     obs = pd.DataFrame(
         dict(_obs(simulation, [cells for cells, _ in blocks])), index=_cell_ids(num_cells).astype(object)
     )
@@ -253,38 +207,17 @@ def simulate_mudata(
     return together
 
 
-def _make(
-    num_genes: int,
-    num_peaks: int,
-    num_proteins: int,
-    num_samples: int,
-    num_types: int,
-    genes_per_cell: float,
-    peaks_per_cell: float,
-    mosaic: Sequence[Sequence[str]] | None,
-    sample_effect: float,
-    seed: int,
-) -> Simulation:
-    features = {"rna": num_genes, "atac": num_peaks, "adt": num_proteins}
-    features = {name: count for name, count in features.items() if count}
-    names = tuple(tuple(sample) for sample in mosaic) if mosaic is not None else (tuple(features),)
-    nonzeros = {"rna": genes_per_cell, "atac": peaks_per_cell}
-    return Simulation(features, nonzeros, num_samples, num_types, names, sample_effect, seed)
-
-
-def _draw(
+def _blocks(
     simulation: Simulation, num_cells: int, threads: int | None
 ) -> Iterator[tuple[_Cells, dict[str, SparseRows]]]:
     """Blocks of cells in their order, drawn on threads."""
-    tables = simulation.tables()
-    gaps = gap_table()
+    tables = {name: _archetypes(simulation, name) for name in simulation.num_features}
     workers = threads or default_threads()
     waiting: deque[Future[tuple[_Cells, dict[str, SparseRows]]]] = deque()
 
     def block(number: int) -> tuple[_Cells, dict[str, SparseRows]]:
-        start, stop = number * _BLOCK, min(num_cells, (number + 1) * _BLOCK)
-        cells = simulation.cells(number, start, stop)
-        return cells, {name: _counts(simulation, cells, name, table, gaps) for name, table in tables.items()}
+        cells, size = _draw_cells(simulation, number), min(_BLOCK, num_cells - number * _BLOCK)
+        return cells.head(size), {name: _counts(simulation, number, cells, size, name, t) for name, t in tables.items()}
 
     with ThreadPoolExecutor(workers, thread_name_prefix="simulate") as pool:
         for number in range(-(-num_cells // _BLOCK)):
@@ -295,26 +228,74 @@ def _draw(
             yield waiting.popleft().result()
 
 
-def _counts(
-    simulation: Simulation, cells: _Cells, name: str, table: Archetypes, gaps: npt.NDArray[np.float64]
-) -> SparseRows:
-    has = simulation.has(name, cells.samples)
-    num_features = simulation.num_features[name]
-    points = cells.depths[name][has] * (_PROTEINS_POINTS if name == "adt" else table.points_per_depth)
-    salt = np.uint64(hash64(np.uint64(simulation.seed * 8 + MODALITIES.index(name))))
-    keys = salt + cells.numbers[has].astype(np.uint64) * np.uint64(0xD1342543DE82EF95)
-    indptr = np.zeros(len(points) + 1, np.int64)
-    # Room for every point to be a non-zero of its own, with six standard deviations of slack.
-    most = int(points.max(initial=1.0) * 1.2 + 200)
-    room = int(np.minimum(points + 6 * np.sqrt(points) + 50, num_features).sum()) + most
-    indices = np.empty(room, index_dtype(num_features))
-    values = np.empty(room, _VALUE_DTYPES[name])
-    full = draw_cells(
-        keys, cells.types[has], cells.others[has], cells.weights[has], cells.samples[has], points,
-        table.cumulative, table.guide, table.keep, gaps, indptr, indices, values, np.empty((2, most), np.int32),
-    )  # fmt: skip
-    assert full == -1, full
-    return SparseRows(indptr, indices[: indptr[-1]].copy(), values[: indptr[-1]].copy(), num_features)
+def _archetypes(simulation: Simulation, name: str) -> _Archetypes:
+    """Log-normal rates of features, types and samples, and the depth that meets the mean number of non-zeros."""
+    rng = np.random.default_rng([simulation.seed, 1, MODALITIES.index(name)])
+    features, shape = simulation.num_features[name], (simulation.num_types, simulation.num_features[name])
+    between_features, between_types = _SIGMAS[name]
+    popularity, is_marker = rng.normal(0.0, between_features, features), rng.random(shape) < 0.2
+    rates = np.exp(popularity + is_marker * rng.normal(0.0, between_types, shape))
+    rates /= rates.sum(axis=1, keepdims=True)
+    effect = np.exp(rng.normal(0.0, simulation.sample_effect, (simulation.num_samples, features)))
+    # Thinning can only lower a rate, so effects are relative to the upper 2%; what lies above is cut.
+    effect = np.clip(effect / np.exp(2.05 * simulation.sample_effect), 1 / 256, 1.0)
+    keep = np.round(effect * 2**_EFFECT_BITS).astype(np.uint16)
+    edges = np.round(np.cumsum(rates, axis=1) * 2**_SLOT_BITS).astype(np.int64)
+    edges[:, -1] = 2**_SLOT_BITS
+    slots = np.diff(edges, axis=1, prepend=0)
+    feature = np.stack([np.repeat(np.arange(features, dtype=np.int32), row) for row in slots])
+    if name == "adt":
+        return _Archetypes(feature, keep, _PROTEINS_POINTS)
+    mean_rates = (rates[:, None, :] * (keep / 2**_EFFECT_BITS)).reshape(-1, features)
+    if len(mean_rates) > 16:
+        mean_rates = mean_rates[rng.choice(len(mean_rates), 16, replace=False)]
+    return _Archetypes(feature, keep, _points_for(mean_rates, simulation.nonzeros_per_cell(name)))
+
+
+def _points_for(rates: npt.NDArray[np.float64], nonzeros: float) -> float:
+    """Number of points with which `nonzeros` distinct features are expected, by bisection of its logarithm."""
+    low, high = 0.0, 25.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        depths = np.exp(middle + _DEPTH_SIGMA * _NORMAL_QUANTILES)
+        distinct = np.mean([-np.expm1(-depth * rates).sum(axis=1).mean() for depth in depths])
+        low, high = (middle, high) if distinct < nonzeros else (low, middle)
+    return float(np.exp(low))
+
+
+def _draw_cells(simulation: Simulation, block: int) -> _Cells:
+    """Parameters of a whole block."""
+    seed, types = simulation.seed, simulation.num_types
+    composition = np.random.default_rng([seed, 2]).dirichlet(np.full(types, 3.0), simulation.num_samples)
+    rng = np.random.default_rng([seed, 3, block])
+    samples = rng.integers(0, simulation.num_samples, _BLOCK)
+    own = (rng.random(_BLOCK)[:, None] > np.cumsum(composition, axis=1)[samples]).sum(axis=1).clip(max=types - 1)
+    others = (own + rng.integers(1, types, _BLOCK)) % types
+    weights = 1.0 - 0.3 * rng.beta(1.0, 3.0, _BLOCK)
+    shared, apart = rng.normal(0.0, 1.0, _BLOCK), rng.normal(0.0, 1.0, (len(MODALITIES), _BLOCK))
+    depths = np.exp(_DEPTH_SIGMA * (0.8 * shared + 0.6 * apart))
+    return _Cells(samples, own, others, weights, dict(zip(MODALITIES, depths, strict=True)))
+
+
+def _counts(simulation: Simulation, block: int, cells: _Cells, size: int, name: str, table: _Archetypes) -> SparseRows:
+    """Counts of the first cells of a block that have the modality."""
+    rng = np.random.default_rng([simulation.seed, 4, MODALITIES.index(name), block])
+    has, features = simulation.has(name, cells.samples), simulation.num_features[name]
+    lengths = rng.poisson(cells.depths[name] * table.points * has)[:size]
+    cell = np.repeat(np.arange(size), lengths)
+    # One draw of 64 bits a point, cell after cell, so that a cell's points do not depend on the cells after it.
+    bits = rng.integers(0, 2**64, len(cell), dtype=np.uint64)
+    is_own = (bits & np.uint64(2**_MIX_BITS - 1)) < (cells.weights * 2**_MIX_BITS)[cell]
+    coin = (bits >> np.uint64(_MIX_BITS)) & np.uint64(2**_EFFECT_BITS - 1)
+    chosen = table.feature[np.where(is_own, cells.types[cell], cells.others[cell]), bits >> np.uint64(64 - _SLOT_BITS)]
+    is_kept = coin < table.keep[cells.samples[cell], chosen]
+    entries = np.sort(cell[is_kept] * features + chosen[is_kept])
+    first = np.flatnonzero(np.diff(entries, prepend=-1))
+    counts = np.diff(first, append=len(entries))
+    rows, columns = np.divmod(entries[first], features)
+    indptr = offsets_of(np.bincount(rows, minlength=size)[has[:size]])
+    values = np.minimum(counts, np.iinfo(_VALUE_DTYPES[name]).max).astype(_VALUE_DTYPES[name])
+    return SparseRows(indptr, columns.astype(index_dtype(features)), values, features)
 
 
 def _obs(simulation: Simulation, truth: Sequence[_Cells]) -> Iterator[tuple[str, Any]]:

@@ -74,7 +74,15 @@ def test_a_simulated_cell_does_not_depend_on_threads_or_on_how_many_follow(tmp_p
 
 
 def test_simulated_truth_is_in_the_counts():
-    data = simulate_mudata(num_cells=2000, num_types=3, num_samples=2, num_genes=400, genes_per_cell=80, seed=1)
+    options = {
+        "num_cells": 2000,
+        "num_types": 3,
+        "num_samples": 2,
+        "num_genes": 400,
+        "num_peaks": 0,
+        "genes_per_cell": 80,
+    }
+    data = simulate_mudata(**options, seed=1)
     counts = data["rna"].X.toarray()
     assert (counts == np.round(counts)).all()
     profiles = counts / counts.sum(axis=1, keepdims=True)
@@ -86,9 +94,7 @@ def test_simulated_truth_is_in_the_counts():
         nearest = (np.sqrt(profiles[inside]) @ np.sqrt(centres).T).argmax(axis=1)
         assert (np.array(names)[nearest] == types[inside]).mean() > 0.9
     log_effect = [np.log(counts[(types == names[0]) & (samples == s)].sum(axis=0) + 1.0) for s in sorted(set(samples))]
-    alone = simulate_mudata(
-        num_cells=2000, num_types=3, num_samples=2, num_genes=400, genes_per_cell=80, seed=1, sample_effect=0.0
-    )
+    alone = simulate_mudata(**options, seed=1, sample_effect=0.0)
     flat = alone["rna"].X.toarray()
     log_flat = [np.log(flat[(types == names[0]) & (samples == s)].sum(axis=0) + 1.0) for s in sorted(set(samples))]
     assert np.std(log_effect[0] - log_effect[1]) > 1.25 * np.std(log_flat[0] - log_flat[1])
