@@ -105,7 +105,7 @@ def decode(config: DecodeConfig) -> Path:
     )
     targets = _target_codes(config, store, record)
     data, num_cells = _empty(store, chosen), store.schema.num_cells
-    with replacing(config.out) as path:
+    with replacing(config.out, alone=True) as path:
         write_anndata(data, path)
         values = add_dense_matrix(path, data.n_vars, cells_per_chunk=CELLS_PER_CHUNK)
         for start in range(0, num_cells, CELLS_PER_CHUNK):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,7 +28,7 @@ from liam_scale.preparation import RecodedSamples, open_stores, sample_table
 from liam_scale.provenance import attributes_of, check_maker
 from liam_scale.run_directory import RunDirectory, RunRecord
 from liam_scale.training.distributed import Device, World, check_device, join_world, launched_ranks
-from loaders.durable import replacing, sha256_of
+from loaders.durable import holding, replacing, sha256_of
 from loaders.loader import Loader
 from loaders.memory import parse_memory
 from loaders.minibatch import Minibatch
@@ -130,8 +131,9 @@ def embed_store(config: EmbedConfig, store: Store) -> str:
         )
     if config.out is None and not config.overwrite:
         check_replaces(store, config.key, directory.record().id)
-    with join_world(config.device) as world:
-        pieces = directory.path / f"embedding-{_fingerprint(config, directory, store)}"
+    pieces = directory.path / f"embedding-{_fingerprint(config, directory, store)}"
+    is_main = launched_ranks()[0] == 0
+    with holding(pieces) if is_main else nullcontext(), join_world(config.device) as world:
         pieces.mkdir(exist_ok=True)
         for index, (part, model) in enumerate(zip(directory.parts(), models, strict=True)):
             _embed_part(config, part, model.to(world.device), store, world, pieces / str(index))

@@ -29,6 +29,7 @@ from liam_scale.training.history import History
 from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer
 from liam_scale.training.options import TrainingConfig
 from liam_scale.training.trainer import Trainer
+from loaders.durable import holding
 from loaders.memory import parse_memory
 from loaders.option_checks import Range, check_options
 from loaders.stores import MatchedStore, Store
@@ -116,14 +117,15 @@ def map_store(config: MapConfig) -> RunDirectory:
     options = to_toml(training)
     if not config.overwrite:
         check_replaces(store, config.key, directory.identified(new_record, options).id)
-    if not directory.is_run:
-        directory.create(new_record, options, source.features())
-    elif directory.record() != directory.identified(new_record, options):
-        raise ValueError(f"--out: {out} holds a run of other options or data; name a new folder")
-    if masks:
-        _train(extended, masks, training, store, new_record, directory)
-    directory.save_weights(extended.state_dict())
-    embed_store(EmbedConfig(run=out, key=config.key, overwrite=config.overwrite, memory=config.memory), store)
+    with holding(out):
+        if not directory.is_run:
+            directory.create(new_record, options, source.features())
+        elif directory.record() != directory.identified(new_record, options):
+            raise ValueError(f"--out: {out} holds a run of other options or data; name a new folder")
+        if masks:
+            _train(extended, masks, training, store, new_record, directory)
+        directory.save_weights(extended.state_dict())
+        embed_store(EmbedConfig(run=out, key=config.key, overwrite=config.overwrite, memory=config.memory), store)
     return directory
 
 

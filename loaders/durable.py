@@ -10,14 +10,18 @@ import ctypes
 import errno
 import glob
 import hashlib
+import json
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import IO
 
@@ -31,26 +35,39 @@ _CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
 
 
 @contextmanager
-def replacing(target: Path, *, hidden: Path | None = None) -> Iterator[Path]:
+def replacing(target: Path, *, hidden: Path | None = None, alone: bool = False) -> Iterator[Path]:
     """A path at which to make a file or folder, which becomes `target` when the block ends without an error.
 
     Parameters
     ----------
     hidden
         What the hidden folder is named after, and beside which it stands, instead of the target.
+    alone
+        Refuse to begin while another process is at it: for what takes long.
 
     Raises
     ------
     RuntimeError
-        The disk is full or cannot be written; what stood at `target` still stands.
+        The disk is full or cannot be written, or another process is at it; what stood at `target` still stands.
     """
     with writing(target):
-        staging = Staging(target, hidden=hidden)
+        staging = Staging(target, hidden=hidden, alone=alone)
         try:
             yield staging.path
             staging.publish()
         finally:
             staging.discard()
+
+
+@contextmanager
+def holding(target: Path) -> Iterator[None]:
+    """Work on `target` that no other process may do at the same time; RuntimeError says which one does."""
+    with writing(target):
+        staging = Staging(target, hidden=target.with_name(f"{target.name}.lock"), alone=True)
+    try:
+        yield
+    finally:
+        staging.discard()
 
 
 def write_text(target: Path, text: str) -> None:
@@ -109,13 +126,15 @@ class Staging:
         The hidden folder; anything else in it is gone with `discard`.
     """
 
-    def __init__(self, target: Path, *, hidden: Path | None = None) -> None:
+    def __init__(self, target: Path, *, hidden: Path | None = None, alone: bool = False) -> None:
         self.target = target
         hidden = hidden or target
         hidden.parent.mkdir(parents=True, exist_ok=True)
         self.folder, self._lock = _make_folder(hidden)
-        remove_leftovers(target, hidden=hidden)
         self.path = self.folder / target.name
+        remove_leftovers(target, hidden=hidden)
+        if alone and HAS_FILE_LOCKS:
+            self._refuse_if_second(hidden)
 
     def publish(self) -> None:
         """Flush what stands at `path` and put it in the place of `target`."""
@@ -135,6 +154,21 @@ class Staging:
         """Remove the hidden folder and what is left in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
+
+    def _refuse_if_second(self, hidden: Path) -> None:
+        mine = json.loads((self.folder / _LOCK).read_text())
+        for folder in leftovers(hidden):
+            try:
+                other = json.loads((folder / _LOCK).read_text())
+            except (OSError, ValueError):  # It has just ended, or it has just begun and will see this one.
+                continue
+            if other["since"] < mine["since"]:
+                self.discard()
+                since = datetime.fromtimestamp(other["since"]).isoformat(" ", "seconds")
+                raise RuntimeError(
+                    f"{self.target}: process {other['pid']} on {other['host']} has been writing it since {since}; "
+                    "wait until it has ended, or end it"
+                )
 
     def _flush(self) -> None:
         """Flush every file and folder; files get the mode that the user's umask gives (safetensors makes them 0600)."""
@@ -182,6 +216,9 @@ def _make_folder(hidden: Path) -> tuple[Path, IO[bytes]]:
             continue
         lock(file.fileno())
         if (folder / _LOCK).exists():
+            who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+            file.write(json.dumps(who).encode())
+            file.flush()
             return folder, file
         file.close()
 

@@ -95,7 +95,7 @@ class StoreWriter:
         self._staging = staging or Staging(self.out, overwrite=overwrite)
         self._pool = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="encode")
         with explain_disk_errors(self.out):
-            self._root = zarr.open_group(str(self._staging.store), mode="w", zarr_format=3)
+            self._root = zarr.open_group(str(self._staging.path), mode="w", zarr_format=3)
         for name, layout in modalities.items():
             self.add_modality(name, layout)
 

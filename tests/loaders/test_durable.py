@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from loaders import durable
-from loaders.durable import Staging, remove_leftovers, replacing, write_text
+from loaders.durable import Staging, holding, remove_leftovers, replacing, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,3 +139,14 @@ def test_a_folder_killed_before_it_was_locked_is_removed(tmp_path: Path) -> None
     (tmp_path / ".a.x1234567.partial").mkdir()
     write_text(tmp_path / "a", "new")
     assert names(tmp_path) == ["a"]
+
+
+def test_of_two_that_write_one_thing_the_second_says_who_is_at_it(tmp_path: Path) -> None:
+    with holding(tmp_path / "a"):
+        with holding(tmp_path / "b"):
+            pass
+        with pytest.raises(RuntimeError, match=rf"/a: process {os.getpid()} on .* since 20"), holding(tmp_path / "a"):
+            pass
+    with holding(tmp_path / "a"):
+        pass
+    assert names(tmp_path) == []

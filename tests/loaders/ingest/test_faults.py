@@ -1,5 +1,6 @@
 """Whatever happens while ingesting, nothing that opens is left behind."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -11,8 +12,9 @@ import mudata
 import numpy as np
 import pytest
 
+from loaders import durable
 from loaders.ingest import ingest
-from loaders.ingest.staging import Staging, remove_stale
+from loaders.ingest.staging import Staging
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -30,7 +32,7 @@ def source(make, tmp_path):
 def start(source, out):
     arguments = [f"rna={source}", "--out", str(out), "--memory", "32MiB", "--overwrite"]
     return subprocess.Popen(
-        [sys.executable, "-m", "loaders.ingest", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "liam_scale.cli", "ingest", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -74,18 +76,11 @@ def test_interrupt_removes_everything(source, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Observation names are not unique:UserWarning")
-def test_disk_full_is_said_and_nothing_is_left(source, tmp_path):
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        with pytest.raises(RuntimeError, match=r"o.zarr: the disk is full or a quota is reached \(0.\d\d GB"):
-            ingest(f"rna={source}", out=folder / "o.zarr", memory="32MiB", progress=False)
-        assert not list(folder.iterdir())
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+def test_disk_full_is_said_and_nothing_is_left(source, disk_of):
+    disk = disk_of("3m")
+    with pytest.raises(RuntimeError, match=r"o.zarr: disk full, or a quota is reached \(0.\d\d GB"):
+        ingest(f"rna={source}", out=disk / "o.zarr", memory="32MiB", progress=False)
+    assert not list(disk.iterdir())
 
 
 @pytest.mark.slow
@@ -97,7 +92,17 @@ def test_a_file_size_limit_reads_like_a_full_disk(source, tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 
-    arguments = [sys.executable, "-m", "loaders.ingest", f"rna={source}", "--out", str(out), "--memory", "32MiB"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "liam_scale.cli",
+        "ingest",
+        f"rna={source}",
+        "--out",
+        str(out),
+        "--memory",
+        "32MiB",
+    ]
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, preexec_fn=limit)
     assert result.returncode == 1
     assert "error: writing" in result.stderr
@@ -105,20 +110,40 @@ def test_a_file_size_limit_reads_like_a_full_disk(source, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5ad"]
 
 
-def test_folders_of_living_processes_stay(tmp_path):
-    out = tmp_path / "o.zarr"
-    living = Staging(out)
-    assert remove_stale(out) == []
+def test_of_two_ingests_into_one_path_the_second_says_who_is_at_it(tmp_path):
+    living = Staging(tmp_path / "o.zarr")
     other = Staging(tmp_path / "p.zarr")
-    assert living.folder.exists()
-    # A folder whose lock is free belonged to a process that is gone.
-    dead = tmp_path / ".o.zarr.ingest-1-1"
-    dead.mkdir()
-    (dead / "lock").touch()
-    assert remove_stale(out) == [dead]
+    with pytest.raises(RuntimeError, match=rf"o.zarr: process {os.getpid()} on .* since 20.*wait until it has ended"):
+        Staging(tmp_path / "o.zarr")
+    assert living.spill.exists()
     living.discard()
     other.discard()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_while_the_old_store_is_replaced_loses_neither(make, tmp_path, monkeypatch):
+    """On a file system that cannot exchange folders: the old one is back when the next ingest starts."""
+    make.anndata(30, 10).write_h5ad(tmp_path / "a.h5ad")
+    out = tmp_path / "o.zarr"
+    ingest(f"rna={tmp_path / 'a.h5ad'}", out=out, progress=False)
+    rename = os.rename
+
+    def dies_at_the_second(*paths):
+        if not out.exists():
+            raise SystemExit
+        rename(*paths)
+
+    with monkeypatch.context() as context:
+        context.setattr(durable, "_exchange", lambda one, other: False)
+        context.setattr(os, "rename", dies_at_the_second)
+        context.setattr(durable.Staging, "discard", lambda self: self._lock.close())
+        with pytest.raises(SystemExit):
+            ingest(f"rna={tmp_path / 'a.h5ad'}", out=out, progress=False, overwrite=True)
+    assert not out.exists()
+    with pytest.raises(ValueError, match="exists; name another path"):
+        ingest(f"rna={tmp_path / 'a.h5ad'}", out=out, progress=False)
+    assert mudata.read_zarr(out).n_obs == 30
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5ad", "o.zarr"]
 
 
 def test_a_store_is_replaced_only_when_the_new_one_is_complete(make, tmp_path):
