@@ -9,9 +9,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from liam_scale.api import Run, ingest, load_run, train
+    from liam_scale.api import Run, evaluate, ingest, load_run, train
 
-__all__ = ["Run", "ingest", "load_run", "train"]
+__all__ = ["Run", "evaluate", "ingest", "load_run", "train"]
 
 
 class _Package(ModuleType):

@@ -23,6 +23,8 @@ from liam_scale.config import TrainConfig
 from liam_scale.decode import DecodeConfig, decode
 from liam_scale.elbo import elbo
 from liam_scale.embed import EmbedConfig, compute, embed
+from liam_scale.evaluate import EvaluateConfig, Evaluation
+from liam_scale.evaluate import evaluate as evaluate_cells
 from liam_scale.kernels.options import Impl
 from liam_scale.kernels.precision import Precision
 from liam_scale.map import MapConfig, map_store
@@ -39,7 +41,7 @@ from loaders.addresses import addresses
 from loaders.ingest import ingest
 from loaders.options import LoaderConfig
 
-__all__ = ["Run", "ingest", "load_run", "train"]
+__all__ = ["Run", "evaluate", "ingest", "load_run", "train"]
 
 
 @dataclass(frozen=True)
@@ -272,3 +274,28 @@ def _config(options: dict[str, Any]) -> TrainConfig:
     made = {name: kind(**{f.name: options[f.name] for f in fields(kind)}) for name, kind in sections.items()}
     own = {f.name: options[f.name] for f in fields(TrainConfig) if f.name in options and f.name not in made}
     return TrainConfig(**{**own, "store": tuple(addresses(options["store"], "store"))}, **made)
+
+
+def evaluate(
+    data: Any, *, batch_key: str | Sequence[str] = (), label_key: str | Sequence[str] = (), **options: Any
+) -> Evaluation:
+    """Score an embedding by every covariate and every label column.
+
+    Parameters
+    ----------
+    data
+        Path of a store, h5ad or h5mu; an open store; an AnnData or MuData in memory.
+    batch_key, label_key
+        Obs columns, one or several.
+    options
+        The other options of `liam-scale evaluate`, such as `embedding`, `max_cells` or `published`.
+
+    Raises
+    ------
+    ValueError
+        An option names what is not there.
+    """
+    is_name = isinstance(data, str | Path)
+    keys = [(key,) if isinstance(key, str) else tuple(key) for key in (batch_key, label_key)]
+    config = EvaluateConfig(str(data) if is_name else "data in memory", batch_key=keys[0], label_key=keys[1], **options)
+    return evaluate_cells(config, data=None if is_name else data)

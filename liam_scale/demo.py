@@ -92,7 +92,7 @@ def demo_steps(config: DemoConfig) -> list[Step]:
     epochs = config.max_epochs or (MULTIOME_EPOCHS if config.multiome else MOSAIC_EPOCHS)
     # Ten epochs of patience are 120 steps here, and 80 validation cells a noisy judge.
     training = ["--max-epochs", epochs, "--training.patience", 50]
-    columns = ["--batch-key", "donor", "--label-key", "cell_type"]
+    columns, quick = ["--batch-key", "donor", "--label-key", "cell_type"], ["--scib", "quick"]
     commands = {
         "Ingest: source file -> one shuffled, checked store": [
             *(*_liam_scale(), "ingest", source, "--sample-key", sample_key, "--out", store)
@@ -102,7 +102,7 @@ def demo_steps(config: DemoConfig) -> list[Step]:
         ],
         "Embed: one vector per cell into the store": [*ranks, "liam_scale.embed", trained],
         "Evaluate: before (PCA) and after": [
-            *(*_liam_scale(), "evaluate", store, *columns, "--out", config.out, "--run", trained)
+            *(*_liam_scale(), "evaluate", store, *columns, "--out", config.out, "--run", trained, *quick)
         ],
     }
     makes = [store, trained / "model.safetensors", None, None]

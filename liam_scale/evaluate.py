@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,29 +13,30 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.sparse
+import scipy.stats
 import tyro
 import zarr
 
+import liam_scale.evaluation.published  # noqa: F401  (enters its measures into the table)
 from liam_scale.command import Command
 from liam_scale.evaluation import plots
 from liam_scale.evaluation.baseline import NUM_COMPONENTS, TARGET_SUM, normalised, principal_components
 from liam_scale.evaluation.cells import (
-    draw_rows,
+    draw_cells,
     modalities_of_cells,
     modality_places,
     read_column,
     read_counts,
     read_embedding,
 )
-from liam_scale.evaluation.measures import MEASURES, NUM_NEIGHBORS, Scored, require_extra, score
+from liam_scale.evaluation.measures import MEASURES, require_extra, score
+from liam_scale.evaluation.scored import NUM_NEIGHBORS, Scored
 from liam_scale.provenance import attributes_in_file, check_maker
 from liam_scale.run_directory import RunDirectory
 from loaders.ecosystem import plain_mudata, quiet_anndata
 from loaders.option_checks import Range, check_options
 from loaders.stores import open_store
 from loaders.stores.base import ObsColumn, Store
-
-_log = logging.getLogger(__name__)
 
 _IN_MEMORY = (".h5ad", ".h5mu")
 
@@ -54,16 +54,19 @@ class EvaluateConfig:
     """Name of the embedding in obsm."""
     embedding_file: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
     """AnnData Zarr or .h5ad with the embedding of the same cells, as `embed --out` writes it. Default: the store."""
-    batch_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
-    """Obs column with the sample of each cell."""
-    label_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
-    """Obs column with a label of each cell, such as its cell type; cells without one are left out."""
+    batch_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
+    """Obs columns whose mixing is scored: the sample of each cell first, then site, donor, ..."""
+    label_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
+    """Obs columns with labels, such as cell types: first the one within which mixing is scored, then others."""
     out: Path | None = None
     """Folder for metrics.csv, umap.png and loss.png. Default: print the table, write nothing."""
     run: Path | None = None
     """Folder of the run whose history.csv becomes loss.png."""
     max_cells: Annotated[int, Range(least=3)] = 20_000
-    """Score at most so many cells, drawn with `seed`; memory and time do not depend on the size of the store."""
+    """Score at most so many cells at once, drawn in proportion to samples and labels; memory does not grow with the
+    store."""
+    draws: Annotated[int, Range(least=1)] = 3
+    """Draws of `max_cells` where there are more: the table holds their mean and its 95 % confidence interval."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of the drawn cells, of k-means and of UMAP."""
     neighbors: Annotated[int, Range(least=1)] = NUM_NEIGHBORS
@@ -74,14 +77,19 @@ class EvaluateConfig:
     """Principal components of the baseline."""
     target_sum: Annotated[float, Range(above=0)] = TARGET_SUM
     """Counts that the baseline scales every cell to (RNA, ATAC) before the logarithm."""
-    scib: Literal["none", "quick", "all"] = "quick"
-    """scIB measures; quick: those that take seconds, all: also kBET and silhouettes."""
+    scib: Literal["none", "quick", "all"] = "all"
+    """Measures of scib-metrics; none: scikit-learn's alone, quick: those that take seconds, all: also BRAS and kBET."""
+    published: bool = False
+    """Also what the paper of liam reports, as scib 1.0.1 took it; its silhouettes do not tell good from bad mixing."""
     plots: bool = True
     """Draw pictures into `out`."""
 
     def __post_init__(self) -> None:
+        for name in ("batch_key", "label_key"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, (getattr(self, name),))
         check_options(self)
-        if self.batch_key is None and self.label_key is None:
+        if not (self.batch_key or self.label_key):
             raise ValueError("--batch-key, --label-key: got neither; name at least one obs column to score against")
         if self.run is not None and self.out is None:
             raise ValueError("--run: got a run but no --out; name the folder for its loss.png")
@@ -94,13 +102,16 @@ class Evaluation:
     Attributes
     ----------
     table
-        A row for each measure (its key), a column for each embedding (`PCA` for the baseline).
+        A row for each measure (its key) and obs column that it is of (column `of`), a column for each embedding (`PCA`
+        for the baseline); the mean where several draws of cells were scored.
+    interval
+        Of the same form: half of the 95 % confidence interval of that mean (Student's t), NaN for a single draw.
     by_modalities
         Accuracy of labels predicted from other samples and number of cells, by the modalities that cells have.
     embeddings
         Per column of the table (n, d).
     columns
-        Obs columns of the n scored cells, by their names, and which modalities each cell has ("modalities").
+        Obs columns of the n scored cells of the first draw, by name, and which modalities each has ("modalities").
     rows
         (n,) rows of the scored cells in the store.
     num_cells
@@ -108,6 +119,7 @@ class Evaluation:
     """
 
     table: pd.DataFrame
+    interval: pd.DataFrame
     by_modalities: pd.DataFrame
     embeddings: dict[str, npt.NDArray[np.float32]]
     columns: dict[str, ObsColumn]
@@ -133,40 +145,43 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
     store = _store_of(config.store, data)
     if config.run is not None and data is None:
         _check_maker(config, config.run, store)
-    rows, columns = _choose_cells(store, config)
-    embeddings, columns["modalities"] = _embeddings(store, config, rows)
-    codes = {
-        kind: columns[key].codes
-        for kind, key in (("samples", config.batch_key), ("labels", config.label_key))
-        if key is not None
-    }
-    scored = {
-        name: Scored(points, **codes, k=config.neighbors, seed=config.seed) for name, points in embeddings.items()
-    }
-    most_cost = ("none", "quick", "all").index(config.scib)
-    table = pd.DataFrame({name: score(one, most_cost=most_cost) for name, one in scored.items()})
-    by_modalities = _by_modalities(scored, columns["modalities"]) if "label_accuracy" in table.index else pd.DataFrame()
-    found = Evaluation(table.rename_axis("measure"), by_modalities, embeddings, columns, rows, store.schema.num_cells)
+    options = {"--batch-key": config.batch_key, "--label-key": config.label_key}
+    whole = {key: read_column(store, key, option=option) for option, keys in options.items() for key in keys}
+    limits = {"max_cells": config.max_cells, "num_draws": config.draws, "seed": config.seed}
+    draws = draw_cells(store, whole, **limits)
+    tables, kept = [], None
+    for rows in draws:
+        columns = {key: ObsColumn(np.asarray(c.codes)[rows], c.categories) for key, c in whole.items()}
+        embeddings, kinds = _embeddings(store, config, rows)
+        codes = {key: column.codes for key, column in columns.items()}
+        scored = {n: Scored(p, codes, k=config.neighbors, seed=config.seed) for n, p in embeddings.items()}
+        tables.append(_score(scored, config))
+        kept = kept or (_by_modalities(scored, config, kinds), embeddings, {**columns, "modalities": kinds})
+    table, interval = _mean_and_interval(tables)
+    assert kept is not None
+    found = Evaluation(table, interval, *kept, draws[0], store.schema.num_cells)
     return found if config.out is None else _write(found, config, config.out)
 
 
 def describe(found: Evaluation) -> str:
     """The tables as text."""
-    measures = {m.key: m for m in MEASURES}
-    names = list(found.table.columns)
+    names = [name for name in found.table.columns if name != "of"]
     scored = f"{len(found.rows):,} cells" + (f" of {found.num_cells:,}" if len(found.rows) < found.num_cells else "")
-    width = max(len(m.title) for m in measures.values() if m.key in found.table.index)
-    value_width = max(9, *(len(n) for n in names))
+    keys = [str(key) for key in found.table.index]
+    titles = [f"{MEASURES[key].title}: {of}" for key, of in zip(keys, found.table["of"], strict=True)]
+    width = max(map(len, titles))
+    value_width = max(9, *(len(n) for n in names)) + (8 if found.interval[names].notna().any(axis=None) else 0)
     lines = [f"{scored:<{width}}  " + "  ".join(f"{n:>{value_width}}" for n in names) + "  better"]
-    for key, values in found.table.iterrows():
-        measure = measures[str(key)]
-        shown = "  ".join(f"{value:>{value_width}.3f}" for value in values)
-        lines.append(f"{measure.title:<{width}}  {shown}  {measure.better}")
+    for i, (title, key) in enumerate(zip(titles, keys, strict=True)):
+        pairs = [(found.table[n].iloc[i], found.interval[n].iloc[i]) for n in names]
+        values = [f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "") for mean, half in pairs]
+        shown = "  ".join(f"{value:>{value_width}}" for value in values)
+        lines.append(f"{title:<{width}}  {shown}  {MEASURES[key].better}")
     if len(found.by_modalities) > 1:
         lines += ["", "label predicted from other samples, by the modalities of the cell"]
-        for kind, values in found.by_modalities.iterrows():
-            shown = "  ".join(f"{values[n]:>{value_width}.3f}" for n in names)
-            lines.append(f"{f'  {kind} ({int(values.cells):,} cells)':<{width}}  {shown}")
+        for kind, row in found.by_modalities.iterrows():
+            shown = "  ".join(f"{row[n]:>{value_width}.3f}" for n in names)
+            lines.append(f"{f'  {kind} ({int(row.cells):,} cells)':<{width}}  {shown}")
     return "\n".join(lines)
 
 
@@ -202,29 +217,6 @@ def _in_memory(data: anndata.AnnData | mudata.MuData) -> Store:
     with plain_mudata(), quiet_anndata():
         data.write_zarr(memory)
     return open_store(zarr.open_group(memory, mode="r"))
-
-
-def _choose_cells(store: Store, config: EvaluateConfig) -> tuple[npt.NDArray[np.int64], dict[str, ObsColumn]]:
-    """Rows to score, all of which have a sample and a label, and their columns."""
-    whole = {
-        key: read_column(store, key, option=option)
-        for key, option in ((config.batch_key, "--batch-key"), (config.label_key, "--label-key"))
-        if key is not None
-    }
-    known = np.ones(store.schema.num_cells, bool)
-    for column in whole.values():
-        known &= np.asarray(column.codes) >= 0
-    if known.sum() < 3:
-        raise ValueError(
-            f"{' and '.join(whole)}: got values in {int(known.sum())} of {len(known)} cells of {store.uri};"
-            " at least 3 are needed to score an embedding"
-        )
-    if not known.all():
-        _log.info(
-            "%s of %s cells have no %s and are left out", f"{(~known).sum():,}", f"{len(known):,}", " or ".join(whole)
-        )
-    rows = draw_rows(known, max_cells=config.max_cells, seed=config.seed, by_blocks=store.schema.is_shuffled)
-    return rows, {key: ObsColumn(np.asarray(c.codes)[rows], c.categories) for key, c in whole.items()}
 
 
 def _embeddings(
@@ -268,21 +260,60 @@ def _check_maker(config: EvaluateConfig, run: Path, store: Store) -> None:
     )
 
 
-def _by_modalities(scored: dict[str, Scored], kinds: ObsColumn) -> pd.DataFrame:
-    by_cell = pd.DataFrame({name: one.is_predicted for name, one in scored.items()})
-    grouped = by_cell.groupby(np.asarray(kinds.categories, object)[kinds.codes])
+def _score(scored: dict[str, Scored], config: EvaluateConfig) -> pd.DataFrame:
+    table = pd.DataFrame(
+        {
+            name: score(
+                one,
+                covariates=config.batch_key,
+                labels=config.label_key,
+                most_cost=("none", "quick", "all").index(config.scib),
+                with_published=config.published,
+            )
+            for name, one in scored.items()
+        }
+    )
+    return table.rename_axis(["measure", "of"])
+
+
+def _mean_and_interval(tables: list[pd.DataFrame]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Over draws: the mean, and half of its 95 % confidence interval."""
+    values = np.stack([table.to_numpy() for table in tables])
+    half = np.full(values.shape[1:], np.nan)
+    if len(tables) > 1:
+        spread = values.std(axis=0, ddof=1) / np.sqrt(len(tables))
+        half = spread * scipy.stats.t.ppf(0.975, len(tables) - 1)
+    mean, interval = (
+        pd.DataFrame(found, index=tables[0].index, columns=tables[0].columns).reset_index("of")
+        for found in (values.mean(axis=0), half)
+    )
+    return mean, interval
+
+
+def _by_modalities(scored: dict[str, Scored], config: EvaluateConfig, kinds: ObsColumn) -> pd.DataFrame:
+    """Accuracy of the first label predicted across samples and number of cells, by modalities."""
+    if not (config.batch_key and config.label_key):
+        return pd.DataFrame()
+    covariate, label = config.batch_key[0], config.label_key[0]
+    one = next(iter(scored.values()))
+    if len(np.unique(one.codes[covariate])) < 2:
+        return pd.DataFrame()
+    right = {name: one.predicted(covariate, label) == one.codes[label] for name, one in scored.items()}
+    grouped = pd.DataFrame(right).groupby(np.asarray(kinds.categories, object)[kinds.codes])
     return grouped.mean().rename_axis("modalities").assign(cells=grouped.size())
 
 
 def _write(found: Evaluation, config: EvaluateConfig, out: Path) -> Evaluation:
     out.mkdir(parents=True, exist_ok=True)
     written = [out / "metrics.csv"]
-    found.table.to_csv(written[0])
+    names = list(found.embeddings)
+    intervals = found.interval[names].rename(columns=lambda name: f"{name} ±").dropna(axis=1, how="all")
+    pd.concat([found.table, intervals], axis=1).to_csv(written[0])
     if config.plots:
         written.append(_draw_umaps(found, config, out / "umap.png"))
         if config.run is not None:
             written += _draw_losses(config.run, out)
-    return Evaluation(**{**vars(found), "written": tuple(written)})
+    return replace(found, written=tuple(written))
 
 
 def _draw_umaps(found: Evaluation, config: EvaluateConfig, path: Path) -> Path:
@@ -291,15 +322,14 @@ def _draw_umaps(found: Evaluation, config: EvaluateConfig, path: Path) -> Path:
         plots.Panel(titles[name], plots.umap_coordinates(points, seed=config.seed), _note(found.table[name]))
         for name, points in found.embeddings.items()
     ]
-    names = {config.batch_key: "sample", config.label_key: "label"}
     columns = [
-        (key if key in (None, "sample", "label") else f"{names[key]}: {key}", found.columns[key])
-        for key in names
-        if key
+        (key if key == kind else f"{kind}: {key}", found.columns[key])
+        for kind, keys in (("sample", config.batch_key), ("label", config.label_key))
+        for key in keys
     ]
     columns.append(("modalities", found.columns["modalities"]))
     title = f"{Path(config.store).stem}: {len(found.rows):,} cells"
-    plots.draw_umaps(path, panels=panels, columns=[(str(n), c) for n, c in columns], title=title)
+    plots.draw_umaps(path, panels=panels, columns=columns, title=title)
     return path
 
 
@@ -311,9 +341,10 @@ def _note(scores: pd.Series) -> str:
     notes = {
         "label_accuracy": "label predicted from other samples: {:.1%}",
         "same_sample_ratio": "same-sample neighbours: {:.2f} × expected",
-        "label_asw": "label silhouette: {:.2f}",
+        "leiden_nmi": "Leiden against labels (NMI): {:.2f}",
     }
-    return "     ".join(text.format(scores[key]) for key, text in notes.items() if key in scores)
+    first = scores[~scores.index.duplicated()]
+    return "     ".join(text.format(first[key]) for key, text in notes.items() if key in first)
 
 
 def _draw_losses(run_folder: Path, out: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,6 +11,8 @@ import scipy.sparse
 
 from loaders.stores.base import ObsColumn, Store
 
+_log = logging.getLogger(__name__)
+
 _BLOCK_CELLS = 256
 """Cells drawn together from a shuffled store: about one chunk, so that a draw reads what it needs and no more."""
 
@@ -17,23 +20,59 @@ _EMBEDDING_CELLS = 65_536
 """Cells whose embedding is read at a time."""
 
 
-def draw_rows(
-    candidates: npt.NDArray[np.bool_], *, max_cells: int, seed: int, by_blocks: bool
-) -> npt.NDArray[np.int64]:
-    """Ascending rows of at most `max_cells` candidates, the same for the same seed.
+def draw_cells(
+    store: Store, columns: Mapping[str, ObsColumn], *, max_cells: int, num_draws: int, seed: int
+) -> list[npt.NDArray[np.int64]]:
+    """Rows of the cells that have every column: all of them, or several draws in proportion to the columns' values.
 
-    With `by_blocks`, whole blocks of 256 neighbours: as good as single cells where the cells stand in random order,
-    and the only draw that does not read a large store from end to end.
+    Raises
+    ------
+    ValueError
+        Fewer than three cells have every column.
     """
-    rows = np.flatnonzero(candidates)
+    codes = np.stack([np.asarray(column.codes) for column in columns.values()], axis=1)
+    known = np.asarray((codes >= 0).all(axis=1))
+    num_known = int(known.sum())
+    if num_known < 3:
+        raise ValueError(
+            f"{' and '.join(columns)}: got values in {num_known} of {len(known)} cells of {store.uri};"
+            " at least 3 are needed to score an embedding"
+        )
+    if num_known < len(known):
+        missing = f"{len(known) - num_known:,} of {len(known):,}"
+        _log.info("%s cells have no %s and are left out", missing, " or ".join(columns))
+    strata = np.where(known, np.unique(codes, axis=0, return_inverse=True)[1], -1)
+    return [
+        draw_rows(strata, max_cells=max_cells, seed=seed, by_blocks=store.schema.is_shuffled, draw=draw)
+        for draw in range(num_draws if num_known > max_cells else 1)
+    ]
+
+
+def draw_rows(
+    strata: npt.NDArray[np.integer], *, max_cells: int, seed: int, by_blocks: bool, draw: int = 0
+) -> npt.NDArray[np.int64]:
+    """Ascending rows of at most `max_cells` cells, the same for the same seed and draw.
+
+    Parameters
+    ----------
+    strata
+        (n,) codes of which each is drawn in proportion to its cells; cells of a negative one are left out.
+    by_blocks
+        Whole blocks of 256 neighbours first: as good as single cells where the cells stand in random order, and the
+        only draw that does not read a large store from end to end.
+    """
+    rows = np.flatnonzero(strata >= 0)
     if len(rows) <= max_cells:
         return rows
-    rng = np.random.default_rng((seed, 0x6576616C))
-    if not by_blocks:
-        return np.sort(rng.choice(rows, max_cells, replace=False))
-    rank = rng.permutation(-(-len(candidates) // _BLOCK_CELLS))
-    by_rank = rows[np.argsort(rank[rows // _BLOCK_CELLS], kind="stable")]
-    return np.sort(by_rank[:max_cells])
+    rng = np.random.default_rng((seed, 0x6576616C, draw))
+    size = _BLOCK_CELLS if by_blocks else 1
+    rank = rng.permutation(-(-len(strata) // size))[rows // size]
+    _, codes, counts = np.unique(strata[rows], return_inverse=True, return_counts=True)
+    order = np.lexsort((rank, codes))
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    # Rounding the running sum, not each quota, keeps the sum at max_cells.
+    quotas = np.diff(np.rint(np.cumsum(counts) * (max_cells / len(rows))), prepend=0)
+    return np.sort(rows[order[within < np.repeat(quotas, counts)]])
 
 
 def read_column(store: Store, name: str, *, option: str) -> ObsColumn:

@@ -1,6 +1,7 @@
-"""How well an embedding mixes samples and keeps labels apart: measures of scikit-learn and scib-metrics, as a table.
+"""How well an embedding mixes samples and keeps labels apart: the table of measures, one small function each.
 
-Shapes: n cells, d dimensions, k neighbours. Neighbours are exact and Euclidean.
+What scikit-learn and scib-metrics have is theirs. A measure of a covariate (sample, site, ...) that needs labels takes
+the first label column, a measure of a label that needs samples the first covariate.
 """
 
 from __future__ import annotations
@@ -11,22 +12,16 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-Codes = npt.NDArray[np.integer]
+from liam_scale.evaluation.scored import GRAPH_NEIGHBORS, KBET_NEIGHBORS, LISI_NEIGHBORS, Scored, as_graph
 
-NUM_NEIGHBORS = 15
-"""Neighbours of a cell in every measure that counts them."""
-
-_LISI_NEIGHBORS, _KBET_NEIGHBORS, _GRAPH_NEIGHBORS = 90, 50, 15
-"""As scib-metrics' benchmark takes them, the cell itself among them."""
-
+Compute = Callable[[Scored, str, str], float]
+"""From the embedding, the name of a covariate and that of a label."""
 
 _PACKAGES = {
     "sklearn": "scikit-learn",
@@ -34,6 +29,31 @@ _PACKAGES = {
     "umap": "umap-learn",
     "matplotlib": "matplotlib",
 }
+
+_FEWEST_CELLS = 10
+"""Labels with fewer cells say nothing of mixing within a label."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure: its key in tables, what it says, which direction is better, and how it is computed.
+
+    `of` is what it is computed for, each covariate or each label; `needs` the columns of which at least two values must
+    be there; `cost` 0: scikit-learn alone, 1: seconds, most of them JAX, 2: minutes for 20,000 cells.
+    """
+
+    key: str
+    title: str
+    better: str
+    of: Literal["covariate", "label"]
+    needs: tuple[str, ...]
+    cost: int
+    is_published: bool
+    compute: Compute
+
+
+MEASURES: dict[str, Measure] = {}
+"""By key, in the order of the table."""
 
 
 def require_extra() -> None:
@@ -43,244 +63,181 @@ def require_extra() -> None:
         raise RuntimeError(f"evaluate: {' and '.join(missing)} cannot be imported; pip install 'liam-scale[evaluate]'")
 
 
-def _can_import(module: str) -> bool:
-    if module in sys.modules:
-        return sys.modules[module] is not None
-    return importlib.util.find_spec(module) is not None
+def score(
+    scored: Scored,
+    *,
+    covariates: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    most_cost: int = 2,
+    with_published: bool = False,
+) -> dict[tuple[str, str], float]:
+    """By key and column every measure of at most this cost that the columns allow."""
+    columns = {
+        kind: [name for name in names if len(np.unique(scored.codes[name])) > 1]
+        for kind, names in (("covariate", covariates), ("label", labels))
+    }
+    first = {kind: (names[0] if names else "") for kind, names in columns.items()}
+    found = {}
+    with _quietly():
+        for measure in MEASURES.values():
+            if (measure.cost > most_cost and not measure.is_published) or measure.is_published > with_published:
+                continue
+            for name in columns[measure.of]:
+                asked = {**first, measure.of: name}
+                if all(asked[kind] for kind in measure.needs):
+                    found[measure.key, name] = float(measure.compute(scored, asked["covariate"], asked["label"]))
+    return found
 
 
-class Scored:
-    """An embedding and the columns of its cells; what several measures need is computed once.
+def measure(
+    title: str,
+    better: str,
+    *,
+    of: Literal["covariate", "label"],
+    needs: str = "",
+    cost: int = 0,
+    is_published: bool = False,
+) -> Callable[[Compute], Compute]:
+    """Enter a function into the table under its name."""
 
-    Parameters
-    ----------
-    points
-        (n, d) embedding.
-    samples, labels
-        (n,) codes, none negative.
-    k
-        Neighbours of a cell.
-    """
+    def enter(compute: Compute) -> Compute:
+        key, columns = compute.__name__, (of, *needs.split())
+        MEASURES[key] = Measure(key, title, better, of, columns, cost, is_published, compute)
+        return compute
 
-    def __init__(
-        self,
-        points: npt.NDArray[np.floating],
-        *,
-        samples: Codes | None = None,
-        labels: Codes | None = None,
-        k: int = NUM_NEIGHBORS,
-        seed: int = 0,
-    ) -> None:
-        # Cells on a simplex lie close together, and |a|^2 + |b|^2 - 2ab loses digits far from the origin.
-        self.points = np.asarray(points, np.float64) - np.mean(points, axis=0, dtype=np.float64)
-        none = np.zeros(len(points), np.int32)
-        self.samples, self.labels = (none if codes is None else codes for codes in (samples, labels))
-        self.k, self.seed = k, seed
-
-    @cached_property
-    def nearest(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """(n, m) nearest other cells, nearest first, and their distances: as many as the widest measure asks for."""
-        from sklearn.neighbors import NearestNeighbors
-
-        width = min(max(self.k, _LISI_NEIGHBORS - 1), len(self.points) - 1)
-        distances, indices = NearestNeighbors(n_neighbors=width, algorithm="brute").fit(self.points).kneighbors()
-        return indices, distances
-
-    def graph(self, width: int) -> Any:
-        """`width` neighbours in scib-metrics' form: the cell itself is the first."""
-        from scib_metrics.nearest_neighbors import NeighborsResults
-
-        indices, distances = (found[:, : width - 1] for found in self.nearest)
-        own = np.arange(len(indices))
-        return NeighborsResults(
-            indices=np.column_stack([own, indices]).astype(np.int32),
-            distances=np.column_stack([np.zeros(len(own)), distances]).astype(np.float32),
-        )
-
-    def share_alike(self, codes: Codes) -> float:
-        """Mean share of a cell's k nearest neighbours that have its own code."""
-        return float((codes[self.nearest[0][:, : self.k]] == codes[:, None]).mean())
-
-    @cached_property
-    def is_predicted(self) -> npt.NDArray[np.bool_]:
-        """(n,) whether the majority of a cell's k nearest neighbours *among the other samples* has the cell's label.
-
-        Mixing that destroys the labels lowers it, and so does a gap between samples that holds unlike cells together.
-        Ties go to the label with the lowest code.
-        """
-        from sklearn.neighbors import KNeighborsClassifier
-
-        predicted = np.empty_like(self.labels)
-        for sample in np.unique(self.samples):
-            own = self.samples == sample
-            voters = KNeighborsClassifier(min(self.k, np.count_nonzero(~own)), algorithm="brute")
-            predicted[own] = voters.fit(self.points[~own], self.labels[~own]).predict(self.points[own])
-        return predicted == self.labels
-
-    @cached_property
-    def clusters(self) -> Codes:
-        """(n,) k-means cluster, of as many as there are labels, the best of 10 starts."""
-        from sklearn.cluster import KMeans
-        from sklearn.exceptions import ConvergenceWarning
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than labels
-            return KMeans(len(np.unique(self.labels)), n_init=10, random_state=self.seed).fit_predict(self.points)
+    return enter
 
 
-@dataclass(frozen=True)
-class Measure:
-    """One measure: its key in tables, what it says, which direction is better, and how it is computed."""
-
-    key: str
-    title: str
-    better: str
-    needs: str
-    """"samples" or "labels", of which two must be there, or "both"."""
-    compute: Callable[[Scored], float]
-    cost: int = 0
-    """0: scikit-learn alone; 1: scib-metrics, about ten seconds, most of it JAX; 2: minutes for 20,000 cells."""
+@measure("label predicted from other samples (accuracy)", "higher", of="label", needs="covariate")
+def label_accuracy(scored: Scored, covariate: str, label: str) -> float:
+    """Mixing that destroys the labels lowers it, and so does a gap between samples that holds unlike cells together."""
+    return (scored.predicted(covariate, label) == scored.codes[label]).mean()
 
 
-def same_sample_ratio(scored: Scored) -> float:
+@measure("label predicted, every label alike (macro recall)", "higher", of="label", needs="covariate")
+def macro_recall(scored: Scored, covariate: str, label: str) -> float:
+    from sklearn.metrics import recall_score
+
+    codes = scored.codes[label]
+    return recall_score(codes, scored.predicted(covariate, label), average="macro", labels=np.unique(codes))
+
+
+@measure("neighbours with the same label (share)", "higher", of="label")
+def label_purity(scored: Scored, covariate: str, label: str) -> float:
+    return scored.share_alike(label)
+
+
+@measure("separation of labels (cLISI)", "higher", of="label", cost=1)
+def clisi(scored: Scored, covariate: str, label: str) -> float:
+    import scib_metrics
+
+    return scib_metrics.clisi_knn(as_graph(scored.nearest, LISI_NEIGHBORS), scored.codes[label])
+
+
+@measure("cells of a label hang together (graph connectivity)", "higher", of="label", cost=1)
+def graph_connectivity(scored: Scored, covariate: str, label: str) -> float:
+    import scib_metrics
+
+    return scib_metrics.graph_connectivity(as_graph(scored.nearest, GRAPH_NEIGHBORS), scored.codes[label])
+
+
+@measure("labels of the fewest samples found (isolated-label F1)", "higher", of="label", needs="covariate", cost=1)
+def isolated_label_f1(scored: Scored, covariate: str, label: str) -> float:
+    """Mean over the labels that stand in the fewest samples of the F1 of the cluster that fits each best (scib)."""
+    from sklearn.metrics.cluster import contingency_matrix
+
+    codes = scored.codes[label]
+    found = contingency_matrix(scored.codes[covariate], codes)
+    num_samples = (found > 0).sum(axis=0)
+    best = np.zeros(found.shape[1])
+    for clusters in scored.clusterings:
+        overlap = contingency_matrix(codes, clusters)
+        f1 = 2 * overlap / (overlap.sum(axis=1, keepdims=True) + overlap.sum(axis=0, keepdims=True))
+        best = np.maximum(best, f1.max(axis=1))
+    return best[num_samples == num_samples.min()].mean()
+
+
+def _enter_clusterings() -> None:
+    """NMI, AMI and ARI of Leiden and of k-means: six measures of one form."""
+    scores = {"nmi": "normalized_mutual_info", "ami": "adjusted_mutual_info", "ari": "adjusted_rand"}
+    for clusters, cost, title in (("leiden", 1, "Leiden at its best resolution"), ("kmeans", 0, "k-means")):
+        for short, name in scores.items():
+
+            def compute(scored: Scored, covariate: str, label: str, name: str = name, kind: str = clusters) -> float:
+                import sklearn.metrics
+
+                return getattr(sklearn.metrics, f"{name}_score")(scored.codes[label], getattr(scored, kind)(label))
+
+            compute.__name__ = f"{clusters}_{short}"
+            measure(f"{title} against labels ({short.upper()})", "higher", of="label", cost=cost)(compute)
+
+
+_enter_clusterings()
+
+
+@measure("neighbours from the same sample (times expected)", "towards 1", of="covariate")
+def same_sample_ratio(scored: Scored, covariate: str, label: str) -> float:
     """Share of a cell's neighbours from its own sample, over the share expected if samples did not matter.
 
     Expected is sum_s p_s^2 with p_s the share of the cells in sample s. 1 is perfect mixing; the number of samples, for
     samples of equal size, is none.
     """
-    return scored.share_alike(scored.samples) / np.square(np.bincount(scored.samples) / len(scored.samples)).sum()
+    codes = scored.codes[covariate]
+    return scored.share_alike(covariate) / np.square(np.bincount(codes) / len(codes)).sum()
 
 
-def label_asw(scored: Scored) -> float:
-    """Mean silhouette width of the labels, rescaled to (s + 1) / 2 (Rousseeuw 1987; scib)."""
-    from sklearn.metrics import silhouette_score
+@measure("mixing of samples (iLISI)", "higher", of="covariate", cost=1)
+def ilisi(scored: Scored, covariate: str, label: str) -> float:
+    import scib_metrics
 
-    return (silhouette_score(scored.points, scored.labels) + 1) / 2
-
-
-def _against_labels(name: str) -> Callable[[Scored], float]:
-    """A score of scikit-learn between k-means and the labels."""
-
-    def compute(scored: Scored) -> float:
-        import sklearn.metrics
-
-        return getattr(sklearn.metrics, name)(scored.labels, scored.clusters)
-
-    return compute
+    return scib_metrics.ilisi_knn(as_graph(scored.nearest, LISI_NEIGHBORS), scored.codes[covariate])
 
 
-def _scib(name: str, *columns: str, width: int | None = None) -> Callable[[Scored], float]:
-    """A score of scib-metrics from the embedding, or from a graph of `width` neighbours."""
+@measure("mixing of samples within labels (CiLISI)", "higher", of="covariate", needs="label", cost=1)
+def cilisi(scored: Scored, covariate: str, label: str) -> float:
+    """Mean over cells of LISI among the cells of their label, 0 to 1 by the label's own samples (Andreatta 2024).
 
-    def compute(scored: Scored) -> float:
-        with _quietly():
-            import scib_metrics
+    Labels of one sample or of fewer than 10 cells are left out.
+    """
+    import scib_metrics
+    from sklearn.metrics.cluster import contingency_matrix
 
-            points = scored.points.astype(np.float32) if width is None else scored.graph(width)
-            return getattr(scib_metrics, name)(points, *(getattr(scored, column) for column in columns))
-
-    return compute
-
-
-MEASURES = (
-    Measure(
-        "label_accuracy",
-        "label predicted from other samples (accuracy)",
-        "higher",
-        "both",
-        lambda scored: scored.is_predicted.mean(),
-    ),
-    Measure(
-        "same_sample_ratio",
-        "neighbours from the same sample (times expected)",
-        "towards 1",
-        "samples",
-        same_sample_ratio,
-    ),
-    Measure("label_asw", "label silhouette (ASW, 0 to 1)", "higher", "labels", label_asw),
-    Measure(
-        "label_purity",
-        "neighbours with the same label (share)",
-        "higher",
-        "labels",
-        lambda scored: scored.share_alike(scored.labels),
-    ),
-    Measure(
-        "kmeans_nmi",
-        "k-means against labels (NMI)",
-        "higher",
-        "labels",
-        _against_labels("normalized_mutual_info_score"),
-    ),
-    Measure("kmeans_ari", "k-means against labels (ARI)", "higher", "labels", _against_labels("adjusted_rand_score")),
-    Measure(
-        "scib_ilisi",
-        "scIB iLISI (mixing of samples)",
-        "higher",
-        "both",
-        _scib("ilisi_knn", "samples", width=_LISI_NEIGHBORS),
-        1,
-    ),
-    Measure(
-        "scib_clisi",
-        "scIB cLISI (separation of labels)",
-        "higher",
-        "both",
-        _scib("clisi_knn", "labels", width=_LISI_NEIGHBORS),
-        1,
-    ),
-    Measure(
-        "scib_graph_connectivity",
-        "scIB graph connectivity",
-        "higher",
-        "both",
-        _scib("graph_connectivity", "labels", width=_GRAPH_NEIGHBORS),
-        1,
-    ),
-    Measure(
-        "scib_isolated_labels",
-        "scIB isolated labels",
-        "higher",
-        "both",
-        _scib("isolated_labels", "labels", "samples"),
-        1,
-    ),
-    Measure(
-        "scib_kbet",
-        "scIB kBET (mixing of samples, per label)",
-        "higher",
-        "both",
-        _scib("kbet_per_label", "samples", "labels", width=_KBET_NEIGHBORS),
-        2,
-    ),
-    Measure(
-        "scib_silhouette_batch",
-        "scIB silhouette of samples",
-        "higher",
-        "both",
-        _scib("silhouette_batch", "labels", "samples"),
-        2,
-    ),
-    Measure(
-        "scib_bras",
-        "scIB BRAS (silhouette of samples, revised)",
-        "higher",
-        "both",
-        _scib("bras", "labels", "samples"),
-        2,
-    ),
-)
-"""In the order of the table."""
+    codes = scored.codes[covariate]
+    lisi = scib_metrics.lisi_knn(as_graph(scored.nearest_alike(label), LISI_NEIGHBORS), codes)
+    found = contingency_matrix(codes, scored.codes[label])
+    of_cell = np.unique(scored.codes[label], return_inverse=True)[1]
+    num_samples = (found > 0).sum(axis=0)[of_cell]
+    counts = (num_samples > 1) & (found.sum(axis=0)[of_cell] >= _FEWEST_CELLS)
+    return ((lisi[counts] - 1) / (num_samples[counts] - 1)).mean() if counts.any() else np.nan
 
 
-def score(scored: Scored, *, most_cost: int = 0) -> dict[str, float]:
-    """By key every measure of at most this cost that the columns allow."""
-    there = {name for name in ("samples", "labels") if len(np.unique(getattr(scored, name))) > 1}
-    return {
-        m.key: float(m.compute(scored))
-        for m in MEASURES
-        if m.cost <= most_cost and there >= ({"samples", "labels"} if m.needs == "both" else {m.needs})
-    }
+@measure("mixing of samples within labels (BRAS)", "higher", of="covariate", needs="label", cost=2)
+def bras(scored: Scored, covariate: str, label: str) -> float:
+    """Cosine distances, which depend on where the origin is: of the embedding as it stands."""
+    import scib_metrics
+
+    return scib_metrics.bras(scored.points, scored.codes[label], scored.codes[covariate])
+
+
+@measure("mixing of samples within labels (kBET)", "higher", of="covariate", needs="label", cost=2)
+def kbet(scored: Scored, covariate: str, label: str) -> float:
+    import scib_metrics
+
+    graph = as_graph(scored.nearest, KBET_NEIGHBORS)
+    return scib_metrics.kbet_per_label(graph, scored.codes[covariate], scored.codes[label])
+
+
+@measure("variance that samples explain (PCR)", "lower", of="covariate", cost=1)
+def pcr(scored: Scored, covariate: str, label: str) -> float:
+    from scib_metrics.utils import principal_component_regression
+
+    return principal_component_regression(scored.centred.astype(np.float32), scored.codes[covariate], categorical=True)
+
+
+def _can_import(module: str) -> bool:
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    return importlib.util.find_spec(module) is not None
 
 
 @contextlib.contextmanager
