@@ -40,7 +40,7 @@ def test_commands_follow_from_each_other(tmp_path, multiome):
     assert parsed(embed).run == trained.out
     evaluated = parsed(evaluate)
     assert (evaluated.store, evaluated.run, evaluated.out) == (store, trained.out, tmp_path)
-    assert (evaluated.batch_key, evaluated.label_key) == ("donor", "cell_type")
+    assert (evaluated.batch_key, evaluated.label_key) == (("donor",), ("cell_type",))
     assert all("--nproc-per-node=2" in command for command in (train, embed))
 
 

@@ -491,7 +491,7 @@ class TestCommand:
 
 
 PUBLISHED = {
-    "asw_label": ("cell_type", "asw_label", 1e-9),
+    "asw_label": ("cell_type", "asw_label", 1e-8),
     "asw_batch": ("batch", "asw_batch", 1e-5),
     "graph_conn": ("cell_type", "graph_conn", 1e-3),
     "graph_ilisi": ("batch", "iLISI_batch", 1e-3),
