@@ -21,7 +21,7 @@ from torch import Tensor
 
 from liam_scale.model import Liam, ModelConfig, ModelData
 from liam_scale.training.checkpoint import Checkpoint, load_weights, newest_checkpoint, save_weights
-from loaders.durable import leftovers, replacing, write_text
+from loaders.durable import leftovers, remove_leftovers, replacing, write_text
 from loaders.options import LoaderConfig
 from loaders.schema import sha256_of_names
 
@@ -184,6 +184,7 @@ class RunDirectory:
         RuntimeError
             There are checkpoints, but none is sound; or they are gone, though the run has trained.
         """
+        remove_leftovers(self.path / "*")
         found = newest_checkpoint(self.checkpoints)
         if found is None and (self.weights.exists() or (self.history.exists() and not self.checkpoints.is_dir())):
             raise RuntimeError(

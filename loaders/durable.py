@@ -193,8 +193,10 @@ def remove_leftovers(target: Path, *, hidden: Path | None = None) -> list[Path]:
         try:
             with open(folder / _LOCK, "r+b") as file:
                 lock(file.fileno(), wait=False)
-                if (folder / _REPLACED).exists() and not target.exists():
-                    os.rename(folder / _REPLACED, target)
+                own = folder.name[1 : -len(f".????????{SUFFIX}")]
+                place = target.with_name(own) if "*" in target.name else target
+                if (folder / _REPLACED).exists() and not place.exists():
+                    os.rename(folder / _REPLACED, place)
                 shutil.rmtree(folder, ignore_errors=True)
         except FileNotFoundError:
             try:

@@ -120,7 +120,8 @@ def test_what_a_killed_process_left_goes_with_the_next_write_and_the_living_keep
     assert names(tmp_path) == []
 
 
-def test_a_kill_between_two_renames_never_loses_the_old(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a", "*"])
+def test_a_kill_between_two_renames_never_loses_the_old(tmp_path: Path, name: str) -> None:
     """Where a file system cannot exchange two folders in one step."""
     make(tmp_path / "a", "folder", "old")
     run_and_die(
@@ -130,7 +131,7 @@ def test_a_kill_between_two_renames_never_loses_the_old(tmp_path: Path) -> None:
         "with durable.replacing(Path(sys.argv[1])) as path:\n    path.mkdir()",
     )
     assert not (tmp_path / "a").exists()
-    remove_leftovers(tmp_path / "a")
+    remove_leftovers(tmp_path / name)
     assert content(tmp_path / "a") == "old"
     assert names(tmp_path) == ["a"]
 
