@@ -174,6 +174,7 @@ class RunDirectory:
         return dataclasses.replace(record, id=f"{path.name}-{digest[:12]}")
 
     def save_weights(self, weights: dict[str, Tensor]) -> None:
+        remove_leftovers(self.path / "*")
         save_weights(self.weights, weights)
 
     def newest_checkpoint(self) -> Checkpoint | None:
@@ -184,7 +185,6 @@ class RunDirectory:
         RuntimeError
             There are checkpoints, but none is sound; or they are gone, though the run has trained.
         """
-        remove_leftovers(self.path / "*")
         found = newest_checkpoint(self.checkpoints)
         if found is None and (self.weights.exists() or (self.history.exists() and not self.checkpoints.is_dir())):
             raise RuntimeError(
