@@ -10,7 +10,7 @@ from liam_scale.command import Command
 from liam_scale.config import TrainConfig
 from liam_scale.estimate import describe_plan
 from liam_scale.kernels.precision import check_precision
-from liam_scale.model import Liam, ModelConfig
+from liam_scale.model import Liam, ModelConfig, check_ranks
 from liam_scale.preparation import (
     model_data,
     open_stores,
@@ -60,6 +60,7 @@ def train(config: TrainConfig) -> tuple[RunDirectory, Outcome | None]:
         return directory, None
     with join_world(config.device) as world:
         check_precision(config.model.precision, impl=config.model.impl, device=world.device)
+        check_ranks(config.model, world.size)
         if world.is_main and not directory.is_run:
             _create(directory, config, store, models)
         world.barrier()

@@ -1,6 +1,6 @@
 """The model: networks, objective, noise, priors, and the original's weights."""
 
-from liam_scale.model.config import ModelConfig, ModelData, ModelName, resolve
+from liam_scale.model.config import ModelConfig, ModelData, ModelName, check_ranks, resolve
 from liam_scale.model.liam import Inference, Liam
 from liam_scale.model.logistic_normal import logistic_normal_mean
 from liam_scale.model.objective import CellTerms, Objective
@@ -14,6 +14,7 @@ __all__ = [
     "ModelData",
     "ModelName",
     "Objective",
+    "check_ranks",
     "library_priors",
     "logistic_normal_mean",
     "resolve",

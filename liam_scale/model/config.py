@@ -247,6 +247,16 @@ def _check_samples(config: ModelConfig, num_samples: int) -> None:
         )
 
 
+def check_ranks(config: ModelConfig, num_ranks: int) -> None:
+    """Refuse batch normalisation on several ranks: statistics of a rank's share would depend on their number."""
+    for name in ("use_batch_norm_encoder", "use_batch_norm_decoder"):
+        if getattr(config, name) and num_ranks > 1:
+            raise ValueError(
+                f"model.{name}: got True on {num_ranks} ranks, which would each normalise their own cells; "
+                "do: train on one rank, or keep layer normalisation, the default"
+            )
+
+
 def resolve(
     config: ModelConfig, *, modalities: Sequence[str], num_samples: int | None = None
 ) -> tuple[ModelConfig, ...]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from liam_scale.model.batch_norm import GlobalBatchNorm
 from liam_scale.model.noise import Noise
 
 VARIANCE_FLOOR = 1e-4
@@ -52,6 +51,22 @@ class BlockOptions:
     dropout_rate: float = 0.0
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """Over the minibatch, with momentum 0.01 and eps 1e-3 as in scvi-tools; on one rank only (`check_ranks`).
+
+    A minibatch of fewer than two cells has no variance: it is normalised as it will be after training.
+    """
+
+    def __init__(self, num_hidden: int) -> None:
+        super().__init__(num_hidden, momentum=0.01, eps=1e-3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if len(inputs) > 1:
+            return super().forward(inputs)
+        running = (self.running_mean, self.running_var)
+        return functional.batch_norm(inputs, *running, self.weight, self.bias, training=False, eps=self.eps)
+
+
 class HiddenBlock(nn.Module):
     """What follows the linear map of a hidden layer: BatchNorm, LayerNorm without weights, ReLU, dropout.
 
@@ -64,7 +79,7 @@ class HiddenBlock(nn.Module):
         self.layer_norm = options.layer_norm
         self.dropout_rate = options.dropout_rate
         self.noise_name = f"{name}.dropout"
-        self.batch_norm = GlobalBatchNorm(num_hidden) if options.batch_norm else None
+        self.batch_norm = BatchNorm(num_hidden) if options.batch_norm else None
 
     def forward(self, linear_BH: Tensor, noise: Noise | None = None) -> Tensor:
         hidden_BH = linear_BH

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -95,8 +93,6 @@ class Liam(nn.Module):
         )
         for name in self.modalities:
             self._register_prior(name)
-        # What an original state_dict holds beyond this model's networks, to be written back (see original.py).
-        self.unused_arrays: dict[str, npt.NDArray[Any]] = {}
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -1,14 +1,18 @@
-"""Weights of the original liam: read into a model, written back.
+"""Weights of the original liam: read into a model, and named as there.
 
 The original (ohlerlab/liam) has two classes, `Liam` (RNA + ATAC) and `Liam_ADT` (RNA + ADT), around the modules
-`LiamVAE` and `LiamVAE_ADT`. A state_dict of either becomes a model here and back, array by array. Nothing is
-unpickled: save the original's with `np.savez(path, **{k: v.cpu().numpy() for k, v in module.state_dict().items()})`
-where it runs, and read the file here.
+`LiamVAE` and `LiamVAE_ADT`. A state_dict of either becomes a model here. Nothing is unpickled: save the original's with
+`np.savez(path, **{k: v.cpu().numpy() for k, v in module.state_dict().items()})` where it runs, and read the file here.
+
+Its Linear weights are (outputs, inputs) with the one-hot columns of the batch last; here the first layer on counts is
+feature-major (features, outputs) and the one-hot columns are rows of a table of their own.
+
+Shapes: F features, H hidden units, S samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +23,10 @@ import torch
 
 from liam_scale.model.config import ModelConfig, ModelData
 from liam_scale.model.decoders import join_library
-from liam_scale.model.layers import Draw
 from liam_scale.model.liam import Liam
-from liam_scale.model.original_arrays import Layout, entries, shapes
 
+Arrays = Mapping[str, npt.NDArray[Any]]
+Kind = Literal["same", "row", "weight", "count-weight"]
 OriginalClass = Literal["Liam", "Liam_ADT", "LiamVAE", "LiamVAE_ADT"]
 
 _MODULE_DEFAULTS: dict[str, Any] = {
@@ -51,6 +55,21 @@ _ATAC_DEFAULTS: dict[str, Any] = {
 }
 
 _ADT_DEFAULTS: dict[str, Any] = {"n_ADT": None, "dispersion_ADT": "ADT-batch", "ADT_only": False}
+
+_NETWORKS = {
+    "gene_encoder", "peak_encoder", "ADT_encoder", "z_encoder", "z_encoder_one_mod", "l_encoder", "d_encoder",
+    "gene_decoder", "peak_decoder", "ADT_decoder", "domain_classifier_z", "px_r", "py_r", "r",
+    "library_log_means", "library_log_vars", "library_d_log_means", "library_d_log_vars",
+}  # fmt: skip
+"""What the original allocates, whether its mode uses it or not: the first parts of its arrays' names."""
+
+_BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+_OUTPUTS = {
+    "rna": "gene_decoder.px_scale_decoder.0",
+    "atac": "peak_decoder.decoder_output.0",
+    "adt": "ADT_decoder.px_scale_decoder.0",
+}
 
 
 def from_original(
@@ -95,116 +114,98 @@ def from_original(
     """
     arrays = _read(state)
     given = _arguments(arguments, cls)
-    layout = _layout(arrays, given, cls)
-    _check_arrays(arrays, layout)
+    modalities = _modalities(given, cls)
     config = ModelConfig(
-        model="bavae" if len(layout.modalities) > 1 else f"{layout.modalities[0]}-only",  # type: ignore[arg-type]
-        modalities=layout.modalities,
+        model="bavae" if len(modalities) > 1 else f"{modalities[0]}-only",  # type: ignore[arg-type]
+        modalities=modalities,
         alpha=float(given["factor_adversarial_loss"]) if given["adversarial_training"] else 0.0,
         adversarial=bool(given["adversarial_training"]),
         conditional_encoder=bool(given["conditional_training"]),
         conditional_decoder=not given["no_cond_decoder"],
-        n_latent=layout.num_latent,
-        n_hidden=layout.num_hidden,
+        n_latent=given["n_latent"],
+        n_hidden=given["n_hidden"],
         dropout_rate=given["dropout_rate"],
         dispersion_rna=given["dispersion_gex"],
         dispersion_atac=given.get("dispersion_atac"),
         dispersion_adt=given.get("dispersion_ADT"),
-        use_atac_libsize=layout.use_atac_libsize,
-        use_batch_norm_encoder=layout.batch_norm_encoder,
-        use_batch_norm_decoder=layout.batch_norm_decoder,
+        use_atac_libsize=bool(given.get("use_atac_libsize", True)),
+        use_batch_norm_encoder=bool(given["use_batch_norm_encoder"]),
+        use_batch_norm_decoder=bool(given["use_batch_norm_decoder"]),
         use_layer_norm_encoder=given["use_layer_norm_encoder"],
         use_layer_norm_decoder=given["use_layer_norm_decoder"],
         likelihood=likelihood,
         priors=priors,
         **options,
     )
-    names = samples or tuple(str(code) for code in range(layout.num_samples))
-    if len(names) != layout.num_samples:
-        raise ValueError(f"samples: got {len(names)} names for {layout.num_samples} batches; do: give one for each")
-    features = dict(zip(("rna", layout.second), (layout.num_genes, layout.num_second), strict=True))
-    model = Liam(config, ModelData({name: features[name] for name in layout.modalities}, names))
-    used = entries(model)
-    own = {name: array for entry in used for name, array in entry.to_own(arrays).items()}
+    model = Liam(config, _data(arrays, given, modalities, samples))
+    _check_arrays(arrays, as_original(model, model.state_dict()))
+    own = {name: array for entry in _entries(model) for name, array in entry.to_own(arrays).items()}
     model.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in own.items()})
-    read = {entry.original for entry in used}
-    model.unused_arrays = {name: array for name, array in arrays.items() if name not in read}
     return model
 
 
-def to_original(model: Liam, *, cls: OriginalClass | None = None) -> dict[str, npt.NDArray[Any]]:
-    """Write a model as a state_dict of the original.
-
-    Parameters
-    ----------
-    model
-        With RNA, ATAC, RNA + ATAC (`Liam`), ADT or RNA + ADT (`Liam_ADT`).
-    cls
-        For a model of RNA alone, which both classes have; None: the class it was read from, else `Liam`.
-
-    Returns
-    -------
-    dict of array
-        Everything the original's `load_state_dict(..., strict=True)` asks for. Networks that the original allocates
-        but does not use come from the state the model was read from, else as fresh first weights.
-
-    Raises
-    ------
-    ValueError
-        If the original has no such model.
-    """
-    layout = _layout_of(model, cls)
-    arrays = as_original(model, dict(model.state_dict()))
-    full = shapes(layout)
-    draw = Draw(0, "original")
-    for name, shape in full.items():
-        if name in arrays:
-            continue
-        kept = model.unused_arrays.get(name)
-        arrays[name] = kept if kept is not None and kept.shape == shape else _fresh(draw, name, shape)
-    buffers = [name for name in model.unused_arrays if name.startswith("library")]
-    order = [*full, *(name for name in [*arrays, *buffers] if name not in full)]
-    return {name: arrays[name] if name in arrays else model.unused_arrays[name] for name in dict.fromkeys(order)}
-
-
 def as_original(model: Liam, values: Mapping[str, torch.Tensor]) -> dict[str, npt.NDArray[Any]]:
-    """Values keyed as the model's state_dict (weights, gradients, ...) under their original names and shapes.
+    """Values keyed as parameters and buffers are (weights, gradients, ...) under their original names and shapes.
 
-    An entry whose values are missing is left out.
+    An entry whose values are missing is left out; networks that the original allocates and its mode does not use are
+    not here, so that its `load_state_dict` takes the weights with `strict=False`.
     """
     joined = dict(values)
     join_library(joined)
     host = {name: value.detach().cpu().numpy() for name, value in joined.items()}
-    return {entry.original: entry.to_original(host) for entry in entries(model) if entry.own in host}
+    return {entry.original: entry.to_original(host) for entry in _entries(model) if entry.own in host}
 
 
-@dataclass(frozen=True)
-class _Defect:
-    what: str
-    names: list[str]
-
-    def __str__(self) -> str:
-        shown = ", ".join(self.names[:5]) + (f" and {len(self.names) - 5} more" if len(self.names) > 5 else "")
-        return f"{self.what}: {shown}"
+def _modalities(given: Mapping[str, Any], cls: OriginalClass) -> tuple[str, ...]:
+    second, flag = ("adt", "ADT_only") if cls.endswith("_ADT") else ("atac", "atac_only")
+    if given["rna_only"] and given[flag]:
+        raise ValueError("arguments: got rna_only with atac_only or ADT_only; do: set one of them")
+    return ("rna",) if given["rna_only"] else (second,) if given[flag] else ("rna", second)
 
 
-def _check_arrays(arrays: Mapping[str, npt.NDArray[Any]], layout: Layout) -> None:
-    """Refuse a state whose arrays are not those of the layout."""
-    expected = shapes(layout)
-    optional = {name for name in arrays if name.startswith("library") and name not in expected}
-    missing = [name for name in expected if name not in arrays]
-    extra = [name for name in arrays if name not in expected and name not in optional]
-    wrong = [
-        f"{name} has {arrays[name].shape}, not {shape}"
-        for name, shape in expected.items()
-        if name in arrays and arrays[name].shape != shape
-    ]
-    defects = [_Defect("missing", missing), _Defect("superfluous", extra), _Defect("misshaped", wrong)]
-    found = "; ".join(str(defect) for defect in defects if defect.names)
+def _data(
+    arrays: Arrays, given: Mapping[str, Any], modalities: tuple[str, ...], samples: tuple[str, ...] | None
+) -> ModelData:
+    """Sizes of the original's networks: from its arguments, or its arrays for those a user's class does not take."""
+
+    def size(argument: str, name: str, axis: int) -> int:
+        if given.get(argument) is not None:
+            return int(given[argument])
+        if name not in arrays or arrays[name].ndim <= axis:
+            raise ValueError(f"original state: missing: {name}; do: give the whole state_dict")
+        return int(arrays[name].shape[axis])
+
+    arguments = {"rna": "n_genes", "atac": "n_peaks", "adt": "n_ADT"}
+    features = {name: size(arguments[name], f"{_OUTPUTS[name]}.bias", 0) for name in modalities}
+    num_samples = size("n_batch", "library_log_means" if "rna" in modalities else "library_d_log_means", 1)
+    names = samples or tuple(str(code) for code in range(num_samples))
+    if len(names) != num_samples:
+        raise ValueError(f"samples: got {len(names)} names for {num_samples} batches; do: give one for each")
+    return ModelData(features, names)
+
+
+def _check_arrays(arrays: Arrays, expected: Arrays) -> None:
+    """Refuse a state that lacks what the model needs, or has more in a network that the model uses."""
+    used = {name.split(".")[0] for name in expected}
+    defects = {
+        "missing": [name for name in expected if name not in arrays],
+        "superfluous": [name for name in arrays if name not in expected and name.split(".")[0] not in _NETWORKS - used],
+        "misshaped": [
+            f"{name} has {arrays[name].shape}, not {array.shape}"
+            for name, array in expected.items()
+            if name in arrays and arrays[name].shape != array.shape
+        ],
+    }
+    found = [f"{what}: {_listed(names)}" for what, names in defects.items() if names]
     if found:
         raise ValueError(
-            f"original state: {found}; do: give the whole state_dict and the arguments its object was constructed with"
+            f"original state: {'; '.join(found)}; do: give the whole state_dict and the arguments its object was "
+            "constructed with"
         )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _read(state: Mapping[str, Any] | str | Path) -> dict[str, npt.NDArray[Any]]:
@@ -241,91 +242,103 @@ def _arguments(arguments: Mapping[str, Any], cls: OriginalClass) -> dict[str, An
     return {**defaults, **arguments}
 
 
-def _layout(arrays: Mapping[str, npt.NDArray[Any]], given: Mapping[str, Any], cls: OriginalClass) -> Layout:
-    """Sizes of the original's networks, from its arguments and, for those a user's class does not take, its arrays."""
-    is_adt = cls.endswith("_ADT")
-    second: Literal["atac", "adt"] = "adt" if is_adt else "atac"
-    second_only = given["ADT_only" if is_adt else "atac_only"]
-    if given["rna_only"] and second_only:
-        raise ValueError("arguments: got rna_only with atac_only or ADT_only; do: set one of them")
-    modalities = ("rna",) if given["rna_only"] else (second,) if second_only else ("rna", second)
+@dataclass(frozen=True)
+class _Entry:
+    """One array of the original and the parameter here that holds it.
 
-    def size(argument: str, name: str, axis: int) -> int:
-        if given[argument] is not None:
-            return int(given[argument])
-        if name not in arrays or arrays[name].ndim <= axis:
-            raise ValueError(f"original state: missing: {name}; do: give the whole state_dict")
-        return int(arrays[name].shape[axis])
+    `weight` and `count-weight` also hold the parameter's table of samples, as the original's last columns.
+    """
 
-    if is_adt:
-        num_second = size("n_ADT", "ADT_decoder.px_scale_decoder.0.bias", 0)
-    else:
-        num_second = size("n_peaks", "peak_decoder.decoder_output.0.bias", 0)
-    return Layout(
-        modalities=modalities,
-        second=second,
-        num_genes=size("n_genes", "gene_decoder.px_scale_decoder.0.bias", 0),
-        num_second=num_second,
-        num_samples=size("n_batch", "domain_classifier_z.decoder_output.0.bias", 0),
-        num_hidden=given["n_hidden"],
-        num_latent=given["n_latent"],
-        conditional_encoder=bool(given["conditional_training"]),
-        conditional_decoder=not given["no_cond_decoder"],
-        gene_by_sample=given["dispersion_gex"] == "gene-batch",
-        second_by_sample=given["dispersion_ADT" if is_adt else "dispersion_atac"] in ("batch", "ADT-batch"),
-        use_atac_libsize=bool(given.get("use_atac_libsize", True)),
-        batch_norm_encoder=bool(given["use_batch_norm_encoder"]),
-        batch_norm_decoder=bool(given["use_batch_norm_decoder"]),
-    )
+    original: str
+    own: str
+    kind: Kind = "same"
+    num_columns: int = 0
+
+    @property
+    def table(self) -> str:
+        """Name of the parameter that holds the one-hot columns."""
+        return self.own.removesuffix("weight") + "sample_weight"
+
+    def to_own(self, arrays: Arrays) -> dict[str, npt.NDArray[Any]]:
+        array = arrays[self.original]
+        if self.kind == "same":
+            return {self.own: array}
+        if self.kind == "row":
+            return {self.own: array.reshape(-1)}
+        inputs = array.shape[1] - self.num_columns
+        own = {self.own: array[:, :inputs].T if self.kind == "count-weight" else array[:, :inputs]}
+        if self.num_columns:
+            own[self.table] = array[:, inputs:].T
+        return own
+
+    def to_original(self, own: Arrays) -> npt.NDArray[Any]:
+        array = own[self.own]
+        if self.kind == "same":
+            return array
+        if self.kind == "row":
+            return array[None, :]
+        parts = [array.T if self.kind == "count-weight" else array]
+        if self.num_columns:
+            parts.append(own[self.table].T)
+        return np.ascontiguousarray(np.concatenate(parts, axis=1))
 
 
-def _layout_of(model: Liam, cls: OriginalClass | None) -> Layout:
-    """Layout of the original object that would hold this model."""
-    modalities = model.modalities
-    if modalities == ("rna",):
-        was_adt = any(name.startswith("ADT_") for name in model.unused_arrays)
-        is_adt = cls.endswith("_ADT") if cls is not None else was_adt
-    elif len(modalities) < 3 and modalities != ("atac", "adt"):
-        is_adt = "adt" in modalities
-        if cls is not None and cls.endswith("_ADT") != is_adt:
-            raise ValueError(f"cls: got {cls} for a model of {' + '.join(modalities)}; do: leave cls out")
-    else:
+def _entries(model: Liam) -> list[_Entry]:
+    """Every parameter and buffer of a model with its original counterpart."""
+    if len(model.modalities) > 2 or model.modalities == ("atac", "adt"):
         raise ValueError(
-            f"model: got {' + '.join(modalities)}, which the original has no class for; "
-            "do: write models of rna, atac, adt, rna + atac or rna + adt"
+            f"model: got {' + '.join(model.modalities)}, which the original has no class for; "
+            "do: give a model of rna, atac, adt, rna + atac or rna + adt"
         )
-    config, features = model.config, model.data.num_features
-    second: Literal["atac", "adt"] = "adt" if is_adt else "atac"
-    by_sample = config.dispersion_adt == "ADT-batch" if is_adt else config.dispersion_atac == "batch"
+    state = model.state_dict()
 
-    def size(name: str, output: str) -> int:
-        return features[name] if name in features else len(model.unused_arrays.get(f"{output}.bias", ()))
+    def columns(own: str) -> int:
+        table = state.get(f"{own}.sample_weight")
+        return 0 if table is None else len(table)
 
-    return Layout(
-        modalities=modalities,
-        second=second,
-        num_genes=size("rna", "gene_decoder.px_scale_decoder.0"),
-        num_second=size(second, "ADT_decoder.px_scale_decoder.0" if is_adt else "peak_decoder.decoder_output.0"),
-        num_samples=model.data.num_samples,
-        num_hidden=config.n_hidden,
-        num_latent=model.num_latent,
-        conditional_encoder=bool(config.conditional_encoder),
-        conditional_decoder=bool(config.conditional_decoder),
-        gene_by_sample=config.dispersion_rna == "gene-batch",
-        second_by_sample=by_sample,
-        use_atac_libsize=config.use_atac_libsize,
-        batch_norm_encoder=config.use_batch_norm_encoder,
-        batch_norm_decoder=config.use_batch_norm_decoder,
-    )
+    def layer(original: str, own: str, kind: Kind = "weight") -> Iterator[_Entry]:
+        yield _Entry(f"{original}.weight", f"{own}.weight", kind, columns(own))
+        yield _Entry(f"{original}.bias", f"{own}.bias")
 
+    def block(original: str, own: str, norm: str, kind: Kind = "weight") -> Iterator[_Entry]:
+        yield from layer(f"{original}.fc_layers.Layer 0.0", own, kind)
+        if f"{norm}.batch_norm.weight" in state:
+            for part in _BATCH_NORM:
+                yield _Entry(f"{original}.fc_layers.Layer 0.1.{part}", f"{norm}.batch_norm.{part}")
 
-def _fresh(draw: Draw, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """First value of an array that the original allocates and this model does not have."""
-    if name.endswith("num_batches_tracked"):
-        return np.zeros(shape, dtype=np.int64)
-    if name in ("px_r", "py_r", "r"):
-        return draw.normal(name, shape).detach().numpy()
-    if ".Layer 0.1." in name:
-        ones = name.endswith(("weight", "running_var"))
-        return np.full(shape, float(ones), dtype=np.float32)
-    return draw.uniform(name, shape, num_inputs=shape[-1]).detach().numpy()
+    def head(original: str, own: str) -> Iterator[_Entry]:
+        yield from layer(f"{original}.mean_encoder", f"{own}.mean")
+        yield from layer(f"{original}.var_encoder", f"{own}.variance")
+
+    def count_block(original: str, own: str) -> Iterator[_Entry]:
+        yield from block(original, own, f"{own}.block", "count-weight")
+
+    def modality(name: str) -> Iterator[_Entry]:
+        network = {"rna": "gene", "atac": "peak", "adt": "ADT"}[name]
+        yield from count_block(f"{network}_encoder", f"encoders.{name}.layer")
+        if model.encoders[name].library is not None:
+            library = "l_encoder" if name == "rna" else "d_encoder"
+            yield from count_block(f"{library}.encoder", f"encoders.{name}.library.layer")
+            yield from head(library, f"encoders.{name}.library.head")
+        decoder = f"decoders.{name}"
+        hidden = "decoder" if name == "atac" else "px_decoder"
+        output = "decoder_output.0" if name == "atac" else "px_scale_decoder.0"
+        yield from block(f"{network}_decoder.{hidden}", f"{decoder}.linear", f"{decoder}.block")
+        yield from layer(f"{network}_decoder.{output}", decoder)
+        if name == "atac":
+            by_sample = model.config.dispersion_atac == "batch"
+            yield _Entry("r", f"{decoder}.r_raw", "row" if by_sample else "same")
+        else:
+            yield _Entry("px_r" if name == "rna" else "py_r", f"{decoder}.log_theta")
+        buffer = "library_log" if name == "rna" else "library_d_log"
+        yield _Entry(f"{buffer}_means", f"prior_mean_{name}", "row")
+        yield _Entry(f"{buffer}_vars", f"prior_variance_{name}", "row")
+
+    found = [entry for name in model.modalities for entry in modality(name)]
+    latent = "z_encoder" if len(model.modalities) > 1 else "z_encoder_one_mod"
+    found += block(f"{latent}.encoder", "latent_encoder.linear", "latent_encoder.block")
+    found += head(latent, "latent_encoder.head")
+    if model.adversary is not None:
+        found += block("domain_classifier_z.decoder", "adversary.linear", "adversary.block")
+        found += layer("domain_classifier_z.decoder_output.0", "adversary.output")
+    return found
