@@ -40,8 +40,9 @@ from liam_scale.training.options import TrainingConfig
 from loaders.addresses import addresses
 from loaders.ingest import ingest
 from loaders.options import LoaderConfig
+from loaders.stores import read_store
 
-__all__ = ["Run", "evaluate", "ingest", "load_run", "train"]
+__all__ = ["Run", "evaluate", "ingest", "load_run", "read_store", "train"]
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def demo(config: DemoConfig) -> None:
         _run_step(step, f"[{number}/{len(steps)}]")
     pictures = [str(config.out / name) for name in _RESULTS if (config.out / name).exists()]
     print(f"\nDone in {time.monotonic() - began:.0f} s. Look at {', '.join(pictures)}.")
-    reader = f'mudata.read_zarr("{_store(config)}")'
+    reader = f'liam_scale.read_store("{_store(config)}")'
     print(
         f'The embedding is obsm["X_liam"] of {reader}; scanpy.pp.neighbors(adata, use_rep="X_liam") goes on from there.'
     )

@@ -33,6 +33,7 @@ from loaders.loader import Loader
 from loaders.memory import parse_memory
 from loaders.minibatch import Minibatch
 from loaders.option_checks import Range, check_options
+from loaders.schema import SCHEMA_KEY
 from loaders.stores import Store, embeddings
 from loaders.stores.anndata_zarr import write_anndata
 from loaders.stores.base import check_finite
@@ -90,11 +91,13 @@ def _reader(where: str) -> str | None:
     if where.endswith(".h5ad"):
         return "anndata.read_h5ad"
     try:
-        kind = open_root(where).attrs.get("encoding-type")
+        attributes = open_root(where).attrs
     except ValueError:
         # A TileDB-SOMA experiment, or several stores.
         return None
-    return {"MuData": "mudata.read_zarr", "anndata": "anndata.read_zarr"}.get(str(kind))
+    if SCHEMA_KEY in attributes:
+        return "liam_scale.read_store"
+    return {"MuData": "mudata.read_zarr", "anndata": "anndata.read_zarr"}.get(str(attributes.get("encoding-type")))
 
 
 def embed(config: EmbedConfig) -> str:

@@ -6,6 +6,7 @@ from loaders.stores.iterate import iterate_rows
 from loaders.stores.matched_store import MatchedStore
 from loaders.stores.open import open_store
 from loaders.stores.soma_store import SomaStore
+from loaders.stores.whole import read_store
 from loaders.stores.zarr_store import ZarrStore
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "ZarrStore",
     "iterate_rows",
     "open_store",
+    "read_store",
 ]

@@ -165,7 +165,7 @@ def test_another_format_is_refused_before_any_work(
 
 def test_the_reader_that_is_named_reads_the_store(trained: Path, store: Path, tmp_path: Path) -> None:
     main([str(trained), "--store", str(store), "--out", str(tmp_path / "embedding.zarr")])
-    assert module._reader(str(store)) == "mudata.read_zarr"
+    assert module._reader(str(store)) == "liam_scale.read_store"
     assert module._reader(str(tmp_path / "embedding.zarr")) == "anndata.read_zarr"
     assert module._reader(str(tmp_path / "experiment.soma")) is None
 

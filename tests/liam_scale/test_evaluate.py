@@ -48,7 +48,8 @@ def pbmc() -> mudata.MuData:
 @pytest.fixture(scope="module")
 def store(pbmc: mudata.MuData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store") / "pbmc.zarr"
-    pbmc.write_zarr(path)
+    with quiet_anndata():
+        pbmc.write_zarr(path)
     return path
 
 
