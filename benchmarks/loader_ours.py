@@ -15,8 +15,8 @@ import numpy as np
 from harness import serve
 from process_memory import drop_from_page_cache, peak_of_process
 
+from loaders.formats import sharded
 from loaders.loader import Loader
-from loaders.stores import sharded
 from loaders.stores.open import open_store
 
 

@@ -22,11 +22,11 @@ from liam_scale.preparation import open_stores, sample_column, sample_table
 from liam_scale.provenance import check_maker
 from liam_scale.run_directory import RunDirectory, RunRecord
 from loaders.durable import replacing
+from loaders.formats.root import HDF5_SUFFIXES
 from loaders.option_checks import Range, check_options
 from loaders.stores import Store
 from loaders.stores.anndata_zarr import add_dense_matrix, write_anndata
 from loaders.stores.base import check_finite
-from loaders.stores.zarr_root import HDF5_SUFFIXES
 
 CELLS_PER_CHUNK = 4_096
 """Cells of one chunk of the written array."""

@@ -29,6 +29,7 @@ from liam_scale.provenance import attributes_of, check_maker
 from liam_scale.run_directory import RunDirectory, RunRecord
 from liam_scale.training.distributed import Device, World, check_device, join_world, launched_ranks
 from loaders.durable import holding, replacing, sha256_of
+from loaders.formats.root import HDF5_SUFFIXES, open_root
 from loaders.loader import Loader
 from loaders.memory import parse_memory
 from loaders.minibatch import Minibatch
@@ -37,7 +38,6 @@ from loaders.schema import SCHEMA_KEY
 from loaders.stores import Store, embeddings
 from loaders.stores.anndata_zarr import write_anndata
 from loaders.stores.base import check_finite
-from loaders.stores.zarr_root import HDF5_SUFFIXES, open_root
 
 CELLS_PER_STEP = 1_024
 """Cells embedded at once, over all ranks."""

@@ -15,7 +15,6 @@ import pandas as pd
 import scipy.sparse
 import scipy.stats
 import tyro
-import zarr
 
 import liam_scale.evaluation.published  # noqa: F401  (enters its measures into the table)
 from liam_scale.command import Command
@@ -33,10 +32,9 @@ from liam_scale.evaluation.measures import MEASURES, require_extra, score
 from liam_scale.evaluation.scored import NUM_NEIGHBORS, Scored
 from liam_scale.provenance import attributes_in_file, check_maker
 from liam_scale.run_directory import RunDirectory
-from loaders.ecosystem import plain_mudata, quiet_anndata
+from loaders.ecosystem import plain_mudata
 from loaders.option_checks import Range, check_options
-from loaders.stores import open_store
-from loaders.stores.base import ObsColumn, Store
+from loaders.stores import ObsColumn, Store, open_store
 
 _IN_MEMORY = (".h5ad", ".h5mu")
 
@@ -209,14 +207,11 @@ def read_in_memory(path: Path) -> anndata.AnnData | mudata.MuData:
 
 
 def _in_memory(data: anndata.AnnData | mudata.MuData) -> Store:
-    """A store over a copy of the data in memory."""
+    """A store over the data in memory, counts or no counts."""
     if isinstance(data, anndata.AnnData) and data.X is None:
         nothing = scipy.sparse.csr_matrix((data.n_obs, 0), dtype=np.float32)
         data = anndata.AnnData(nothing, obs=data.obs, obsm=dict(data.obsm))
-    memory = zarr.storage.MemoryStore()
-    with plain_mudata(), quiet_anndata():
-        data.write_zarr(memory)
-    return open_store(zarr.open_group(memory, mode="r"))
+    return open_store(data)
 
 
 def _embeddings(

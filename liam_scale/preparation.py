@@ -20,8 +20,7 @@ from liam_scale.tables import to_table, to_toml
 from liam_scale.training.distributed import World
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch
-from loaders.stores import Store, open_store
-from loaders.totals import cell_totals
+from loaders.stores import Store, cell_totals, open_store
 
 VALIDATION_CELLS = 512
 """Cells scored at once at least; there is no backward pass to hold memory for."""

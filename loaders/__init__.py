@@ -2,6 +2,6 @@
 
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch, SparseCounts
-from loaders.stores import Store, iterate_rows, open_store
+from loaders.stores import Store, open_store
 
-__all__ = ["Loader", "Minibatch", "SparseCounts", "Store", "iterate_rows", "open_store"]
+__all__ = ["Loader", "Minibatch", "SparseCounts", "Store", "open_store"]

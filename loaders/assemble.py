@@ -16,7 +16,7 @@ from loaders.buffers import Pool
 from loaders.csr import centred_log_ratio, gather_rows, offsets_of, transpose_rows
 from loaders.minibatch import Minibatch, SparseCounts
 from loaders.plan import Epoch, Rows
-from loaders.windows import ModalitySource, WindowRows
+from loaders.windows import ModalityInput, WindowRows
 
 TRANSFORMS = ("clr", "none")
 VALUES = ("float32", "stored")
@@ -35,7 +35,7 @@ class OutputFormat:
 
 
 def output_formats(
-    sources: Mapping[str, ModalitySource], transforms: Mapping[str, str], *, transpose: bool, values: str
+    sources: Mapping[str, ModalityInput], transforms: Mapping[str, str], *, transpose: bool, values: str
 ) -> dict[str, OutputFormat]:
     """Format of each modality; refuses a transform or a type of values it does not know."""
     for name, transform in transforms.items():
@@ -46,14 +46,12 @@ def output_formats(
     formats = {}
     for name, source in sources.items():
         is_clr = transforms.get(name) == "clr"
-        dtype = source.reader.value_dtype if values == "stored" and not is_clr else np.dtype(np.float32)
-        formats[name] = OutputFormat(source.num_features, dtype, transpose, is_clr, (Pool(), Pool(), Pool()))
+        dtype = source.matrix.window_dtypes[1] if values == "stored" and not is_clr else np.dtype(np.float32)
+        formats[name] = OutputFormat(source.matrix.num_features, dtype, transpose, is_clr, (Pool(), Pool(), Pool()))
     return formats
 
 
-def output_bytes(
-    sources: Mapping[str, ModalitySource], outputs: Mapping[str, OutputFormat], *, minibatch: int
-) -> float:
+def output_bytes(sources: Mapping[str, ModalityInput], outputs: Mapping[str, OutputFormat], *, minibatch: int) -> float:
     """Mean bytes of a cell in a finished minibatch."""
     total = 64.0
     for name, output in outputs.items():

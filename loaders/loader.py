@@ -21,12 +21,8 @@ from loaders.plan import Epoch, Plan, Window
 from loaders.prefetch import Prefetch, Task, Workers, result_of
 from loaders.selection import encode_column, ids_of, select_rows, weights_of
 from loaders.sizing import Sizes, choose_sizes
-from loaders.sources import open_sources
 from loaders.stores.base import Store
-from loaders.totals import cell_totals
-from loaders.windows import ModalitySource, WindowCells, WindowRows, order_window, read_window
-
-__all__ = ["Loader", "cell_totals"]
+from loaders.windows import ModalityInput, WindowCells, WindowRows, open_inputs, order_window, read_window
 
 _log = logging.getLogger(__name__)
 
@@ -126,7 +122,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         streams = max(16, 2 * world) if streams is None else streams
         _check_counts(minibatch=minibatch, streams=streams, rank=rank, world=world, threads=threads)
         self.store, self.rank, self.world = store, rank, world
-        self._sources = open_sources(store, modalities)
+        self._sources = open_inputs(store, modalities)
         self._outputs = output_formats(self._sources, transforms, transpose=transpose, values=values)
         self._sample = None if sample_key is None else encode_column(store, sample_key, allow_missing=False)
         self._obs = {name: encode_column(store, name, allow_missing=True) for name in obs}
@@ -139,7 +135,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             streams=streams,
             world=world,
             is_shuffled=store.schema.is_shuffled or not shuffle,
-            min_block=getattr(store, "row_alignment", 1),
+            min_block=store.row_alignment,
         )
         self._sizes = sizes
         self._plan = Plan(
@@ -150,7 +146,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             sizes.window_cells if shuffle else min(sizes.window_cells, FIXED_ORDER_WINDOW[subset]),
             seed,
             order="shuffled" if shuffle else "ranges" if subset == "all" else "disk",
-            row_alignment=getattr(store, "row_alignment", 1) if shuffle else 1,
+            row_alignment=store.row_alignment if shuffle else 1,
             weights=None if weights is None else weights_of(store, weights, rows, is_allowed=shuffle),
         )
         if shuffle:
@@ -358,7 +354,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         self.close()
 
 
-def _read(source: ModalitySource, cells: Task[WindowCells]) -> WindowRows:
+def _read(source: ModalityInput, cells: Task[WindowCells]) -> WindowRows:
     window = result_of(cells)
     return read_window(source, window.read, window.order)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
 
 FORMAT = 1
 """Version of the store's layout; a reader refuses a higher one."""
@@ -21,6 +25,35 @@ BARCODE_COLUMNS = ("source_barcode", "barcode")
 """Obs columns of a store with the ids of the cells in their sources, where ingest put the source's name before them.
 `barcode`, or the other where the sources themselves have a column `barcode`."""
 
+ALIASES = {
+    "rna": ("rna", "gex", "gene expression", "gene_expression", "genes", "mrna", "scrna"),
+    "atac": ("atac", "peaks", "peak", "chromatin accessibility", "chromatin_accessibility", "scatac"),
+    "adt": ("adt", "prot", "protein", "proteins", "antibody capture", "antibody_capture", "cite", "ab"),
+}
+"""Names of the same thing in muon ("prot"), 10x Genomics ("Gene Expression", "Peaks") and TileDB-SOMA ("RNA")."""
+
+
+def modality_of(name: str) -> str | None:
+    """The modality a name of another package means, or None where it means none of ours."""
+    lowered = name.strip().lower()
+    return next((modality for modality, names in ALIASES.items() if lowered in names), None)
+
+
+def check_modality(name: str) -> str:
+    """The modality a user named, under any alias; ValueError where it is none of ours."""
+    modality = modality_of(name)
+    if modality is None:
+        raise ValueError(f"modality: got {name!r}; give one of {', '.join(MODALITIES)}")
+    return modality
+
+
+def check_unique(what: str, names: pd.Index, cure: str) -> None:
+    """Refuse names of which one stands twice."""
+    if names.is_unique:
+        return
+    twice = names[names.duplicated()]
+    raise ValueError(f"{what}: got {str(twice[0])!r} more than once ({len(twice)} repeats in all); {cure}")
+
 
 def sha256_of_names(names: Iterable[str]) -> str:
     """Hash names in their order; two stores with equal hashes have the same features in the same columns."""
@@ -29,6 +62,36 @@ def sha256_of_names(names: Iterable[str]) -> str:
         digest.update(name.encode())
         digest.update(b"\0")
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ObsColumn:
+    """One obs column as codes.
+
+    Attributes
+    ----------
+    codes
+        (n,) int32 position in `categories`, -1 where the value is missing.
+    categories
+        Distinct values as strings, in their order.
+    """
+
+    codes: npt.NDArray[np.int32]
+    categories: tuple[str, ...]
+
+
+def unite_categories(columns: Sequence[ObsColumn | int]) -> ObsColumn:
+    """Columns below each other, their categories in the order of appearance; a number is that many missing values."""
+    given = [column for column in columns if not isinstance(column, int)]
+    categories = tuple(dict.fromkeys(category for column in given for category in column.categories))
+    place = {category: code for code, category in enumerate(categories)}
+    codes = [
+        np.full(column, -1, np.int32)
+        if isinstance(column, int)
+        else np.array([*(place[c] for c in column.categories), -1], np.int32)[column.codes]
+        for column in columns
+    ]
+    return ObsColumn(np.concatenate(codes), categories)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse
 
-from loaders.stores.base import ObsColumn, Store
+from loaders.stores import ObsColumn, Store
 
 _log = logging.getLogger(__name__)
 
@@ -121,9 +121,9 @@ def read_counts(store: Store, modality: str, places: npt.NDArray[np.int64]) -> s
     Read by blocks of which only the wanted rows are kept.
     """
     present = np.flatnonzero(places >= 0)
+    matrix = store.matrix(modality)
     picked = [
-        store.read_rows(modality, int(b[0]), int(b[-1]) + 1).to_scipy()[b - b[0]]
-        for b in _blocks(places[present], _BLOCK_CELLS)
+        matrix.read(int(b[0]), int(b[-1]) + 1).to_scipy()[b - b[0]] for b in _blocks(places[present], _BLOCK_CELLS)
     ]
     num_features = store.schema.modalities[modality].num_features
     if not picked:

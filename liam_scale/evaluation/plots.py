@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from loaders.schema import MODALITIES
-from loaders.stores.base import ObsColumn
+from loaders.stores import ObsColumn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

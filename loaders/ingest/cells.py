@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.ingest.sources.frames import join_columns, take
-from loaders.ingest.sources.parts import Say, Source
+from loaders.formats.frame import join_columns, take
+from loaders.formats.source import Say, Source
 from loaders.schema import BARCODE_COLUMNS
 
 SAMPLE = "sample"

@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from loaders.csr import SparseRows, compiled, index_dtype, narrowest_dtype
-from loaders.ingest.sources.matrices import RawRows
 
 _LARGEST = 2**32 - 1
 
@@ -42,17 +40,21 @@ class Place:
     other_layers: Sequence[str] = ()
 
 
-def check_and_map(raw: RawRows, columns: npt.NDArray[np.int64], num_features: int, place: Place) -> Counted:
+def check_and_map(
+    raw: SparseRows, columns: npt.NDArray[np.int64], num_features: int, place: Place, *, start: int = 0
+) -> Counted:
     """Check every entry of raw rows and put them into the store's columns.
 
     Parameters
     ----------
     raw
-        Rows as stored.
+        Rows as a file holds them.
     columns
         (features of the source,) column of each in the store, -1 where it is left out.
     num_features
         Columns of the store.
+    start
+        Row of the matrix that the first of them is.
 
     Raises
     ------
@@ -63,7 +65,7 @@ def check_and_map(raw: RawRows, columns: npt.NDArray[np.int64], num_features: in
     bad = first_out_of_range(indices, len(columns))
     if bad >= 0:
         raise ValueError(
-            f"{place.where}: got feature index {int(indices[bad])} in row {_row(raw, bad)}, the matrix has "
+            f"{place.where}: got feature index {int(indices[bad])} in row {start + _row(raw, bad)}, the matrix has "
             f"{len(columns)} features; the file is damaged or was written wrongly: write it again from its source"
         )
     values = raw.values.astype(np.uint8) if raw.values.dtype == np.bool_ else raw.values
@@ -73,12 +75,12 @@ def check_and_map(raw: RawRows, columns: npt.NDArray[np.int64], num_features: in
         values = values.astype(np.float32)
     problem, entry, maximum = first_problem(values)
     if problem != _FINE:
-        raise ValueError(_explain(problem, entry, raw, values, place))
+        raise ValueError(_explain(problem, entry, raw, values, place, start))
     indptr = np.zeros_like(raw.indptr)
     packed = np.empty(len(indices), np.uint64)
     duplicates = map_rows(raw.indptr, indices, values, columns, indptr, packed)
     if duplicates < 0:
-        cell = place.cell_name(raw.start - 1 - duplicates)
+        cell = place.cell_name(start - 1 - duplicates)
         raise ValueError(
             f"{place.where}: repeated entries of cell {cell!r} add up to more than {_LARGEST}; look for a corrupt "
             "matrix"
@@ -97,12 +99,12 @@ def _signed(indices: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return indices if indices.dtype.kind == "i" and indices.dtype.itemsize >= 4 else indices.astype(np.int64)
 
 
-def _row(raw: RawRows, entry: int) -> int:
-    return raw.start + int(np.searchsorted(raw.indptr, entry, side="right")) - 1
+def _row(raw: SparseRows, entry: int) -> int:
+    return int(np.searchsorted(raw.indptr, entry, side="right")) - 1
 
 
-def _explain(problem: int, entry: int, raw: RawRows, values: npt.NDArray[Any], place: Place) -> str:
-    row, value = _row(raw, entry), values[entry]
+def _explain(problem: int, entry: int, raw: SparseRows, values: npt.NDArray[Any], place: Place, start: int) -> str:
+    row, value = start + _row(raw, entry), values[entry]
     at = f"cell {place.cell_name(row)!r}, feature {place.feature_name(int(raw.indices[entry]))!r}"
     layers = _layers(place)
     if problem == _NOT_FINITE:
@@ -127,14 +129,6 @@ def _layers(place: Place) -> str:
     likely = sorted(place.other_layers, key=lambda name: ("count" not in name.lower(), "raw" not in name.lower()))
     named = ", ".join(repr(name) for name in likely)
     return f"name the layer that holds raw counts, for example --layer {likely[0]} (this file has {named})"
-
-
-def check_unique(what: str, names: pd.Index, cure: str) -> None:
-    """Refuse names of which one stands twice."""
-    if names.is_unique:
-        return
-    twice = names[names.duplicated()]
-    raise ValueError(f"{what}: got {str(twice[0])!r} more than once ({len(twice)} repeats in all); {cure}")
 
 
 @compiled

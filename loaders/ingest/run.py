@@ -15,14 +15,13 @@ import pandas as pd
 
 from loaders.addresses import addresses
 from loaders.csr import narrowest_dtype
+from loaders.formats.features import Join, Joined, join_features
+from loaders.formats.source import Part, Source
 from loaders.ingest.cells import Cells, gather_cells, modality_columns, obs_columns
 from loaders.ingest.checks import Counted, Place, check_and_map
-from loaders.ingest.features import Join, Joined, join_features
 from loaders.ingest.report import Report
 from loaders.ingest.shuffle import Shuffle, destinations
-from loaders.ingest.sources.matrices import RawRows
-from loaders.ingest.sources.open import open_source
-from loaders.ingest.sources.parts import Part, Source
+from loaders.ingest.sources import open_source
 from loaders.ingest.staging import Staging, check_out, explain_disk_errors
 from loaders.ingest.writer import ModalityLayout, StoreWriter
 from loaders.machine import default_threads
@@ -242,31 +241,16 @@ def _checked(
     workers = default_threads()
     # Chunks in flight share an eighth of the memory: those being checked, one being read, one being added.
     chunk = job.memory // 8 // (workers + 2)
-    waiting: deque[tuple[RawRows, Future[Counted]]] = deque()
+    waiting: deque[tuple[int, Future[Counted]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
-        for raw in _readable(part, chunk, job.staging.spill):
-            waiting.append((raw, pool.submit(check_and_map, raw, columns, num_features, place)))
+        for start, raw in part.matrix.chunks(memory=chunk, spill=job.staging.spill):
+            waiting.append((start, pool.submit(check_and_map, raw, columns, num_features, place, start=start)))
             if len(waiting) > workers:
                 first, done = waiting.popleft()
-                yield first.start, done.result()
+                yield first, done.result()
         while waiting:
             first, done = waiting.popleft()
-            yield first.start, done.result()
-
-
-def _readable(part: Part, chunk: int, spill: Path) -> Iterator[RawRows]:
-    """Chunks of a matrix; what HDF5 and Zarr say of damaged bytes gets the file's name and a cure."""
-    rows = 0
-    try:
-        for raw in part.matrix.chunks(memory=chunk, spill=spill):
-            rows = raw.start + len(raw.indptr) - 1
-            yield raw
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise RuntimeError(
-            f"{part.matrix.where}: rows from {rows} on cannot be read ({error}); copy or download the file again"
-        ) from error
+            yield first, done.result()
 
 
 @dataclass

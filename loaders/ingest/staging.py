@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from loaders import durable
-from loaders.stores.zarr_root import HDF5_SUFFIXES
+from loaders.formats.root import HDF5_SUFFIXES
 
 
 def _hidden(out: Path) -> Path:

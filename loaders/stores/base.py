@@ -1,33 +1,17 @@
-"""What the loader asks of a store, whatever its format."""
+"""What is asked of a store, whatever it stands in: by the loader, by an ingest, by evaluation and embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.csr import SparseRows
-from loaders.schema import Schema
-
-
-@dataclass(frozen=True)
-class ObsColumn:
-    """One obs column as codes.
-
-    Attributes
-    ----------
-    codes
-        (n,) int32 position in `categories`, -1 where the value is missing.
-    categories
-        Distinct values as strings, in their order.
-    """
-
-    codes: npt.NDArray[np.int32]
-    categories: tuple[str, ...]
+from loaders.csr import centred_log_ratio, row_sums
+from loaders.formats.matrix import Matrix
+from loaders.schema import ObsColumn, Schema
 
 
 def describe_store(store: Store) -> str:
@@ -43,6 +27,8 @@ class Store(Protocol):
 
     uri: str
     schema: Schema
+    row_alignment: int
+    """Cells that are decoded together: blocks begin and end at multiples of it (1: anywhere)."""
 
     def cell_ids(self, start: int, stop: int) -> npt.NDArray[np.str_]:
         """Ids of the cells [start, stop)."""
@@ -64,12 +50,8 @@ class Store(Protocol):
         """(rows of the modality,) sum of the values of each row."""
         ...
 
-    def row_nonzeros(self, modality: str) -> npt.NDArray[np.int64]:
-        """(rows of the modality + 1,) offsets of the rows: the matrix's indptr."""
-        ...
-
-    def read_rows(self, modality: str, start: int, stop: int) -> SparseRows:
-        """Rows [start, stop) of the modality's matrix."""
+    def matrix(self, modality: str) -> Matrix:
+        """The counts of a modality, its rows those of `modality_rows`."""
         ...
 
     def write_embedding(
@@ -93,6 +75,10 @@ class Store(Protocol):
         """All obs columns, indexed by cell id. Memory grows with the number of cells."""
         ...
 
+    def close(self) -> None:
+        """Close the files; nothing is asked of the store after it."""
+        ...
+
 
 def check_embedding(store: Store, name: str, values: npt.NDArray[np.float32]) -> None:
     """Refuse an embedding of other cells."""
@@ -109,3 +95,26 @@ def check_finite(store: Store, values: npt.NDArray[np.float32], start: int, *, w
     if len(bad):
         cells = ", ".join(str(store.cell_ids(int(row), int(row) + 1)[0]) for row in bad[:3])
         raise RuntimeError(f"{what}: got values that are not finite for {len(bad):,} cells ({cells}, ...); {cure}")
+
+
+def cell_totals(store: Store, modality: str, transform: str | None = None) -> npt.NDArray[np.float64]:
+    """(rows of the modality,) sum of the values of each cell that has the modality, for library-size priors.
+
+    Parameters
+    ----------
+    transform
+        None or "none": the stored totals. "clr": sums after the centred log-ratio of each cell, computed in one pass
+        over the matrix.
+    """
+    if modality not in store.schema.modalities:
+        raise ValueError(f"modality: got {modality!r}; {store.uri} holds {', '.join(store.schema.modalities)}")
+    if transform in (None, "none"):
+        return store.totals(modality)
+    if transform != "clr":
+        raise ValueError(f"transform: got {transform!r} for {modality}; choose clr or none")
+    totals = np.zeros(store.schema.modalities[modality].num_cells)
+    for start, rows in store.matrix(modality).in_order():
+        values = rows.values.astype(np.float32)
+        centred_log_ratio(rows.indptr, values, rows.num_features)
+        totals[start : start + rows.num_rows] = row_sums(rows.indptr, values)
+    return totals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.csr import SparseRows, concat_rows, offsets_of, widest_dtype
-from loaders.schema import MODALITIES, ModalitySchema, Schema, sha256_of_names
-from loaders.stores.base import ObsColumn, Store, check_embedding, describe_store
+from loaders.csr import widest_dtype
+from loaders.formats.features import shared_names
+from loaders.formats.matrix import ChainedMatrix, Matrix, once
+from loaders.schema import MODALITIES, ModalitySchema, ObsColumn, Schema, sha256_of_names, unite_categories
+from loaders.stores.base import Store, check_embedding, describe_store
 from loaders.stores.matched_store import MatchedStore
-from loaders.stores.matrices import once
 
 _log = logging.getLogger(__name__)
 
@@ -59,18 +61,10 @@ class ChainedStore:
             is_shuffled=is_shuffled or (len(stores) == 1 and stores[0].schema.is_shuffled),
             cells_sha256=sha256_of_names(store.schema.cells_sha256 for store in stores),
         )
-        self._offsets = {name: once(lambda name=name: self._join_offsets(name)) for name in names}  # type: ignore[misc]
+        self._matrices = {name: once(partial(self._chain, name)) for name in names}
+        self.row_alignment = max(store.row_alignment for store in stores)
 
     __repr__ = describe_store
-
-    @property
-    def row_alignment(self) -> int:
-        """Cells that the slowest store decodes together."""
-        return max(getattr(store, "row_alignment", 1) for store in self.stores)
-
-    def parts(self, modality: str) -> list[Store]:
-        """The stores that have a modality, in order, each with the features and columns that all share."""
-        return [view for _, view in self._holders(modality)]
 
     def cell_ids(self, start: int, stop: int) -> npt.NDArray[np.str_]:
         parts = [self.stores[i].cell_ids(first, last) for i, first, last in _pieces(self._starts, start, stop)]
@@ -80,16 +74,12 @@ class ChainedStore:
         if name not in self.schema.obs_columns:
             known = ", ".join(self.schema.obs_columns) or "none"
             raise ValueError(f"obs column: got {name!r}, which no store of {self.uri} has; columns are: {known}")
-        columns = [store.obs_column(name) if name in store.schema.obs_columns else None for store in self.stores]
-        categories = tuple(dict.fromkeys(c for column in columns if column is not None for c in column.categories))
-        place = {category: code for code, category in enumerate(categories)}
-        codes = []
-        for store, column in zip(self.stores, columns, strict=True):
-            if column is None:
-                codes.append(np.full(store.schema.num_cells, -1, np.int32))
-            else:
-                codes.append(np.array([*(place[c] for c in column.categories), -1], np.int32)[column.codes])
-        return ObsColumn(np.concatenate(codes), categories)
+        return unite_categories(
+            [
+                store.obs_column(name) if name in store.schema.obs_columns else store.schema.num_cells
+                for store in self.stores
+            ]
+        )
 
     def feature_names(self, modality: str) -> npt.NDArray[np.str_]:
         self._check(modality)
@@ -109,19 +99,9 @@ class ChainedStore:
     def totals(self, modality: str) -> npt.NDArray[np.float64]:
         return np.concatenate([view.totals(modality) for _, view in self._holders(modality)])
 
-    def row_nonzeros(self, modality: str) -> npt.NDArray[np.int64]:
+    def matrix(self, modality: str) -> Matrix:
         self._check(modality)
-        return self._offsets[modality]()
-
-    def read_rows(self, modality: str, start: int, stop: int) -> SparseRows:
-        self._check(modality)
-        pieces = _pieces(self._row_starts[modality], start, stop)
-        views = self._views[modality]
-        parts = [view.read_rows(modality, a, b) for i, a, b in pieces if (view := views[i]) is not None]
-        if not parts:
-            view = next(view for _, view in self._holders(modality))
-            return view.read_rows(modality, 0, 0)
-        return concat_rows(parts)
+        return self._matrices[modality]()
 
     def write_embedding(
         self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str] | None = None
@@ -140,6 +120,14 @@ class ChainedStore:
     def obs_frame(self) -> pd.DataFrame:
         return pd.concat([store.obs_frame() for store in self.stores])
 
+    def close(self) -> None:
+        for store in self.stores:
+            store.close()
+
+    def _chain(self, modality: str) -> Matrix:
+        matrices = [view.matrix(modality) for _, view in self._holders(modality)]
+        return ChainedMatrix(matrices, f"store {self.uri}, {modality}")
+
     def _check(self, modality: str) -> None:
         if modality not in self._views:
             raise ValueError(f"modality: got {modality!r}; {self.uri} holds {', '.join(self._views)}")
@@ -149,10 +137,6 @@ class ChainedStore:
         self._check(modality)
         pairs = zip(self.stores, self._views[modality], strict=True)
         return [(store, view) for store, view in pairs if view is not None]
-
-    def _join_offsets(self, modality: str) -> npt.NDArray[np.int64]:
-        lengths = [np.diff(view.row_nonzeros(modality)) for _, view in self._holders(modality)]
-        return offsets_of(np.concatenate(lengths))
 
     def _modality_schema(self, name: str) -> ModalitySchema:
         held = [store.schema.modalities[name] for store, _ in self._holders(name)]
@@ -182,22 +166,7 @@ def _shared_features(stores: Sequence[Store], modality: str) -> npt.NDArray[np.s
     if len({store.schema.modalities[modality].features_sha256 for store in holders}) == 1:
         return holders[0].feature_names(modality)
     names = [pd.Index(store.feature_names(modality)) for store in holders]
-    for store, own in zip(holders, names, strict=True):
-        if not own.is_unique:
-            twice = own[own.duplicated()]
-            raise ValueError(
-                f"store {store.uri}: got {len(twice)} feature names of {modality} more than once ({twice[0]!r}, ...),"
-                f" so that they cannot be matched by name; make them unique (adata.var_names_make_unique())"
-            )
-    shared = names[0]
-    for store, own in zip(holders[1:], names[1:], strict=True):
-        common = shared[shared.isin(own)]
-        if not len(common):
-            raise ValueError(
-                f"store {store.uri}: got {len(own)} features of {modality} ({own[0]!r}, ...), of which none is among"
-                f" the {len(shared)} that the stores before it share ({shared[0]!r}, ...); rename the features of one"
-            )
-        shared = common
+    shared = shared_names(modality, [(store.uri, own) for store, own in zip(holders, names, strict=True)])
     for store, own in zip(holders, names, strict=True):
         if len(shared) < len(own):
             _log.info("%s: %d of its %d features of %s are in every store", store.uri, len(shared), len(own), modality)

@@ -1,13 +1,16 @@
-"""Embeddings in obsm of a Zarr store: written whole beside the old one, then put in its place."""
+"""Embeddings in obsm: of a Zarr store, written whole beside the old one and put in its place; and of data in memory."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anndata
+import mudata
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -15,9 +18,66 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore
 
-from loaders.durable import replacing
+from loaders.durable import replacing, writing
+from loaders.formats.root import Address, describe_address, open_root
 
 CHUNK_CELLS = 8192
+
+
+class ZarrEmbeddings:
+    """The obsm of what stands at an address, opened anew each time, as others may write to it. HDF5 is only read.
+
+    Parameters
+    ----------
+    address, storage_options
+        As for `open_root`.
+    """
+
+    def __init__(self, address: Address, storage_options: Mapping[str, Any] | None) -> None:
+        self._open = partial(open_root, address, storage_options=storage_options)
+        self._uri = describe_address(address)
+
+    def write(self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str]) -> None:
+        try:
+            root = self._open(mode="r+")
+        except (ValueError, PermissionError, NotImplementedError) as error:
+            raise self._unwritable(error) from None
+        try:
+            with writing(f"{self._uri}/obsm/{name}", only_full=True):
+                write(root, name, values, attributes)
+        except RuntimeError:
+            raise
+        except Exception as error:  # a backend's own: no permission, a server that takes no writes
+            raise self._unwritable(error) from error
+
+    def read(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        return read(self._open(), self._uri, name, start, stop)
+
+    def attributes(self, name: str) -> list[dict[str, Any]]:
+        return attributes(self._open(), name)
+
+    def _unwritable(self, error: Exception) -> RuntimeError:
+        return RuntimeError(
+            f"store {self._uri}: cannot be written ({type(error).__name__}: {error});"
+            f" make it writable, or write the embedding to a file instead"
+        )
+
+
+class HeldEmbeddings:
+    """The obsm of an AnnData or MuData in memory; what is said of an embedding stands in its uns."""
+
+    def __init__(self, data: anndata.AnnData | mudata.MuData) -> None:
+        self._data = data
+
+    def write(self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str]) -> None:
+        self._data.obsm[name], self._data.uns[name] = np.asarray(values, np.float32), dict(attributes)
+
+    def read(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        return read({"obsm": self._data.obsm}, f"{type(self._data).__name__} in memory", name, start, stop)
+
+    def attributes(self, name: str) -> list[dict[str, Any]]:
+        made = self._data.uns.get(name, {})
+        return [dict(made) if isinstance(made, Mapping) else {}] if name in self._data.obsm else []
 
 
 def write(root: zarr.Group, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str]) -> None:
@@ -39,7 +99,7 @@ def write(root: zarr.Group, name: str, values: npt.NDArray[np.float32], attribut
     _consolidate_again(root)
 
 
-def read(root: zarr.Group, uri: str, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+def read(root: Mapping[str, Any] | zarr.Group, uri: str, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
     """Rows [start, stop) of obsm[name].
 
     Raises

@@ -5,20 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.csr import SparseRows, row_sums, select_columns
-from loaders.schema import sha256_of_names
-from loaders.stores.base import ObsColumn, Store, describe_store
+from loaders.formats.compressed import CompressedRows
+from loaders.formats.matrix import Matrix, SelectedColumns
+from loaders.schema import ObsColumn, sha256_of_names
+from loaders.stores.base import Store, describe_store
 
 _log = logging.getLogger(__name__)
-
-ROWS_PER_READ = 4_096
 
 
 class MatchedStore:
@@ -53,6 +51,8 @@ class MatchedStore:
             for name, own in self._names.items()
         }
         self.schema = replace(store.schema, modalities=modalities)
+        self.row_alignment = store.row_alignment
+        self._matrices: dict[str, Matrix] = {}
 
     def _match(self, modality: str) -> npt.NDArray[np.int32]:
         """(F of the store,) column of the model of each feature, -1 for those it does not know."""
@@ -91,30 +91,21 @@ class MatchedStore:
             return self.store.modality_rows(modality)
         return np.full(self.schema.num_cells, -1, dtype=np.int64)
 
-    def read_rows(self, modality: str, start: int, stop: int) -> SparseRows:
-        if modality not in self._targets:
-            assert start == stop == 0, "an absent modality has no rows"
-            empty = np.zeros(0, dtype=np.uint32)
-            return SparseRows(np.zeros(1, dtype=np.int64), empty, empty.astype(np.uint8), len(self._names[modality]))
-        rows = self.store.read_rows(modality, start, stop)
-        return select_columns(rows, self._targets[modality], len(self._names[modality]))
+    def matrix(self, modality: str) -> Matrix:
+        if modality not in self._matrices:
+            self._matrices[modality] = self._select(modality)
+        return self._matrices[modality]
 
-    @cache  # noqa: B019  (a view lives as long as the command that opened it)
-    def _measure(self, modality: str) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-        """Row sums and offsets over the matched columns, by one pass."""
-        sums, lengths = [np.zeros(0)], [np.zeros(1, dtype=np.int64)]
-        num_rows = self.schema.modalities[modality].num_cells
-        for start in range(0, num_rows, ROWS_PER_READ):
-            rows = self.read_rows(modality, start, min(num_rows, start + ROWS_PER_READ))
-            sums.append(row_sums(rows.indptr, rows.values))
-            lengths.append(np.diff(rows.indptr))
-        return np.concatenate(sums), np.cumsum(np.concatenate(lengths))
+    def _select(self, modality: str) -> Matrix:
+        if modality in self._targets:
+            return SelectedColumns(self.store.matrix(modality), self._targets[modality], len(self._names[modality]))
+        nothing = {"data": np.zeros(0, np.uint8), "indices": np.zeros(0, np.int32), "indptr": np.zeros(1, np.int64)}
+        width = len(self._names[modality])
+        empty = CompressedRows(f"{self.uri}: {modality}", (0, width), nothing)
+        return SelectedColumns(empty, np.arange(width, dtype=np.int32), width)
 
     def totals(self, modality: str) -> npt.NDArray[np.float64]:
-        return self._measure(modality)[0]
-
-    def row_nonzeros(self, modality: str) -> npt.NDArray[np.int64]:
-        return self._measure(modality)[1]
+        return self.matrix(modality).sums()
 
     def write_embedding(
         self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str] | None = None
@@ -126,3 +117,6 @@ class MatchedStore:
 
     def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
         return self.store.embedding_attributes(name)
+
+    def close(self) -> None:
+        self.store.close()

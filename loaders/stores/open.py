@@ -1,81 +1,135 @@
-"""Opening a store of any format: the one place that names the formats."""
+"""Opening a store of any format."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import anndata
+import h5py
+import mudata
 import zarr
+from zarr.storage import LocalStore
 
-from loaders.addresses import refuse_data_in_memory
+from loaders.formats.elements import CompressedColumns
+from loaders.formats.open import Held, open_group, open_held
+from loaders.formats.root import Address, describe_address, is_soma, not_a_store, open_root
+from loaders.formats.soma import SomaExperiment
+from loaders.formats.source import Source
+from loaders.schema import SCHEMA_KEY
 from loaders.stores.base import Store
 from loaders.stores.chained_store import ChainedStore
-from loaders.stores.soma_store import SomaStore
-from loaders.stores.zarr_root import Source, describe_source, local_path, not_a_store, open_root
-from loaders.stores.zarr_store import ZarrStore
+from loaders.stores.embeddings import HeldEmbeddings, ZarrEmbeddings
+from loaders.stores.soma_embeddings import SomaEmbeddings
+from loaders.stores.store import own_store, store_of
 
-Format = Literal["zarr", "soma"]
+_log = logging.getLogger(__name__)
 
 ANNBATCH = "annbatch-preshuffled"
 """Encoding of an annbatch collection: a group of AnnData "dataset_0", "dataset_1", ..., parts of one shuffled whole."""
 
-SOMA_MARKS = ("__tiledb_group.tdb", "__group", "__schema")
-"""Entries of a folder that TileDB wrote: of a group, or of an array (which is then refused by its type)."""
 
-
-def open_store(uri: Source | Sequence[Source], *, format: Format | None = None, **options: Any) -> Store:
+def open_store(
+    address: Address | Held | Sequence[Address | Held],
+    *,
+    format: Literal["zarr", "soma"] | None = None,
+    modality: str | None = None,
+    layer: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    obs_filter: str | None = None,
+    measurements: Mapping[str, str] | None = None,
+    tiledb_config: Mapping[str, str | float] | None = None,
+) -> Store:
     """Open a store.
 
     Parameters
     ----------
-    uri
-        Path or address of a store made by `liam-scale ingest`, an AnnData or MuData Zarr, an annbatch collection or a
-        TileDB-SOMA experiment; or several of them, which are then one data set (see `ChainedStore`).
+    address
+        Path or address of a store made by `liam-scale ingest`, an AnnData or MuData (.zarr, .h5ad, .h5mu), a 10x .h5,
+        an annbatch collection or a TileDB-SOMA experiment; an AnnData or MuData in memory; or several of them, which
+        are then one data set (see `ChainedStore`).
     format
         "zarr" or "soma"; default: what is found there, for a remote address Zarr unless it begins with tiledb://.
-    options
-        Handed to the format: see `ZarrStore` and `SomaStore`.
+    modality
+        The one modality to take (rna, atac or adt); it also names the features of an AnnData that does not. Without
+        it: var["feature_types"] where there is one, which may split the columns into several modalities; else atac
+        where features are named as intervals; else rna. Not for this package's own stores.
+    layer
+        Layer that holds the counts ("counts", or "raw" for AnnData's raw) instead of X; of TileDB-SOMA the X layer,
+        default the only one, or the first of counts, raw and data. Not for this package's own stores.
+    storage_options
+        Options of fsspec for a remote address.
+    obs_filter, measurements, tiledb_config
+        Of TileDB-SOMA; see `SomaExperiment`.
 
     Raises
     ------
     ValueError
-        Nothing there that can be streamed; the message names what was found and what to do. An option that the format
-        does not know.
+        Nothing there that can be streamed; the message names what was found and what to do.
     """
-    refuse_data_in_memory(uri, "store")
-    if isinstance(uri, Sequence) and not isinstance(uri, str):
-        return ChainedStore([open_store(one, format=format, **options) for one in uri])
-    is_soma = (format or _format_of(uri)) == "soma"
-    try:
-        return SomaStore(_address(uri), **options) if is_soma else _open_zarr(uri, **options)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        name = "SomaStore" if is_soma else "ZarrStore"
-        raise ValueError(f"options of {describe_source(uri)}: {error}; see {name} for those it knows") from None
+    choice = {"modality": modality, "layer": layer}
+    of_soma = {"obs_filter": obs_filter, "measurements": measurements, "tiledb_config": tiledb_config}
+    if isinstance(address, anndata.AnnData | mudata.MuData):
+        _refuse(of_soma, f"{type(address).__name__} in memory")
+        return store_of(_streamable(open_held(address, **choice, say=_log.info)), HeldEmbeddings(address))
+    if isinstance(address, Sequence) and not isinstance(address, str):
+        options = {"format": format, "storage_options": storage_options, **choice, **of_soma}
+        return ChainedStore([open_store(one, **options) for one in address])  # type: ignore[arg-type]
+    if format == "soma" or (format is None and is_soma(address)):
+        if not isinstance(address, str | Path):
+            raise ValueError(f"store {describe_address(address)}: got format='soma' for an object of zarr; give a path")
+        _refuse({"modality": modality, "storage_options": storage_options}, "a TileDB-SOMA experiment")
+        experiment = SomaExperiment(address, layer=layer, **of_soma, say=_log.info)  # type: ignore[arg-type]
+        _tell_unshuffled(experiment.uri)
+        return store_of(experiment.source, SomaEmbeddings(experiment), close=experiment.close)
+    _refuse(of_soma, describe_address(address))
+    return _open_root(address, storage_options, **choice)
 
 
-def _format_of(uri: Source) -> Format:
-    if not isinstance(uri, str | Path):
-        return "zarr"
-    path = local_path(uri)
-    if path is None:
-        return "soma" if str(uri).startswith("tiledb://") else "zarr"
-    return "soma" if any((path / name).exists() for name in SOMA_MARKS) else "zarr"
-
-
-def _address(uri: Source) -> str | Path:
-    if not isinstance(uri, str | Path):
-        raise ValueError(f"store {describe_source(uri)}: got format='soma' for an object of zarr; give its address")
-    return uri
-
-
-def _open_zarr(uri: Source, *, storage_options: Mapping[str, Any] | None = None, **options: Any) -> Store:
-    root = open_root(uri, storage_options=storage_options)
+def _open_root(
+    address: Address, storage_options: Mapping[str, Any] | None, *, modality: str | None, layer: str | None
+) -> Store:
+    root, label = open_root(address, storage_options=storage_options), describe_address(address)
     if root.attrs.get("encoding-type") == ANNBATCH:
-        return ChainedStore([ZarrStore(part, **options) for part in _datasets(root)], is_shuffled=True)
-    return ZarrStore(uri, storage_options=storage_options, **options)
+        parts = [_open_root(part, None, modality=modality, layer=layer) for part in _datasets(root)]
+        return ChainedStore(parts, is_shuffled=True)
+    if isinstance(root, zarr.Group) and not isinstance(root.store, LocalStore):
+        _log.info(
+            "%s is read through zarr-python, as it is not on a local disk: slower than a local copy (every chunk is a"
+            " request); copy it, or give the loader more memory so that reads are longer",
+            label,
+        )
+    if SCHEMA_KEY in root.attrs:
+        _refuse({"modality": modality, "layer": layer}, f"{label}, whose modalities and counts are fixed")
+        return own_store(root, label, ZarrEmbeddings(address, storage_options))
+    source = _streamable(open_group(root, label, Path(label), modality=modality, layer=layer, say=_log.info))
+    _tell_unshuffled(label)
+    close = root.close if isinstance(root, h5py.File) else None
+    return store_of(source, ZarrEmbeddings(address, storage_options), close=close)
+
+
+def _streamable(source: Source) -> Source:
+    for part in source.parts.values():
+        if isinstance(part.matrix, CompressedColumns):
+            part.matrix.stored(0, 0)  # says why not, and the cure
+    return source
+
+
+def _tell_unshuffled(label: str) -> None:
+    _log.info(
+        "%s was not made by `liam-scale ingest`: cells are taken in the order there, with small blocks and large"
+        " windows; ingesting once shuffles them and makes reading faster",
+        label,
+    )
+
+
+def _refuse(options: Mapping[str, Any], what: str) -> None:
+    """Refuse options that do not go with what is opened."""
+    given = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"open_store: got {', '.join(given)} for {what}; leave that out")
 
 
 def _datasets(root: zarr.Group) -> list[zarr.Group]:
@@ -84,5 +138,5 @@ def _datasets(root: zarr.Group) -> list[zarr.Group]:
     while (name := f"dataset_{len(datasets)}") in root:
         datasets.append(root[name])
     if not datasets:
-        raise not_a_store(describe_source(root), "an annbatch collection without a dataset")
+        raise not_a_store(describe_address(root), "an annbatch collection without a dataset")
     return datasets

@@ -10,7 +10,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loaders.stores.zarr_root import local_path
+from loaders.durable import writing
+from loaders.formats.root import local_path
+from loaders.formats.soma import SomaExperiment
+
+
+class SomaEmbeddings:
+    """The obsm of an experiment's first measurement, at the joinids of the chosen cells."""
+
+    def __init__(self, experiment: SomaExperiment) -> None:
+        self._held = experiment
+        self._place = experiment.soma, experiment.context, experiment.home
+
+    def write(self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str]) -> None:
+        try:
+            with writing(f"{self._held.uri}/obsm/{name}"):
+                write(*self._place, name, self._held.joinids, values, attributes)
+        except self._held.soma.SOMAError as error:
+            raise RuntimeError(
+                f"store {self._held.uri}: cannot be written ({error}); make it writable, or write the embedding to a"
+                f" file instead"
+            ) from error
+
+    def read(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        return read(*self._place, name, self._held.joinids[start:stop])
+
+    def attributes(self, name: str) -> list[dict[str, Any]]:
+        return attributes(*self._place, name)
 
 
 def write(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import warnings
 
+import h5py
 import mudata
 import numpy as np
 import scipy.sparse
 
 from loaders.ecosystem import plain_mudata
+from loaders.formats.root import Address, describe_address, open_root
 from loaders.schema import SCHEMA_KEY
-from loaders.stores.zarr_root import Source, describe_source, open_root
 
 
-def read_store(store: Source) -> mudata.MuData:
+def read_store(store: Address) -> mudata.MuData:
     """Read a store made by `liam-scale ingest` into memory, ready for scanpy.
 
     The store keeps counts in the narrowest type that holds them, with which scanpy overflows or fails; here they are
@@ -35,9 +36,9 @@ def read_store(store: Source) -> mudata.MuData:
         Not a store made by ingest.
     """
     root = open_root(store)
-    if SCHEMA_KEY not in root.attrs:
+    if SCHEMA_KEY not in root.attrs or isinstance(root, h5py.File):
         raise ValueError(
-            f"read_store: got {describe_source(store)}, which `liam-scale ingest` did not make;"
+            f"read_store: got {describe_address(store)}, which `liam-scale ingest` did not make;"
             f" read it with mudata.read_zarr or anndata.read_zarr"
         )
     with plain_mudata(), warnings.catch_warnings():

@@ -121,7 +121,7 @@ def test_files_may_come_as_any_list_of_paths(multiome: Path, tmp_path: Path) -> 
 def test_store_schema_run_and_minibatch_are_shown_in_a_few_lines(multiome: Path, trained: Path) -> None:
     store = open_store(multiome)
     assert repr(store).splitlines()[:2] == [
-        f"ZarrStore {multiome}: 600 cells, shuffled",
+        f"SourceStore {multiome}: 600 cells, shuffled",
         "    rna: 600 cells × 60 features, "
         f"{store.schema.modalities['rna'].nonzeros_per_cell:.0f} non-zeros a cell, uint8",
     ]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.utils.data
 
+from loaders.formats.matrix import SelectedColumns
 from loaders.loader import Loader
 from loaders.stores.open import open_store
 from loaders.synthetic import identifying_counts, identifying_store
@@ -289,26 +290,20 @@ def test_worker_processes_are_refused(store):
         next(iter(wrapped))
 
 
-class BrokenStore:
-    """A store one of whose reads fails."""
+class BrokenMatrix(SelectedColumns):
+    """A matrix one of whose reads fails."""
 
-    def __init__(self, store, modality):
-        self._store, self._modality = store, modality
-        self.uri, self.schema = store.uri, store.schema
-
-    def __getattr__(self, name):
-        if name == "arrays":
-            raise AttributeError(name)
-        return getattr(self._store, name)
-
-    def read_rows(self, modality, start, stop):
-        if modality == self._modality and start <= 700 < stop:
+    def read(self, start, stop):
+        if start <= 700 < stop:
             raise OSError("the disk is gone")
-        return self._store.read_rows(modality, start, stop)
+        return super().read(start, stop)
 
 
-def test_a_failing_read_reaches_the_consumer_and_no_thread_stays(store):
-    loader = Loader(BrokenStore(store, "rna"), minibatch=32)
+def test_a_failing_read_reaches_the_consumer_and_no_thread_stays(store, monkeypatch):
+    matrix = store.matrix("rna")
+    broken = BrokenMatrix(matrix, np.arange(matrix.num_features, dtype=np.int32), matrix.num_features)
+    monkeypatch.setattr(store, "matrix", lambda modality: broken)
+    loader = Loader(store, minibatch=32, modalities=["rna"])
     with pytest.raises(OSError, match="the disk is gone"):
         list(loader)
     assert not reader_threads()

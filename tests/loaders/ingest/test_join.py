@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from loaders.formats.source import Source
 from loaders.ingest import ingest
 from loaders.ingest.cells import source_names
-from loaders.ingest.sources.parts import Source
 
 
 def two_files(make, tmp_path, *, shared=True):

@@ -48,9 +48,11 @@ def test_soma_joins_a_file_and_is_checked_like_one(make, tmp_path, write_experim
     first.X = np.log1p(first.X.toarray())
     first.X[first.X == 0] = 0.25
     write_experiment(tmp_path / "bad", first)
-    with pytest.raises(ValueError, match=r"bad: rna: got 0.25 in cell 'cell0', feature 'rna\d+', counts are integers"):
+    with pytest.raises(
+        ValueError, match=r"RNA/X/data: got 0.25 in cell 'cell0', feature 'rna\d+', counts are integers"
+    ):
         ingest(tmp_path / "bad", out=tmp_path / "p.zarr", progress=False)
-    with pytest.raises(ValueError, match=r"layer: got 'nope', which no measurement of .*bad has"):
+    with pytest.raises(ValueError, match=r"--layer: .*bad/ms/RNA/X has no layer 'nope'; it has data"):
         ingest(tmp_path / "bad", out=tmp_path / "p.zarr", layer="nope", progress=False)
 
 

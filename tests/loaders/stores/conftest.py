@@ -124,14 +124,14 @@ def check_counts(store: Store, modality: str, cells: np.ndarray | None = None) -
     expected = counts_of(modality, np.array([int(cell_id[4:]) for cell_id in order]))
     for start in range(0, len(order), 11):
         stop = min(start + 11, len(order))
-        part = store.read_rows(modality, start, stop)
+        part = store.matrix(modality).read(start, stop)
         assert part.values.dtype in (np.uint8, np.uint16, np.uint32, np.float32)
         assert part.indptr.dtype == np.int64
         assert part.indices.dtype in (np.uint16, np.uint32, np.int32)
         assert all((np.diff(part.indices[a:b].astype(np.int64)) > 0).all() for a, b in itertools.pairwise(part.indptr))
         np.testing.assert_array_equal(part.to_scipy().toarray(), expected[start:stop])
     np.testing.assert_array_equal(store.totals(modality), expected.sum(1))
-    np.testing.assert_array_equal(np.diff(store.row_nonzeros(modality)), (expected != 0).sum(1))
+    np.testing.assert_array_equal(store.matrix(modality).lengths(), (expected != 0).sum(1))
     assert store.schema.modalities[modality].num_nonzeros == (expected != 0).sum()
     np.testing.assert_array_equal(store.feature_names(modality), names_of(modality))
 

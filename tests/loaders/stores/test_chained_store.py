@@ -57,7 +57,7 @@ def test_cells_follow_each_other(three: list[Path], toy: ModuleType) -> None:
     assert store.modality_rows("rna") is None
     assert not store.schema.is_shuffled
     assert list(store.obs_frame().index) == [f"cell{c}" for c in range(50)]
-    assert store.read_rows("adt", 0, 0).num_rows == 0
+    assert store.matrix("adt").read(0, 0).num_rows == 0
 
 
 def test_features_are_matched_by_name_in_the_order_of_the_first(tmp_path: Path, toy: ModuleType) -> None:
@@ -70,13 +70,13 @@ def test_features_are_matched_by_name_in_the_order_of_the_first(tmp_path: Path, 
     shared = [9, 4, 27, 0, 12]
     assert list(store.feature_names("rna")) == [f"rna_{f}" for f in shared]
     expected = toy.counts_of("rna", np.arange(50))[:, shared]
-    rows = store.read_rows("rna", 0, 50)
+    rows = store.matrix("rna").read(0, 50)
     assert rows.values.dtype == np.float32
     assert rows.indices.dtype == np.int32
     np.testing.assert_array_equal(rows.to_scipy().toarray(), expected)
-    np.testing.assert_array_equal(store.read_rows("rna", 17, 23).to_scipy().toarray(), expected[17:23])
+    np.testing.assert_array_equal(store.matrix("rna").read(17, 23).to_scipy().toarray(), expected[17:23])
     np.testing.assert_array_equal(store.totals("rna"), expected.sum(1))
-    np.testing.assert_array_equal(np.diff(store.row_nonzeros("rna")), (expected != 0).sum(1))
+    np.testing.assert_array_equal(store.matrix("rna").lengths(), (expected != 0).sum(1))
 
 
 def test_stores_without_a_common_feature_are_refused(tmp_path: Path, toy: ModuleType) -> None:
@@ -85,11 +85,11 @@ def test_stores_without_a_common_feature_are_refused(tmp_path: Path, toy: Module
     other = toy.make_anndata("rna", cells)
     other.var_names = [f"ENSG{f}" for f in range(30)]
     other.write_zarr(tmp_path / "b.zarr")
-    with pytest.raises(ValueError, match=r"b.zarr: got 30 features of rna \('ENSG0', ...\).*none.*30.*'rna_0'"):
+    with pytest.raises(ValueError, match=r"no feature of .*b.zarr \(for example 'ENSG0'\).*'rna_0'.*bring the names"):
         open_store([tmp_path / "a.zarr", tmp_path / "b.zarr"])
     other.var_names = ["rna_0", *["same"] * 29]
     other.write_zarr(tmp_path / "c.zarr")
-    with pytest.raises(ValueError, match=r"c.zarr: got 28 feature names of rna more than once \('same'"):
+    with pytest.raises(ValueError, match=r"c.zarr: feature names of rna: got 'same' more than once \(28"):
         open_store([tmp_path / "a.zarr", tmp_path / "c.zarr"])
     with pytest.raises(ValueError, match="stores: got none"):
         open_store([])
@@ -138,7 +138,7 @@ def test_annbatch_collection_opens_as_a_chain(tmp_path: Path, toy: ModuleType) -
     with anndata.settings.override(write_csr_csc_indices_with_min_possible_dtype=True):
         for i, cells in enumerate((np.arange(20), np.arange(20, 31), np.arange(31, 50))):
             anndata.io.write_elem(root, f"dataset_{i}", toy.make_anndata("rna", cells))
-    with pytest.raises(ValueError, match=r"got a Zarr group of nothing known"):
+    with pytest.raises(ValueError, match=r"got a group that holds dataset_0"):
         open_store(tmp_path / "collection.zarr")
     root.attrs.update({"encoding-type": "annbatch-preshuffled", "encoding-version": "0.1.0"})
     zarr.consolidate_metadata(root.store)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from loaders.stores import cell_totals
 from loaders.stores.open import open_store
 from loaders.synthetic import identifying_counts, identifying_store
-from loaders.totals import cell_totals
 
 
 def test_totals_are_sums_of_the_rows(tmp_path):

@@ -1,7 +1,7 @@
 """Our own reader of sharded 1-d Zarr v3 arrays on a local disk: few large reads, decoded straight into their place.
 
 Against zarr-python it saves copies, a thread hop per chunk and the decoding of what is not asked for at both ends of
-a range: 3-4 times the elements per CPU second (architecture.md). Every checksum the array carries is verified.
+a range: 3-4 times the elements per CPU second. Every checksum the array carries is verified.
 """
 
 from __future__ import annotations
@@ -48,17 +48,19 @@ class DamagedChunk(Exception):
     ----------
     chunk
         Its number in the array.
+    file
+        The shard that holds it.
     entries
         Elements [start, stop) of the array that it holds.
     """
 
-    def __init__(self, message: str, *, chunk: int, entries: tuple[int, int]) -> None:
+    def __init__(self, message: str, *, chunk: int, file: Path, entries: tuple[int, int]) -> None:
         super().__init__(message)
-        self.chunk, self.entries = chunk, entries
+        self.chunk, self.file, self.entries = chunk, file, entries
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChunkLayout:
     """What `zarr.json` says about an array."""
 
     length: int
@@ -72,7 +74,7 @@ class Layout:
     has_checksum: bool
 
 
-def read_layout(folder: Path) -> Layout:
+def read_layout(folder: Path) -> ChunkLayout:
     """Layout of the array in a folder.
 
     Raises
@@ -99,7 +101,7 @@ def read_layout(folder: Path) -> Layout:
     if keys["name"] != "default":
         raise UnsupportedArray(f"its chunk keys are of the kind {keys['name']}")
     chunk = sharding["chunk_shape"][0]
-    return Layout(
+    return ChunkLayout(
         length=meta["shape"][0],
         dtype=np.dtype(meta["data_type"]),
         chunk=chunk,
@@ -160,11 +162,14 @@ class ShardedArray:
         Only zarr-python reads this array.
     """
 
+    slow_because: str | None = None
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not hasattr(os, "preadv"):
             raise UnsupportedArray("this system cannot read at an offset (preadv)")
         self.layout = read_layout(self.folder)
+        self.dtype, self.length, self.has_checksum = self.layout.dtype, self.layout.length, self.layout.has_checksum
         self._lock = threading.Lock()
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._indexes: dict[int, npt.NDArray[np.uint64]] = {}
@@ -267,7 +272,7 @@ class ShardedArray:
         with self._lock:
             file = self._files.get(shard)
             if file is None:
-                path = self.folder / self.layout.separator.join(("c", str(shard)))
+                path = self._file(shard)
                 try:
                     file = _File(path)
                 except OSError as error:
@@ -306,7 +311,14 @@ class ShardedArray:
     def _damaged(self, chunk: int, what: str) -> DamagedChunk:
         length = self.layout.chunk
         entries = chunk * length, min(self.layout.length, (chunk + 1) * length)
-        return DamagedChunk(what, chunk=chunk, entries=entries)
+        return DamagedChunk(what, chunk=chunk, file=self._file(chunk // self.layout.chunks_per_shard), entries=entries)
+
+    def _file(self, shard: int) -> Path:
+        return self.folder / self.layout.separator.join(("c", str(shard)))
+
+    def first_missing(self, start: int, stop: int) -> str | None:
+        """None: a file that is missing is an error when it is read."""
+        return None
 
 
 def verify_chunk(packed: npt.NDArray[np.uint8]) -> str | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from loaders.stores import iterate_rows, open_store
+from loaders.stores import open_store
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have a Zarr V3 specification"),
@@ -21,7 +21,7 @@ pytestmark = [
 @pytest.mark.parametrize("modality", ["rna", "atac", "adt"])
 def test_pieces_of_a_zarr_store(own_store: Path, toy: ModuleType, modality: str) -> None:
     store = open_store(own_store)
-    pieces = list(iterate_rows(store, modality, memory=1000))
+    pieces = list(store.matrix(modality).in_order(memory=1000))
     assert len(pieces) >= 3
     starts, rows = zip(*pieces, strict=True)
     assert list(starts) == [0, *np.cumsum([part.num_rows for part in rows])[:-1]]
@@ -34,6 +34,6 @@ def test_pieces_of_an_experiment_are_whole_tiles(tmp_path: Path, toy: ModuleType
     data = toy.anndata.AnnData(counts)
     write_soma(tmp_path / "exp", data)
     store = open_store(tmp_path / "exp")
-    pieces = list(iterate_rows(store, "rna", memory=1000))
+    pieces = list(store.matrix("rna").in_order(memory=1000))
     assert [start for start, _ in pieces] == [0, 2048, 4096]
     assert (scipy.sparse.vstack([rows.to_scipy() for _, rows in pieces]) != counts).nnz == 0

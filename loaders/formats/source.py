@@ -1,9 +1,9 @@
-"""A source of cells: its modalities and what is known of the cells, whatever file they came from."""
+"""A source of cells: its modalities and what is known of the cells, whatever file or object holds them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.ingest.sources.frames import ObsTable
-from loaders.ingest.sources.matrices import Matrix
-from loaders.schema import MODALITIES
-from loaders.stores.modalities import modality_of
+from loaders.formats.frame import ObsTable
+from loaders.formats.matrix import StoredMatrix
+from loaders.schema import MODALITIES, modality_of
 
 Say = Callable[[str], None]
+"""Takes remarks on what was assumed."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Part:
     """
 
     modality: str
-    matrix: Matrix
+    matrix: StoredMatrix
     var: pd.DataFrame
     columns: npt.NDArray[np.int64] | None = None
     rows: npt.NDArray[np.int64] | None = None
@@ -49,26 +49,36 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """Cells with their modalities and obs columns, from one file or from one file per modality."""
+    """Cells with their modalities and obs columns."""
 
     label: str
-    """The path as given, for messages."""
+    """The path or address as given, for messages."""
     paths: tuple[Path, ...]
+    """Files it was read from; the end of the first names the source."""
     cell_ids: npt.NDArray[Any]
+    """(n,) unique ids as compact strings."""
     parts: Mapping[str, Part]
     obs: ObsTable
     sample: str | None = None
     """The sample of all its cells, where the user named it."""
 
+    def only(self, modality: str) -> Source:
+        """The source without its other modalities; its cells stay."""
+        if modality not in self.parts:
+            raise ValueError(
+                f"{self.label}: {modality} was asked for, the file has {', '.join(self.parts)}; name one of them"
+            )
+        return replace(self, parts={modality: self.parts[modality]})
+
 
 def split_by_type(
-    path: Path, matrix: Matrix, var: pd.DataFrame, types: npt.NDArray[Any], layers: tuple[str, ...], say: Say
+    label: str, matrix: StoredMatrix, var: pd.DataFrame, types: npt.NDArray[Any], layers: tuple[str, ...], say: Say
 ) -> dict[str, Part]:
     """One part per modality of a matrix whose features have types."""
     of_feature = {name: modality_of(name) for name in set(types.tolist())}
     unknown = sorted(name for name, modality in of_feature.items() if modality is None)
     if unknown:
-        say(f"{path}: features of the type {', '.join(unknown)} are left out; known are {', '.join(MODALITIES)}")
+        say(f"{label}: features of the type {', '.join(unknown)} are left out; known are {', '.join(MODALITIES)}")
     parts = {}
     for modality in MODALITIES:
         chosen = np.array([of_feature[name] == modality for name in types.tolist()], bool)
@@ -77,7 +87,7 @@ def split_by_type(
             parts[modality] = Part(modality, matrix, var[chosen], None if chosen.all() else columns, layers=layers)
     if not parts:
         raise ValueError(
-            f"{path}: var['feature_types'] has {', '.join(sorted(of_feature)) or 'nothing'}, expected 'Gene "
+            f"{label}: var['feature_types'] has {', '.join(sorted(of_feature)) or 'nothing'}, expected 'Gene "
             "Expression', 'Peaks' or 'Antibody Capture'; correct it, or write rna=, atac= or adt= before the path"
         )
     return parts

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.ingest.checks import check_unique
+from loaders.schema import check_unique
 
 Join = Literal["inner", "outer"]
 
@@ -47,25 +47,11 @@ def join_features(modality: str, sources: Sequence[tuple[str, pd.DataFrame]], jo
     ValueError
         Names repeated within a source; nothing in common.
     """
-    for where, var in sources:
-        check_unique(
-            f"{where}: feature names of {modality}",
-            var.index,
-            "use unique identifiers, or call var_names_make_unique() and save the file again",
-        )
-    names: pd.Index = sources[0][1].index
     if join == "inner":
-        for where, var in sources[1:]:
-            common = names[names.isin(var.index)]
-            if not len(common):
-                raise ValueError(
-                    f"{modality}: no feature of {where} (for example {_first(var.index)}) is in all of the sources "
-                    f"before it (for example {_first(sources[0][1].index)}); bring the names to one kind (symbols or "
-                    "identifiers, the same peak set), or pass --join outer if they really measure different features"
-                )
-            names = common
+        names = shared_names(modality, [(where, var.index) for where, var in sources])
         var = sources[0][1].loc[names]
     else:
+        _check_names(modality, [(where, var.index) for where, var in sources])
         frames = []
         known: pd.Index = pd.Index([], dtype=object)
         for _, var in sources:
@@ -77,6 +63,28 @@ def join_features(modality: str, sources: Sequence[tuple[str, pd.DataFrame]], jo
     if not len(names):
         raise ValueError(f"{modality}: {sources[0][0]} has no features; leave the modality out or give another file")
     return Joined(_storable(var), tuple(names.get_indexer(own.index).astype(np.int64) for _, own in sources))
+
+
+def shared_names(modality: str, sources: Sequence[tuple[str, pd.Index]]) -> pd.Index:
+    """Names of features that all sources have, in the order of the first; ValueError as for `join_features`."""
+    _check_names(modality, sources)
+    names = sources[0][1]
+    for where, own in sources[1:]:
+        common = names[names.isin(own)]
+        if not len(common):
+            raise ValueError(
+                f"{modality}: no feature of {where} (for example {_first(own)}) is in all of the sources before it "
+                f"(for example {_first(sources[0][1])}); bring the names to one kind (symbols or identifiers, the same "
+                "peak set), or ingest with --join outer if they really measure different features"
+            )
+        names = common
+    return names
+
+
+def _check_names(modality: str, sources: Sequence[tuple[str, pd.Index]]) -> None:
+    for where, names in sources:
+        cure = "use unique identifiers, or call var_names_make_unique() and save it again"
+        check_unique(f"{where}: feature names of {modality}", names, cure)
 
 
 def _first(names: pd.Index) -> str:

@@ -1,4 +1,4 @@
-"""Opens a source of an ingest, told apart by what it contains and not by its name."""
+"""The sources that a user names: paths, addresses, and files of one modality each that are paired by cell."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 import pandas as pd
-import zarr
 
-from loaders.ingest.sources.frames import Frame, ObsTable, View
-from loaders.ingest.sources.parts import Part, Say, Source
-from loaders.ingest.sources.scverse import open_anndata, open_mudata
-from loaders.ingest.sources.streamed import is_streamed, open_streamed
-from loaders.ingest.sources.tenx import is_tenx, open_tenx
-from loaders.schema import MODALITIES
-from loaders.stores.modalities import modality_of
+from loaders.formats.frame import Frame, ObsTable, View
+from loaders.formats.open import open_group
+from loaders.formats.root import is_soma, open_root
+from loaders.formats.soma import SomaExperiment
+from loaders.formats.source import Part, Say, Source
+from loaders.schema import MODALITIES, modality_of
 
 
 def open_source(text: str, *, layer: str | None, files: ExitStack, say: Say) -> Source:
@@ -63,53 +60,14 @@ def open_source(text: str, *, layer: str | None, files: ExitStack, say: Say) -> 
 
 
 def _open_one(text: str, modality: str | None, layer: str | None, files: ExitStack, say: Say) -> Source:
-    if is_streamed(text):
-        source = open_streamed(text, layer, files)
-        return source if modality is None else _only(source, modality)
-    path = Path(text)
-    root = _open_file(path, files)
-    if "mod" in root:
-        source = open_mudata(path, root, layer, say)
-        return source if modality is None else _only(source, modality)
-    if is_tenx(root):
-        if layer is not None:
-            raise ValueError(f"{path}: --layer {layer} was given, a 10x file has no layers; leave the option out")
-        source = open_tenx(path, root, say)
-        return source if modality is None else _only(source, modality)
-    if "obs" in root and "var" in root:
-        return open_anndata(path, root, modality, layer, say)
-    raise ValueError(
-        f"{path}: got a file with {', '.join(sorted(root)) or 'nothing'} at its top, expected an AnnData (obs, var, "
-        "X), a MuData (mod) or a 10x matrix; convert it with anndata or mudata"
-    )
-
-
-def _open_file(path: Path, files: ExitStack) -> Any:
-    if not path.exists():
-        raise ValueError(f"source: {path} does not exist; check the path")
-    if path.is_dir():
-        try:
-            return zarr.open_group(str(path), mode="r")
-        except (FileNotFoundError, zarr.errors.BaseZarrError, ValueError) as error:
-            raise ValueError(
-                f"{path}: the folder is no Zarr group ({error}); give an .h5ad, .h5mu, 10x .h5 or .zarr"
-            ) from error
-    if not h5py.is_hdf5(path):
-        raise ValueError(f"{path}: not an HDF5 file; give an .h5ad, .h5mu, 10x .h5 or .zarr (uncompressed, complete)")
-    try:
-        return files.enter_context(h5py.File(path, "r"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be opened ({error}); copy or download the file again") from error
-
-
-def _only(source: Source, modality: str) -> Source:
-    """A source without its other modalities; its cells stay."""
-    if modality not in source.parts:
-        raise ValueError(
-            f"{source.label}: {modality} was asked for, the file has {', '.join(source.parts)}; name one of them"
-        )
-    part = source.parts[modality]
-    return Source(source.label, source.paths, source.cell_ids, {modality: part}, source.obs)
+    if is_soma(text):
+        experiment = files.enter_context(SomaExperiment(text, layer=layer, say=say))
+        return experiment.source if modality is None else experiment.source.only(modality)
+    root = open_root(text)
+    if isinstance(root, h5py.File):
+        files.enter_context(root)
+    path = Path(text.rstrip("/").rpartition("/")[2] if "://" in text else text)
+    return open_group(root, text, path, modality=modality, layer=layer, say=say)
 
 
 def _pair(text: str, opened: Mapping[str, Source], say: Say) -> Source:

@@ -24,9 +24,8 @@ from loaders.csr import (
     row_sums,
     scatter_entries,
     slice_rows,
-    travelling_dtype,
 )
-from loaders.stores.matrices import once
+from loaders.formats.matrix import ENTRY_BYTES, StoredMatrix
 
 _log = logging.getLogger(__name__)
 
@@ -41,8 +40,8 @@ _SCAN_THREADS = 2
 """Threads of the pass that counts: TileDB keeps one core busy per read, and each read holds 50 to 150 MB."""
 
 
-class SomaMatrix:
-    """Counts of the chosen cells in one measurement. Methods may be called from several threads at once.
+class SomaMatrix(StoredMatrix):
+    """Counts of the chosen cells in one measurement.
 
     Parameters
     ----------
@@ -50,9 +49,9 @@ class SomaMatrix:
         The open SparseNDArray.
     joinids
         (n,) int64 ascending ids of the chosen cells; may have gaps.
-    feature_joinids, feature_names
-        (F,) ids and names of the columns, ids ascending.
-    label
+    feature_joinids
+        (F,) ids of the columns, ascending.
+    where
         What messages call it.
     """
 
@@ -62,34 +61,32 @@ class SomaMatrix:
         *,
         joinids: npt.NDArray[np.int64],
         feature_joinids: npt.NDArray[np.int64],
-        feature_names: npt.NDArray[np.str_],
-        label: str,
+        where: str,
     ) -> None:
-        self._array = array
-        self._joinids = joinids
-        self._label = label
-        self.feature_names = feature_names
-        self.num_features = len(feature_names)
-        self.value_dtype = travelling_dtype(np.dtype(array.schema.field("soma_data").type.to_pandas_dtype()))
-        self._columns = _place_of(feature_joinids)
+        super().__init__()
+        self._array, self._joinids, self.where = array, joinids, where
+        self._feature_joinids, self._columns = feature_joinids, _place_of(feature_joinids)
+        self.num_rows, self.num_features = len(joinids), len(feature_joinids)
+        self.stored_dtype = np.dtype(array.schema.field("soma_data").type.to_pandas_dtype())
         tile = _tile_rows(array)
-        self.rows_per_read = max(tile, min(MAX_ROWS_PER_READ, tile * -(-MIN_ROWS_PER_READ // tile)))
-        group = joinids // self.rows_per_read
+        self.row_alignment = max(tile, min(MAX_ROWS_PER_READ, tile * -(-MIN_ROWS_PER_READ // tile)))
+        group = joinids // self.row_alignment
         self._edges = np.concatenate([[0], np.flatnonzero(np.diff(group)) + 1, [len(joinids)]])
         self._kept: OrderedDict[int, SparseRows] = OrderedDict()
         self._lock = threading.Lock()
-        self._scan = once(self._count)
 
-    def counts(self) -> npt.NDArray[np.int64]:
-        """(n,) non-zeros of each cell; the first call passes over the matrix."""
-        return self._scan()[0]
+    def of_cells(self, cells: npt.NDArray[np.int64]) -> SomaMatrix:
+        """The same counts of (m,) ascending ones of the chosen cells; what was counted is not counted again."""
+        lengths, sums = self.lengths()[cells], self.sums()[cells]
+        joinids = self._joinids[cells]
+        chosen = SomaMatrix(self._array, joinids=joinids, feature_joinids=self._feature_joinids, where=self.where)
+        chosen._measured = lambda: (lengths, sums)
+        return chosen
 
-    def totals(self) -> npt.NDArray[np.float64]:
-        """(n,) sum of each cell; the first call passes over the matrix."""
-        return self._scan()[1]
+    def bytes_per_row(self) -> float:
+        return ENTRY_BYTES * max(1.0, self.num_nonzeros() / max(1, self.num_rows))
 
-    def read(self, start: int, stop: int) -> SparseRows:
-        """Cells [start, stop) of the chosen ones."""
+    def stored(self, start: int, stop: int) -> SparseRows:
         first = int(np.searchsorted(self._edges, start, side="right")) - 1
         parts = []
         for group in range(first, len(self._edges) - 1):
@@ -121,7 +118,7 @@ class SomaMatrix:
     def _decode(self, group: int) -> SparseRows:
         joinids = self._joinids[self._edges[group] : self._edges[group + 1]]
         first, last = int(joinids[0]), int(joinids[-1])
-        where = f"{self._label}: cells of joinid {first} to {last}"
+        where = f"{self.where}: cells of joinid {first} to {last}"
         places = np.full(last - first + 1, -1, np.int32)
         places[joinids - first] = np.arange(len(joinids), dtype=np.int32)
         indptr = np.zeros(len(joinids) + 1, np.int64)
@@ -143,9 +140,9 @@ class SomaMatrix:
             scatter_entries(*pieces.pop(0), following, indices, kept)
         return in_order(SparseRows(indptr, indices, kept, self.num_features))
 
-    def _count(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    def _measure(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         _log.info(
-            "%s: counting the entries of %d cells, as TileDB-SOMA does not hold them", self._label, len(self._joinids)
+            "%s: counting the entries of %d cells, as TileDB-SOMA does not hold them", self.where, len(self._joinids)
         )
 
         def count(group: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from loaders.ingest.checks import check_unique
-from loaders.ingest.sources.frames import Frame, ObsTable, View, read_strings
-from loaders.ingest.sources.matrices import CompressedRows
-from loaders.ingest.sources.parts import Say, Source, split_by_type
+from loaders.formats.compressed import CompressedRows
+from loaders.formats.frame import Frame, ObsTable, View, read_strings
+from loaders.formats.source import Say, Source, split_by_type
+from loaders.schema import check_unique
 
 
 def is_tenx(root: Any) -> bool:
@@ -19,20 +19,20 @@ def is_tenx(root: Any) -> bool:
     return "matrix" in root or any("barcodes" in root[key] for key in root if hasattr(root[key], "keys"))
 
 
-def open_tenx(path: Path, root: Any, say: Say) -> Source:
+def open_tenx(label: str, path: Path, root: Any, *, say: Say) -> Source:
     """The cells and modalities of a 10x file; feature names repeated in it get -1, -2, ... as scanpy gives them."""
     if "matrix" not in root or "features" not in root["matrix"]:
         raise ValueError(
-            f"{path}: a 10x matrix of Cell Ranger 2 or older (no matrix/features); read it with scanpy.read_10x_h5 "
+            f"{label}: a 10x matrix of Cell Ranger 2 or older (no matrix/features); read it with scanpy.read_10x_h5 "
             "and save an .h5ad"
         )
     group = root["matrix"]
     features = group["features"]
     ids = read_strings(group["barcodes"])
     check_unique(
-        f"{path}: barcodes", pd.Index(ids.astype(object)), "the file is damaged: write it again with Cell Ranger"
+        f"{label}: barcodes", pd.Index(ids.astype(object)), "the file is damaged: write it again with Cell Ranger"
     )
-    names = _make_unique(path, read_strings(features["name"]).astype(object), say)
+    names = _make_unique(label, read_strings(features["name"]).astype(object), say)
     columns = {"gene_ids": read_strings(features["id"]).astype(object)}
     for key in ("feature_type", "genome", "interval"):
         if key in features and features[key].shape == features["name"].shape:
@@ -40,25 +40,18 @@ def open_tenx(path: Path, root: Any, say: Say) -> Source:
     num_features, num_cells = (int(n) for n in group["shape"][:])
     if (num_features, num_cells) != (len(names), len(ids)):
         raise ValueError(
-            f"{path}: matrix/shape is {num_features} x {num_cells}, the file names {len(names)} features and "
+            f"{label}: matrix/shape is {num_features} x {num_cells}, the file names {len(names)} features and "
             f"{len(ids)} barcodes; it is damaged: write it again with Cell Ranger"
         )
     var = pd.DataFrame(columns, index=names)
     # Compressed by barcode: read as cells x features it is CSR.
-    matrix = CompressedRows(f"{path}: matrix", num_cells, num_features, group)
+    matrix = CompressedRows(f"{label}: matrix", (num_cells, num_features), group)
     types = var["feature_types"].to_numpy() if "feature_types" in var else np.full(len(var), "Gene Expression", object)
-    parts = split_by_type(path, matrix, var, types, (), say)
-    return Source(str(path), (path,), ids, parts, ObsTable(View(_NoColumns(), None), {}))
+    parts = split_by_type(label, matrix, var, types, (), say)
+    return Source(label, (path,), ids, parts, ObsTable(View(Frame(pd.DataFrame(index=ids.astype(object))), None), {}))
 
 
-class _NoColumns(Frame):
-    """A 10x file says nothing of its cells but their barcodes."""
-
-    def __init__(self) -> None:
-        self._whole = pd.DataFrame()
-
-
-def _make_unique(path: Path, names: np.ndarray, say: Say) -> pd.Index:
+def _make_unique(label: str, names: np.ndarray, say: Say) -> pd.Index:
     index = pd.Index(names)
     repeated = index.duplicated()
     if not repeated.any():
@@ -76,7 +69,7 @@ def _make_unique(path: Path, names: np.ndarray, say: Say) -> pd.Index:
         unique[place] = new
     first = int(np.flatnonzero(repeated)[0])
     say(
-        f"{path}: {int(repeated.sum())} feature names repeat another and got a number ({names[first]!r}: "
+        f"{label}: {int(repeated.sum())} feature names repeat another and got a number ({names[first]!r}: "
         f"{unique[first]!r})"
     )
     return pd.Index(unique)

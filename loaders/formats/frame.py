@@ -1,4 +1,4 @@
-"""obs and var tables in files, read one column at a time: memory is one column, whatever the number of columns."""
+"""obs and var tables in files and in memory, read one column at a time: memory is one column, whatever their number."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy.typing as npt
 import pandas as pd
 from anndata.io import read_elem
 
+from loaders.schema import ObsColumn
+
 Strings = np.dtypes.StringDType()
 """Variable-length strings at 16 bytes and the text: Python objects need 60 bytes more."""
 
@@ -18,35 +20,44 @@ _READ_AT_ONCE = 100_000
 
 
 class Frame:
-    """An anndata dataframe in an HDF5 or Zarr group; the older form (one compound dataset) is read as a whole."""
+    """An anndata dataframe in an HDF5 or Zarr group, or in memory.
+
+    The form of AnnData before 0.7 (one compound dataset) is read as a whole.
+    """
 
     def __init__(self, element: Any) -> None:
         self._element = element
-        self._whole: pd.DataFrame | None = None
-        if not hasattr(element, "keys") or "_index" not in element.attrs:
+        self._whole: pd.DataFrame | None = element if isinstance(element, pd.DataFrame) else None
+        if self._whole is None and (not hasattr(element, "keys") or "_index" not in element.attrs):
             self._whole = pd.DataFrame(read_elem(element))
 
     @property
     def columns(self) -> list[str]:
+        """Columns in their order, without the index."""
         if self._whole is not None:
             return [str(name) for name in self._whole.columns]
         return [str(name) for name in self._element.attrs["column-order"]]
 
-    def index(self) -> npt.NDArray[Any]:
-        """(n,) names of the rows as compact strings."""
+    def index(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """Names of the rows [start, stop) as compact strings."""
         if self._whole is not None:
-            return np.asarray(self._whole.index.astype(str), dtype=object).astype(Strings)
+            return _compact(self._whole.index[start:stop])
         key = self._element.attrs["_index"]
         element = self._element[key.decode() if isinstance(key, bytes) else key]
-        if hasattr(element, "keys"):
-            return np.asarray(pd.Index(read_elem(element)).astype(str), dtype=object).astype(Strings)
-        return read_strings(element)
+        if hasattr(element, "keys"):  # nullable strings, or an index written as a categorical
+            return _compact(pd.Index(read_elem(element))[start:stop])
+        return read_strings(element, start, stop)
 
     def column(self, name: str) -> pd.Series:
         """(n,) one column as a Series without index."""
         if self._whole is not None:
             return self._whole[name].reset_index(drop=True)
-        return pd.Series(read_elem(self._element[name]))
+        element = self._element[name]
+        if "categories" in element.attrs and not hasattr(element, "keys"):  # AnnData before 0.8
+            categories = self._element[str(element.attrs["categories"]).rpartition("obs/")[2]][:]
+            names = pd.Index([as_text(category) for category in categories])
+            return pd.Series(pd.Categorical.from_codes(np.asarray(element[:]), names))
+        return pd.Series(read_elem(element))
 
     def whole(self) -> pd.DataFrame:
         """All of it, indexed by name."""
@@ -54,20 +65,45 @@ class Frame:
         return pd.DataFrame(columns, index=pd.Index(self.index().astype(object)))
 
 
-def read_strings(element: Any) -> npt.NDArray[Any]:
-    """(n,) compact strings from a string array of HDF5 or Zarr, read in pieces."""
+def _compact(index: pd.Index) -> npt.NDArray[Any]:
+    return np.asarray(index.astype(str), dtype=object).astype(Strings)
+
+
+def as_text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def read_strings(element: Any, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+    """Elements [start, stop) of a string array of HDF5 or Zarr as compact strings, read in pieces."""
     total = element.shape[0]
-    strings = np.empty(total, dtype=Strings)
-    for start in range(0, total, _READ_AT_ONCE):
-        part = element[start : start + _READ_AT_ONCE]
+    strings = np.empty(len(range(*slice(start, stop).indices(total))), dtype=Strings)
+    for begin in range(0, len(strings), _READ_AT_ONCE):
+        end = min(len(strings), begin + _READ_AT_ONCE)
+        part = element[start + begin : start + end]
         if isinstance(part, np.ndarray) and part.dtype.kind in "OS":
-            part = np.array([_decode(text) for text in part.tolist()], dtype=object)
-        strings[start : start + _READ_AT_ONCE] = part.astype(Strings)
+            part = np.array([as_text(text) for text in part.tolist()], dtype=object)
+        strings[begin:end] = part.astype(Strings)
     return strings
 
 
-def _decode(text: Any) -> str:
-    return text.decode() if isinstance(text, bytes) else str(text)
+def encode(values: pd.Series) -> ObsColumn:
+    """Codes of categorical, string, boolean or integer values; missing values become -1.
+
+    A categorical keeps its order of categories; other values get their distinct values, sorted.
+
+    Raises
+    ------
+    ValueError
+        The values are of another kind (floating point, dates).
+    """
+    kind = values.dtype
+    if isinstance(kind, pd.CategoricalDtype):
+        return ObsColumn(np.asarray(values.cat.codes, np.int32), tuple(str(c) for c in kind.categories))
+    is_text = pd.api.types.is_object_dtype(kind) or pd.api.types.is_string_dtype(kind)
+    if not (is_text or pd.api.types.is_bool_dtype(kind) or pd.api.types.is_integer_dtype(kind)):
+        raise ValueError(f"got values of type {kind}; name a categorical, string, boolean or integer column")
+    codes, distinct = pd.factorize(values, sort=True, use_na_sentinel=True)
+    return ObsColumn(codes.astype(np.int32), tuple(str(value) for value in distinct))
 
 
 @dataclass(frozen=True)
@@ -160,6 +196,11 @@ class ObsTable:
         for other in others:
             first = fill_missing(first, other)
         return first
+
+    def index(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Ids of the cells [start, stop) as compact strings."""
+        assert self._root is not None
+        return self._root.frame.index(start, stop)
 
     def modality_column(self, modality: str, name: str) -> pd.Series | None:
         """(n,) values of one column in a modality's own table, by cell."""

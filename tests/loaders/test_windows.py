@@ -1,4 +1,4 @@
-"""Readers of one modality: the fast one and the store's own give the same rows, and damage is named."""
+"""Windows of one modality: our own reader and the matrix's plain one give the same rows, and damage is named."""
 
 import logging
 import shutil
@@ -10,13 +10,15 @@ import scipy.sparse
 import zarr
 
 from loaders.ecosystem import quiet_anndata
+from loaders.formats import entries
+from loaders.formats.compressed import RowOffsets
+from loaders.formats.matrix import Matrix, runs_of
+from loaders.formats.sharded import ShardedArray
 from loaders.loader import Loader
-from loaders.readers import ChainedRows, ShardedRows, StoreRows, open_reader
-from loaders.sources import open_source
 from loaders.stores import MatchedStore
 from loaders.stores.open import open_store
 from loaders.synthetic import identifying_store
-from loaders.windows import RowOffsets, read_window, runs_of
+from loaders.windows import open_inputs, read_window
 
 CELLS = 900
 
@@ -28,10 +30,10 @@ def path(tmp_path_factory):
     return path
 
 
-def read(reader, start, stop):
-    prepared = reader.prepare(np.arange(start, stop))
-    indices = np.empty(prepared.num_entries, reader.index_dtype)
-    values = np.empty(prepared.num_entries, reader.value_dtype)
+def read(matrix, start, stop, prepare=None):
+    prepared = (prepare or type(matrix).prepare)(matrix, np.arange(start, stop))
+    index_dtype, value_dtype = matrix.window_dtypes
+    indices, values = np.empty(prepared.num_entries, index_dtype), np.empty(prepared.num_entries, value_dtype)
     prepared.fill(indices, values)
     indptr = np.append(prepared.starts, prepared.num_entries)
     assert np.array_equal(np.diff(indptr), prepared.lengths)
@@ -40,12 +42,11 @@ def read(reader, start, stop):
 
 @pytest.mark.parametrize("modality", ["rna", "atac"])
 def test_both_readers_give_the_same_rows(path, modality):
-    store = open_store(path)
-    fast, slow = open_reader(store, modality), StoreRows(store, modality)
-    assert isinstance(fast, ShardedRows)
-    for start, stop in [(0, store.schema.modalities[modality].num_cells), (0, 1), (250, 270), (96, 97), (5, 5)]:
-        expected = read(slow, start, stop)
-        assert (read(fast, start, stop) != expected).nnz == 0
+    matrix = open_store(path).matrix(modality)
+    assert matrix.slow_because is None
+    for start, stop in [(0, matrix.num_rows), (0, 1), (250, 270), (96, 97), (5, 5)]:
+        expected = read(matrix, start, stop, Matrix.prepare)
+        assert (read(matrix, start, stop) != expected).nnz == 0
         assert expected.has_sorted_indices
 
 
@@ -53,21 +54,26 @@ def test_a_chain_of_stores_is_read_by_the_fast_reader(path, tmp_path):
     identifying_store(tmp_path / "b.zarr", num_cells=200, num_features={"rna": 90, "atac": 200})
     chain = open_store([path, tmp_path / "b.zarr"])
     for modality in ("rna", "atac"):
-        fast, slow = open_reader(chain, modality), StoreRows(chain, modality)
-        assert isinstance(fast, ChainedRows)
-        assert all(isinstance(reader, ShardedRows) for reader in fast._readers)
-        count = chain.schema.modalities[modality].num_cells
+        matrix = chain.matrix(modality)
+        assert matrix.slow_because is None
+        count = matrix.num_rows
         for start, stop in [(0, count), (count - 250, count - 150), (count - 201, count - 200), (count - 3, count)]:
-            assert (read(fast, start, stop) != read(slow, start, stop)).nnz == 0
+            assert (read(matrix, start, stop) != read(matrix, start, stop, Matrix.prepare)).nnz == 0
 
 
 def test_offsets_are_those_of_the_matrix(path):
-    indptr = open_store(path).row_nonzeros("rna")
+    indptr = zarr.open_group(path, mode="r")["mod/rna/X/indptr"][:]
     whole, pieces = RowOffsets([indptr]), RowOffsets([indptr[:256], indptr[256:768], indptr[768:]])
     for offsets in (whole, pieces):
         assert (offsets.num_rows, offsets.num_entries) == (CELLS, indptr[-1])
         for start, stop in [(0, CELLS), (255, 257), (256, 256), (700, 900), (899, 900), (900, 900)]:
             assert np.array_equal(offsets.between(start, stop), indptr[start : stop + 1])
+    ranges = list(pieces.ranges(2_000))
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])]
+    assert ranges[-1][1] == CELLS
+    for start, stop in ranges:
+        assert indptr[stop] - indptr[start] <= 2_000
+        assert stop == CELLS or indptr[stop + 1] - indptr[start] > 2_000
     for row in (0, 255, 256, 500, CELLS - 2):
         assert whole.rows_of(int(indptr[row]), int(indptr[row + 1])) == (row, row + 1)
     assert whole.rows_of(int(indptr[250]) + 1, int(indptr[700]) + 1) == (250, 701)
@@ -91,8 +97,8 @@ def test_windows_hold_the_cells_asked_for(path, modality, rows):
     store = open_store(path)
     cells = np.array(rows, np.uint32)
     order = np.random.default_rng(0).permutation(len(cells))
-    window = read_window(open_source(store, modality), cells, order)
-    whole = store.read_rows(modality, 0, store.schema.modalities[modality].num_cells).to_scipy()
+    window = read_window(open_inputs(store)[modality], cells, order)
+    whole = store.matrix(modality).read(0, store.schema.modalities[modality].num_cells).to_scipy()
     mapping = store.modality_rows(modality)
     for k, cell in enumerate(cells[order]):
         row = cell if mapping is None else mapping[cell]
@@ -116,9 +122,7 @@ def test_a_flipped_bit_names_store_array_chunk_and_cells(path, tmp_path, array, 
     copy = tmp_path / "copy.zarr"
     shutil.copytree(path, copy)
     flip(copy / "mod" / modality / "X" / array / "c" / "0", 5_000)
-    pattern = (
-        rf"copy\.zarr, {modality}/{array}: got a damaged chunk 0 .*c/0.*checksum.*cells \d+ to \d+: copy the store"
-    )
+    pattern = rf"copy\.zarr/mod/{modality}/X/{array}: got a damaged chunk 0 .*c/0.*checksum.*cells \d+ to \d+: copy"
     with pytest.raises(RuntimeError, match=pattern):
         list(Loader(open_store(copy), minibatch=64, subset="all"))
 
@@ -128,7 +132,7 @@ def test_a_deleted_shard_is_an_error_and_not_zeros(path, tmp_path):
     shutil.copytree(path, copy)
     (copy / "mod" / "rna" / "X" / "indices" / "c" / "0").unlink()
     # Which of the shard's chunks is named depends on the thread that comes first.
-    with pytest.raises(RuntimeError, match=r"rna/indices: got a damaged chunk .* cannot be opened.*cells \d+ to \d+"):
+    with pytest.raises(RuntimeError, match=r"rna/X/indices: got a damaged chunk .* cannot be opened.*cells \d+ to \d+"):
         list(Loader(open_store(copy), minibatch=64, subset="all"))
 
 
@@ -187,3 +191,22 @@ def test_a_column_outside_the_features_is_an_error_and_not_a_crash(tmp_path, sha
     columns[int(matrix.indptr[31]) - 1] = 1_000_000
     with pytest.raises(RuntimeError, match=r"column outside 0\.\.149 in row 30"):
         list(Loader(open_store(tmp_path / "a.zarr", modality="rna"), minibatch=50, subset="all"))
+
+
+def test_each_array_is_opened_once(path, monkeypatch):
+    """Training and validation share offsets, shard indexes and open files."""
+    opened = []
+
+    def counted(folder):
+        opened.append(str(folder))
+        return ShardedArray(folder)
+
+    monkeypatch.setattr(entries, "ShardedArray", counted)
+    store = open_store(path)
+    matrix = store.matrix("rna")
+    for subset in ("train", "validation"):
+        with Loader(store, minibatch=64, subset=subset, modalities=["rna"]) as loader:
+            next(iter(loader))
+    matrix.read(0, 10)
+    assert sorted(opened) == sorted(set(opened))
+    assert sum("mod/rna" in folder for folder in opened) == 2

@@ -1,0 +1,1 @@
+"""What files and objects in memory hold, whoever asks: training or ingest."""

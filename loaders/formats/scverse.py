@@ -1,0 +1,189 @@
+"""AnnData and MuData in HDF5, Zarr or memory: their cells, modalities, layers. The one rule for all who ask."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import anndata
+import mudata
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from loaders.formats.elements import open_matrix
+from loaders.formats.frame import Frame, ObsTable, View
+from loaders.formats.matrix import StoredMatrix
+from loaders.formats.source import Part, Say, Source, split_by_type
+from loaders.schema import MODALITIES, check_modality, check_unique, modality_of
+
+_INTERVAL = re.compile(r"^[\w.]+[:\-_]\d+[\-_]\d+$")
+"""Genomic intervals such as chr1:100-600, the usual names of peaks."""
+
+
+class HeldGroup(dict[str, Any]):
+    """An AnnData or MuData in memory, taken apart as a file of it would be."""
+
+    def __init__(self, data: anndata.AnnData | mudata.MuData) -> None:
+        super().__init__(obs=data.obs)
+        self.attrs = {"axis": getattr(data, "axis", 0)}
+        if isinstance(data, mudata.MuData):
+            self["mod"] = {name: HeldGroup(part) for name, part in data.mod.items()}
+            return
+        self.update(var=data.var, layers=data.layers)
+        if data.X is not None:
+            self["X"] = data.X
+        if data.raw is not None:
+            self["raw"] = {"X": data.raw.X, "var": data.raw.var}
+
+
+def _counts_of(
+    label: str, group: Any, at: str, layer: str | None, cells: npt.NDArray[np.int64] | None = None
+) -> tuple[StoredMatrix, Frame, tuple[str, ...]]:
+    """The matrix that holds the counts, its var, and the names of the others."""
+    layers = tuple(group["layers"].keys()) if "layers" in group else ()
+    # anndata writes a raw that is None too.
+    has_raw = "raw" in group and hasattr(group["raw"], "keys") and "raw" not in layers
+    known = (*layers, "raw") if has_raw else layers
+    var = Frame(group["var"])
+    if layer is None or layer == "X":
+        if "X" not in group:
+            raise ValueError(
+                f"{label}: {at or 'the file'} has no X; name a layer with --layer (it has {', '.join(known) or 'none'})"
+            )
+        return open_matrix(group["X"], f"{label}: {at}X", cells=cells), var, known
+    if layer in layers:
+        others = ("X", *(name for name in known if name != layer))
+        return open_matrix(group["layers"][layer], f"{label}: {at}layers/{layer}", cells=cells), var, others
+    if layer in known:
+        raw = group["raw"]
+        return open_matrix(raw["X"], f"{label}: {at}raw/X", cells=cells), Frame(raw["var"]), ("X", *layers)
+    raise ValueError(
+        f"--layer: {label} has no layer {layer!r}{f' in {at[4:-1]}' if at else ''}; it has {', '.join(('X', *known))}: "
+        "name one of them"
+    )
+
+
+def _check_shape(matrix: StoredMatrix, num_cells: int, num_features: int) -> None:
+    if (matrix.num_rows, matrix.num_features) != (num_cells, num_features):
+        raise ValueError(
+            f"{matrix.where}: got a matrix of {matrix.num_rows} x {matrix.num_features}, obs and var have {num_cells} "
+            f"and {num_features} rows; the file is damaged or was written wrongly: write it again from its source"
+        )
+
+
+def _cell_index(where: str, frame: Frame) -> npt.NDArray[Any]:
+    ids = frame.index()
+    check_unique(f"{where}: cell ids", pd.Index(ids.astype(object)), "call obs_names_make_unique() and save it again")
+    return ids
+
+
+def open_anndata(label: str, path: Path, root: Any, *, modality: str | None, layer: str | None, say: Say) -> Source:
+    """An AnnData: one modality, or several where var["feature_types"] says so."""
+    obs = Frame(root["obs"])
+    ids = _cell_index(label, obs)
+    matrix, var_frame, layers = _counts_of(label, root, "", layer)
+    var = var_frame.whole()
+    _check_shape(matrix, len(ids), len(var))
+    modality = None if modality is None else check_modality(modality)
+    types = var["feature_types"].astype(str).to_numpy() if "feature_types" in var else None
+    if modality is not None and (types is None or len(set(types)) == 1):
+        parts = {modality: Part(modality, matrix, var, layers=layers)}
+    elif types is not None:
+        parts = split_by_type(label, matrix, var, types, layers, say)
+        if modality is not None and modality not in parts:
+            raise ValueError(
+                f"{label}: {modality} was asked for, var['feature_types'] has {', '.join(sorted(set(types)))}"
+            )
+        parts = parts if modality is None else {modality: parts[modality]}
+    else:
+        guessed = _guess_modality(label, var.index, say)
+        parts = {guessed: Part(guessed, matrix, var, layers=layers)}
+    return Source(label, (path,), ids, parts, ObsTable(View(obs, None), {}))
+
+
+def _guess_modality(label: str, names: pd.Index, say: Say) -> str:
+    share = float(np.mean([bool(_INTERVAL.match(str(name))) for name in names])) if len(names) else 0.0
+    if 0.05 < share < 0.95:
+        raise ValueError(
+            f"{label}: {share:.0%} of the features are named like peaks (chr1:100-600) and nothing says which modality "
+            "they are; add var['feature_types'] ('Gene Expression', 'Peaks', 'Antibody Capture') or give one file "
+            "per modality: rna=a.h5ad,atac=b.h5ad"
+        )
+    modality, why = (
+        ("atac", "its features are named like peaks") if share >= 0.95 else ("rna", "nothing says otherwise")
+    )
+    say(
+        f"{label}: taken as {modality} ({why}); write {modality}=PATH or another modality before the path of an ingest,"
+        f" or open it with modality=, to decide"
+    )
+    return modality
+
+
+def open_mudata(label: str, path: Path, root: Any, *, layer: str | None, say: Say) -> Source:
+    """A MuData: cells that may lack modalities."""
+    axis = int(root.attrs.get("axis", 0))
+    if axis != 0:
+        raise ValueError(
+            f"{label}: a MuData with axis {axis}, expected 0 (modalities share cells); split it by axis first"
+        )
+    obs = Frame(root["obs"])
+    ids = _cell_index(label, obs)
+    found: dict[str, tuple[str, Part, View]] = {}
+    for key in _modality_keys(root["mod"]):
+        modality = modality_of(key)
+        if modality is None:
+            say(f"{label}: modality {key!r} is left out; known are {', '.join(MODALITIES)}")
+            continue
+        if modality in found:
+            raise ValueError(
+                f"{label}: modalities {found[modality][0]!r} and {key!r} both mean {modality}; remove one of them"
+            )
+        group = root["mod"][key]
+        frame = Frame(group["obs"])
+        own = _cell_index(f"{label}: modality {key}", frame)
+        rows = _rows_by_cell(label, key, ids, own, root["obsmap"][key][:] if key in root.get("obsmap", ()) else None)
+        matrix, var, layers = _counts_of(label, group, f"mod/{key}/", layer, rows)
+        whole = var.whole()
+        _check_shape(matrix, len(own), len(whole))
+        found[modality] = key, Part(modality, matrix, whole, None, rows, layers), View(frame, rows)
+    if not found:
+        raise ValueError(
+            f"{label}: got modalities {', '.join(root['mod'])}, expected some of {', '.join(MODALITIES)}; rename them"
+        )
+    views = {name: view for name, (_, _, view) in found.items()}
+    parts = {name: found[name][1] for name in MODALITIES if name in found}
+    return Source(
+        label, (path,), ids, parts, ObsTable(View(obs, None), views, tuple(key for key, _, _ in found.values()))
+    )
+
+
+def _modality_keys(mod: Any) -> list[str]:
+    """Names of the modalities; those of the attribute, where there is one: a server may not list folders."""
+    order = getattr(mod, "attrs", {}).get("mod-order", None)
+    return [str(name) for name in (mod if order is None else order)]
+
+
+def _rows_by_cell(
+    label: str, key: str, ids: npt.NDArray[Any], own: npt.NDArray[Any], obsmap: npt.NDArray[Any] | None
+) -> npt.NDArray[np.int64] | None:
+    """Row of each cell in a modality; checked against the names of both."""
+    if len(own) == len(ids) and (own == ids).all():
+        return None
+    rows = pd.Index(own.astype(object)).get_indexer(pd.Index(ids.astype(object))).astype(np.int64)
+    lost = len(own) - int((rows >= 0).sum())
+    if lost:
+        stray = own[~np.isin(np.arange(len(own)), rows)][0]
+        raise ValueError(
+            f"{label}: modality {key} has {lost} cells that the common obs does not have, for example {str(stray)!r}; "
+            "call update() on the MuData and save it again"
+        )
+    if obsmap is not None and not np.array_equal(np.ravel(obsmap).astype(np.int64) - 1, rows):
+        cell = int(np.flatnonzero(np.ravel(obsmap).astype(np.int64) - 1 != rows)[0])
+        raise ValueError(
+            f"{label}: obsmap/{key} sends cell {str(ids[cell])!r} to row {int(np.ravel(obsmap)[cell]) - 1}, by its "
+            f"name it is row {int(rows[cell])} (-1: absent); the modalities are not aligned: call update() on the "
+            "MuData and save it again"
+        )
+    return rows

@@ -1,0 +1,191 @@
+"""A source of cells as a store: this package's own, files of others, TileDB-SOMA, and data in memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import zarr
+
+from loaders.formats.compressed import CompressedRows
+from loaders.formats.frame import Frame, ObsTable, View, encode
+from loaders.formats.matrix import Matrix, ReorderedRows, SelectedColumns, once
+from loaders.formats.source import Part, Source
+from loaders.schema import MODALITIES, SCHEMA_KEY, ModalitySchema, ObsColumn, Schema, sha256_of_names
+from loaders.stores.base import check_embedding, describe_store
+
+_log = logging.getLogger(__name__)
+
+
+class Embeddings(Protocol):
+    """The obsm of a store; see `Store` for what each method does."""
+
+    def write(self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str]) -> None: ...
+
+    def read(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]: ...
+
+    def attributes(self, name: str) -> list[dict[str, Any]]: ...
+
+
+@dataclass(frozen=True)
+class Modality:
+    """A modality of a store; the callables compute once and may be called from several threads."""
+
+    matrix: Matrix
+    feature_names: Callable[[], npt.NDArray[np.str_]]
+    rows: Callable[[], npt.NDArray[np.int64] | None]
+    """(n,) row of each cell, -1 where the cell lacks the modality; None if row i is cell i."""
+    totals: Callable[[], npt.NDArray[np.float64]]
+
+
+class SourceStore:
+    """A store over the modalities and obs of one source; see `Store`. Made by the functions below."""
+
+    def __init__(
+        self,
+        uri: str,
+        schema: Schema,
+        *,
+        modalities: Mapping[str, Modality],
+        obs: ObsTable,
+        embeddings: Embeddings,
+        close: Callable[[], None] | None = None,
+    ) -> None:
+        self.uri, self.schema = uri, schema
+        self._modalities, self._obs, self._embeddings, self._close = modalities, obs, embeddings, close
+        self.row_alignment = max(held.matrix.row_alignment for held in modalities.values())
+
+    __repr__ = describe_store
+
+    def cell_ids(self, start: int, stop: int) -> npt.NDArray[np.str_]:
+        # NumPy's variable-width strings cannot be cast to fixed width: by way of objects.
+        return np.asarray(self._obs.index(start, stop).astype(object), dtype=str)
+
+    def obs_column(self, name: str) -> ObsColumn:
+        if name not in self.schema.obs_columns:
+            known = ", ".join(self.schema.obs_columns) or "none"
+            raise ValueError(f"obs column: got {name!r}, which {self.uri} does not have; columns are: {known}")
+        try:
+            return encode(self._obs.column(name))
+        except ValueError as error:
+            raise ValueError(f"obs[{name!r}] of {self.uri}: {error}") from None
+
+    def obs_frame(self) -> pd.DataFrame:
+        columns = {name: self._obs.column(name).array for name in self.schema.obs_columns}
+        return pd.DataFrame(columns, index=pd.Index(self.cell_ids(0, self.schema.num_cells), dtype=object))
+
+    def feature_names(self, modality: str) -> npt.NDArray[np.str_]:
+        return self._of(modality).feature_names()
+
+    def modality_rows(self, modality: str) -> npt.NDArray[np.int64] | None:
+        return self._of(modality).rows()
+
+    def totals(self, modality: str) -> npt.NDArray[np.float64]:
+        return self._of(modality).totals()
+
+    def matrix(self, modality: str) -> Matrix:
+        return self._of(modality).matrix
+
+    def write_embedding(
+        self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str] | None = None
+    ) -> None:
+        check_embedding(self, name, values)
+        self._embeddings.write(name, values, attributes or {})
+
+    def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        return self._embeddings.read(name, start, stop)
+
+    def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
+        return self._embeddings.attributes(name)
+
+    def close(self) -> None:
+        if self._close is not None:
+            self._close()
+
+    def _of(self, modality: str) -> Modality:
+        if modality not in self._modalities:
+            raise ValueError(f"modality: got {modality!r}; {self.uri} holds {', '.join(self._modalities)}")
+        return self._modalities[modality]
+
+
+def store_of(source: Source, embeddings: Embeddings, *, close: Callable[[], None] | None = None) -> SourceStore:
+    """A source as a store; what a schema says of our own stores is looked up."""
+    held = {name: _modality_of(source.parts[name]) for name in MODALITIES if name in source.parts}
+    schema = Schema(
+        num_cells=len(source.cell_ids),
+        modalities={name: _schema_of(name, modality) for name, modality in held.items()},
+        obs_columns=tuple(source.obs.columns),
+        is_shuffled=False,
+        cells_sha256=sha256_of_names(map(str, source.cell_ids)),
+    )
+    return SourceStore(source.label, schema, modalities=held, obs=source.obs, embeddings=embeddings, close=close)
+
+
+def own_store(root: zarr.Group, uri: str, embeddings: Embeddings) -> SourceStore:
+    """A store made by ingest: its schema is trusted, everything else is read when it is asked for."""
+    schema = Schema.from_json(dict(root.attrs[SCHEMA_KEY]))
+    held = {name: _own_modality(root, name, uri, schema) for name in schema.modalities}
+    obs = ObsTable(View(Frame(root["obs"]), None), {})
+    return SourceStore(uri, schema, modalities=held, obs=obs, embeddings=embeddings)
+
+
+def _own_modality(root: zarr.Group, name: str, uri: str, schema: Schema) -> Modality:
+    group = root["mod"][name]
+    shape = schema.modalities[name].num_cells, schema.modalities[name].num_features
+
+    def rows() -> npt.NDArray[np.int64] | None:
+        # MuData counts rows from 1 and writes 0 for none.
+        return None if shape[0] == schema.num_cells else np.asarray(root["obsmap"][name][:]).astype(np.int64) - 1
+
+    shared = once(rows)
+    return Modality(
+        matrix=CompressedRows(f"{uri}/mod/{name}/X", shape, group["X"], is_ours=True, cells=shared),
+        feature_names=once(lambda: _names(Frame(group["var"]).index())),
+        rows=shared,
+        totals=once(lambda: np.asarray(group["obs"]["total_counts"][:]).astype(np.float64)),
+    )
+
+
+def _modality_of(part: Part) -> Modality:
+    matrix: Matrix = part.matrix
+    if part.columns is not None:
+        matrix = SelectedColumns(matrix, part.columns.astype(np.int32), len(part.var))
+    rows = part.rows
+    if rows is not None:
+        present = rows >= 0
+        order = rows[present]
+        if not np.array_equal(order, np.arange(matrix.num_rows)):
+            _log.info(
+                "%s: its cells stand in another order than those of the whole; reading is slower until ingested",
+                matrix.where,
+            )
+            matrix = ReorderedRows(matrix, order)
+        rows = None if present.all() else np.where(present, np.cumsum(present) - 1, -1)
+
+    def totals() -> npt.NDArray[np.float64]:
+        _log.info("%s: summing the counts of %d cells, as the sums are not stored", matrix.where, matrix.num_rows)
+        return matrix.sums()
+
+    names = _names(part.var.index)
+    return Modality(matrix, lambda: names, lambda: rows, once(totals))
+
+
+def _names(names: Any) -> npt.NDArray[np.str_]:
+    return np.asarray(names.astype(object), dtype=str)
+
+
+def _schema_of(name: str, held: Modality) -> ModalitySchema:
+    matrix = held.matrix
+    return ModalitySchema(
+        name=name,
+        num_cells=matrix.num_rows,
+        num_features=matrix.num_features,
+        num_nonzeros=matrix.num_nonzeros(),
+        value_dtype=matrix.value_dtype.name,
+        features_sha256=sha256_of_names(held.feature_names()),
+    )
