@@ -30,7 +30,7 @@ from liam_scale.kernels.precision import Precision
 from liam_scale.map import MapConfig, map_store
 from liam_scale.model import Liam, ModelConfig
 from liam_scale.model.config import ModelName
-from liam_scale.preparation import open_stores
+from liam_scale.preparation import IN_MEMORY, open_stores
 from liam_scale.provenance import attributes_of
 from liam_scale.run_directory import RunDirectory, RunRecord
 from liam_scale.train import train as train_run
@@ -40,7 +40,7 @@ from liam_scale.training.options import TrainingConfig
 from loaders.addresses import addresses
 from loaders.ingest import ingest
 from loaders.options import LoaderConfig
-from loaders.stores import read_store
+from loaders.stores import Store, open_store, read_store
 
 __all__ = ["Run", "evaluate", "ingest", "load_run", "read_store", "train"]
 
@@ -96,13 +96,13 @@ class Run:
             return None
         return embed(EmbedConfig(run=self.path, store=_uris(store), **options))
 
-    def embedding(self, store: str | Path | None = None, **options: Any) -> pd.DataFrame:
+    def embedding(self, store: str | Path | AnnData | MuData | None = None, **options: Any) -> pd.DataFrame:
         """The embedding in memory, a row for each cell, indexed by cell id; written nowhere.
 
         `adata.obsm["X_liam"] = run.embedding().loc[adata.obs_names].to_numpy()` is what `run.embed(adata)` does.
         """
-        config = EmbedConfig(run=self.path, store=_uris(store), **options)
-        opened = open_stores(config.store or self.record.stores)
+        config = EmbedConfig(run=self.path, **options)
+        opened = self._open(store)
         values = compute(config, opened)
         cells = pd.Index(opened.cell_ids(0, len(values)), name="cell")
         return pd.DataFrame(values, index=cells, columns=[f"liam_{i + 1}" for i in range(values.shape[1])])
@@ -111,7 +111,7 @@ class Run:
         self,
         target: AnnData | MuData | str | Path,
         *,
-        store: str | Path | None = None,
+        store: str | Path | AnnData | MuData | None = None,
         key: str = "X_liam",
         overwrite: bool = False,
         missing: Missing = "refuse",
@@ -126,7 +126,8 @@ class Run:
             the store. Its ids are those of the store; or, where ingest put the name of the source before them, the
             barcodes of one source.
         store
-            Store with the counts of these cells; default: that of the training.
+            Store with the counts of these cells; default: that of the training, or the target itself where that was an
+            object in memory.
         key
             Name in obsm.
         overwrite
@@ -141,8 +142,9 @@ class Run:
         ValueError
             Cells cannot be found, or another run's embedding stands there.
         """
-        config = EmbedConfig(run=self.path, store=_uris(store), **options)
-        opened, run = open_stores(config.store or self.record.stores), self.record.id
+        config, run = EmbedConfig(run=self.path, **options), self.record.id
+        is_held = self.record.stores[0].endswith(IN_MEMORY) and isinstance(target, AnnData | MuData)
+        opened = self._open(target if store is None and is_held else store)
         attach(
             target,
             lambda: compute(config, opened),
@@ -153,6 +155,12 @@ class Run:
             overwrite=overwrite,
             missing=missing,
         )
+
+    def _open(self, store: Any) -> Store:
+        """A store that was given, data in memory included, or those of the training."""
+        if isinstance(store, AnnData | MuData):
+            return open_store(store)
+        return open_stores(_uris(store) or self.record.stores)
 
     def decode(self, out: str | Path, **options: Any) -> Path:
         """Write decoded values; options are the fields of `liam_scale.decode.DecodeConfig`."""
@@ -185,7 +193,7 @@ def load_run(path: str | Path) -> Run:
 
 
 def train(
-    store: str | Path | Sequence[str | Path],
+    store: str | Path | AnnData | MuData | Sequence[str | Path],
     *,
     out: str | Path,
     batch_key: str | None = None,
@@ -244,7 +252,8 @@ def train(
     Parameters
     ----------
     store
-        A store, or several that are chained as one data set.
+        A store, or several that are chained as one data set; or an AnnData or MuData in memory, which is given again to
+        go on with the run.
     out
         Folder of the run.
     batch_key
@@ -265,7 +274,8 @@ def train(
     ValueError
         The options do not fit the store or the folder; the message says what to change.
     """
-    directory, _ = train_run(_config(locals()))
+    held = open_store(store) if isinstance(store, AnnData | MuData) else None
+    directory, _ = train_run(_config(locals()), held)
     return Run(directory)
 
 
@@ -274,7 +284,10 @@ def _config(options: dict[str, Any]) -> TrainConfig:
     sections = {"model": ModelConfig, "loader": LoaderConfig, "optim": OptimConfig, "training": TrainingConfig}
     made = {name: kind(**{f.name: options[f.name] for f in fields(kind)}) for name, kind in sections.items()}
     own = {f.name: options[f.name] for f in fields(TrainConfig) if f.name in options and f.name not in made}
-    return TrainConfig(**{**own, "store": tuple(addresses(options["store"], "store"))}, **made)
+    store = options["store"]
+    is_held = isinstance(store, AnnData | MuData)
+    named = [f"{type(store).__name__}{IN_MEMORY}"] if is_held else addresses(store, "store")
+    return TrainConfig(**{**own, "store": tuple(named)}, **made)
 
 
 def evaluate(

@@ -26,8 +26,17 @@ VALIDATION_CELLS = 512
 """Cells scored at once at least; there is no backward pass to hold memory for."""
 
 
+IN_MEMORY = " in memory"
+"""How a run calls the store that it was trained on where that is an AnnData or MuData: "MuData in memory"."""
+
+
 def open_stores(uris: Sequence[str]) -> Store:
     """One store, or several chained as one data set."""
+    if uris[0].endswith(IN_MEMORY):
+        raise ValueError(
+            f"store: the run was trained on {uris[0]}; give the object again, run.embed(data) or liam_scale.train(data,"
+            f" ...), or a store made of it"
+        )
     return open_store(uris[0]) if len(uris) == 1 else open_store(list(uris))
 
 

@@ -36,8 +36,8 @@ def _train_and_tell(config: TrainConfig) -> None:
         print(f"next: python -m liam_scale.embed {directory.path}")
 
 
-def train(config: TrainConfig) -> tuple[RunDirectory, Outcome | None]:
-    """Train, or go on with, the run in `config.out`.
+def train(config: TrainConfig, store: Store | None = None) -> tuple[RunDirectory, Outcome | None]:
+    """Train, or go on with, the run in `config.out`; on a store that is open, or on those that the options name.
 
     Returns
     -------
@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> tuple[RunDirectory, Outcome | None]:
     RuntimeError
         The run failed: damaged store, full disk, a loss that is not finite.
     """
-    store = open_stores(config.store)
+    store = store or open_stores(config.store)
     models = resolved(config, store)
     config = settle(config, store, models, launched_ranks()[1])
     directory = RunDirectory(config.out)

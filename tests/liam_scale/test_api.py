@@ -18,6 +18,7 @@ import pytest
 import liam_scale
 from liam_scale.train import main as train_main
 from loaders import Loader, open_store
+from loaders.ecosystem import plain_mudata
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -92,7 +93,7 @@ def small_anndata() -> anndata.AnnData:
 
 
 @pytest.mark.parametrize("kind", ["AnnData", "MuData", "dict"])
-def test_data_in_memory_are_refused_with_the_cure(kind: str, tmp_path: Path) -> None:
+def test_data_in_memory_are_refused_where_files_are_meant(kind: str, tmp_path: Path) -> None:
     data: Any = {"X": 1}
     cure = "got {'X': 1} (dict); give the path"
     if kind == "AnnData":
@@ -100,21 +101,36 @@ def test_data_in_memory_are_refused_with_the_cure(kind: str, tmp_path: Path) -> 
     if kind == "MuData":
         data, cure = mudata.MuData({"rna": small_anndata()}), 'data.write("data.h5mu")'
     for refused in (
-        lambda: liam_scale.train(data, out=tmp_path / "run"),
         lambda: liam_scale.train([data], out=tmp_path / "run"),
         lambda: liam_scale.ingest(data, out=tmp_path / "store.zarr"),
         lambda: liam_scale.ingest(["a.h5ad", data], out=tmp_path / "store.zarr"),
     ):
         with pytest.raises(ValueError, match=re.escape(cure)):
             refused()
-    if kind != "dict":
-        with pytest.raises(ValueError, match=re.escape(cure)):
-            open_store(data)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_mudata_in_memory_trains_goes_on_and_takes_its_embedding(multiome: Path, tmp_path: Path) -> None:
+    with plain_mudata():
+        data = mudata.read_zarr(multiome)
+    options: dict[str, Any] = {"batch_key": "sample", "out": tmp_path / "run", "n_latent": 4, "n_hidden": 8}
+    run = liam_scale.train(data, max_epochs=1, **options)
+    assert run.record.stores == ("MuData in memory",)
+    run = liam_scale.train(data, max_epochs=2, **options)
+    assert run.history["epoch"].max() == 1
+    with pytest.raises(ValueError, match=r"trained on MuData in memory; give the object again, run.embed\(data\)"):
+        run.embed()
+    with pytest.raises(ValueError, match=r"is not the one that .*run was trained on"):
+        liam_scale.train(data[:300].copy(), max_epochs=3, **options)
+    run.embed(data)
+    assert data.obsm["X_liam"].shape == (600, 4)
+    np.testing.assert_array_equal(data.obsm["X_liam"], run.embedding(data).loc[data.obs_names].to_numpy())
+    on_disk = liam_scale.train(multiome, max_epochs=1, **{**options, "out": tmp_path / "disk"})
+    assert on_disk.record.data == run.record.data
+
+
 def test_files_may_come_as_any_list_of_paths(multiome: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"source: .*absent\.h5ad does not exist"):
+    with pytest.raises(ValueError, match=r"absent\.h5ad: got no such file"):
         liam_scale.ingest((tmp_path / name for name in ("absent.h5ad",)), out=tmp_path / "store.zarr")
 
 
