@@ -64,6 +64,17 @@ def sha256_of_names(names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def hash_names(names: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """(n,) hash of each name (FNV-1a over its characters), the same wherever and beside whatever it stands."""
+    # NumPy's variable-width strings have no characters of fixed place.
+    texts = np.ascontiguousarray(names if names.dtype.kind == "U" else names.astype(object), dtype=np.str_)
+    hashed = np.full(len(texts), 0xCBF29CE484222325, np.uint64)
+    for column in texts.view(np.uint32).reshape(len(texts), -1).T:
+        # Shorter names are padded with zeros, as far as the longest of these: they must not count.
+        hashed = np.where(column > 0, (hashed ^ column) * np.uint64(0x100000001B3), hashed)
+    return hashed
+
+
 @dataclass(frozen=True)
 class ObsColumn:
     """One obs column as codes.

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loaders.plan import Rows, split
+from loaders.schema import hash_names
 from loaders.stores.base import Store
 
 IDS_PER_READ = 1 << 16
@@ -34,18 +35,11 @@ def encode_column(store: Store, name: str, *, allow_missing: bool) -> npt.NDArra
 
 
 def cell_keys(store: Store) -> npt.NDArray[np.uint64]:
-    """(n,) hash of each cell's id (FNV-1a over its characters), the same wherever the cell stands."""
+    """(n,) hash of each cell's id, the same wherever the cell stands."""
     count = store.schema.num_cells
-    keys = np.empty(count, np.uint64)
-    for start in range(0, count, IDS_PER_READ):
-        ids = np.ascontiguousarray(store.cell_ids(start, min(count, start + IDS_PER_READ)), dtype=np.str_)
-        characters = ids.view(np.uint32).reshape(len(ids), -1)
-        hashed = np.full(len(ids), 0xCBF29CE484222325, np.uint64)
-        for column in characters.T:
-            # Shorter ids are padded with zeros, as far as the longest of this read: they must not count.
-            hashed = np.where(column > 0, (hashed ^ column) * np.uint64(0x100000001B3), hashed)
-        keys[start : start + len(ids)] = hashed
-    return keys
+    starts = range(0, count, IDS_PER_READ)
+    keys = [hash_names(store.cell_ids(start, min(count, start + IDS_PER_READ))) for start in starts]
+    return np.concatenate([np.zeros(0, np.uint64), *keys])
 
 
 def ids_of(store: Store, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.str_]:

@@ -17,7 +17,7 @@ from liam_scale.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "liam_scale").rglob("*.py"), *(ROOT / "loaders").rglob("*.py")])
-KERNELS = sorted(p for p in (ROOT / "loaders").rglob("*.py") if "numba" in p.read_text() or "compiled" in p.read_text())
+KERNELS = [path for path in SOURCES if "numba" in path.read_text() or "compiled" in path.read_text()]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OPTIONS = Path(__file__).with_name("options.txt")
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from loaders.formats.frame import join_columns, take
 from loaders.formats.source import Say, Source
-from loaders.schema import BARCODE_COLUMNS
+from loaders.schema import BARCODE_COLUMNS, hash_names
 
 SAMPLE = "sample"
 """Obs column of the store that holds the sample."""
@@ -159,7 +159,7 @@ def _sample_column(sources: Sequence[Source], key: str) -> pd.Categorical:
 def _unique_ids(sources: Sequence[Source], ids: npt.NDArray[Any], names: Sequence[str], say: Say) -> npt.NDArray[Any]:
     if len(sources) == 1:
         return ids
-    hashes = pd.util.hash_array(ids[:0].astype(object)) if not len(ids) else _hash(ids)
+    hashes = _hash(ids)
     if len(np.unique(hashes)) == len(hashes):
         return ids
     strings = np.dtypes.StringDType()
@@ -179,8 +179,8 @@ def _unique_ids(sources: Sequence[Source], ids: npt.NDArray[Any], names: Sequenc
 
 def _hash(ids: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
     """(n,) 64-bit hashes, piece by piece: a million cells collide with a probability of 3e-8."""
-    pieces = [pd.util.hash_array(ids[start : start + 100_000].astype(object)) for start in range(0, len(ids), 100_000)]
-    return np.concatenate(pieces)
+    pieces = [hash_names(ids[start : start + 100_000]) for start in range(0, len(ids), 100_000)]
+    return np.concatenate([np.zeros(0, np.uint64), *pieces])
 
 
 def obs_columns(

@@ -10,7 +10,7 @@ import scipy.sparse
 import zarr
 
 from loaders.ecosystem import quiet_anndata
-from loaders.formats import entries
+from loaders.formats import compressed
 from loaders.formats.compressed import RowOffsets
 from loaders.formats.matrix import Matrix, runs_of
 from loaders.formats.sharded import ShardedArray
@@ -201,7 +201,7 @@ def test_each_array_is_opened_once(path, monkeypatch):
         opened.append(str(folder))
         return ShardedArray(folder)
 
-    monkeypatch.setattr(entries, "ShardedArray", counted)
+    monkeypatch.setattr(compressed, "ShardedArray", counted)
     store = open_store(path)
     matrix = store.matrix("rna")
     for subset in ("train", "validation"):
