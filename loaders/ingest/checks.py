@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loaders.csr import SparseRows, compiled, index_dtype, narrowest_dtype
+from loaders.csr import OUT_OF_RANGE, SparseRows, compiled, index_dtype, inspect_columns, narrowest_dtype
 
 _LARGEST = 2**32 - 1
 
@@ -62,10 +62,12 @@ def check_and_map(
         A column out of range; a value that is no count.
     """
     indices = _signed(raw.indices)
-    bad = first_out_of_range(indices, len(columns))
-    if bad >= 0:
+    row, state = inspect_columns(raw.indptr, indices, len(columns))
+    if state == OUT_OF_RANGE:
+        own = indices[raw.indptr[row] : raw.indptr[row + 1]]
+        index = int(own[(own < 0) | (own >= len(columns))][0])
         raise ValueError(
-            f"{place.where}: got feature index {int(indices[bad])} in row {start + _row(raw, bad)}, the matrix has "
+            f"{place.where}: got feature index {index} in row {start + row}, the matrix has "
             f"{len(columns)} features; the file is damaged or was written wrongly: write it again from its source"
         )
     values = raw.values.astype(np.uint8) if raw.values.dtype == np.bool_ else raw.values
@@ -129,15 +131,6 @@ def _layers(place: Place) -> str:
     likely = sorted(place.other_layers, key=lambda name: ("count" not in name.lower(), "raw" not in name.lower()))
     named = ", ".join(repr(name) for name in likely)
     return f"name the layer that holds raw counts, for example --layer {likely[0]} (this file has {named})"
-
-
-@compiled
-def first_out_of_range(indices: npt.NDArray[Any], num_features: int) -> int:
-    """First entry whose column is negative or too large; -1 if there is none."""
-    for entry in range(len(indices)):
-        if indices[entry] < 0 or indices[entry] >= num_features:
-            return entry
-    return -1
 
 
 @compiled

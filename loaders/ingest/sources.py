@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from loaders.formats.frame import Frame, ObsTable, View
-from loaders.formats.open import open_group
+from loaders.formats.group import open_group
 from loaders.formats.root import is_soma, open_root
 from loaders.formats.soma import SomaExperiment
 from loaders.formats.source import Part, Say, Source

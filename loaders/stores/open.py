@@ -14,7 +14,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from loaders.formats.elements import CompressedColumns
-from loaders.formats.open import Held, open_group, open_held
+from loaders.formats.group import Held, open_group, open_held
 from loaders.formats.root import Address, describe_address, is_soma, not_a_store, open_root
 from loaders.formats.soma import SomaExperiment
 from loaders.formats.source import Source
