@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import tyro
 import zarr
-from tqdm import tqdm
 
 from liam_scale.command import Command
 from liam_scale.model import Liam, logistic_normal_mean
@@ -30,6 +29,7 @@ from liam_scale.run_directory import RunDirectory, RunRecord
 from liam_scale.training.distributed import Device, World, check_device, join_world, launched_ranks
 from loaders.durable import holding, replacing, sha256_of
 from loaders.formats.root import HDF5_SUFFIXES, open_root
+from loaders.bars import open_bar
 from loaders.loader import Loader
 from loaders.memory import parse_memory
 from loaders.minibatch import Minibatch
@@ -230,15 +230,16 @@ def _embed_part(config: EmbedConfig, part: RunDirectory, model: Liam, store: Sto
         return
     loader.load_state_dict({**loader.state_dict(), "epoch": 0, "step": done * STEPS_PER_PIECE})
     minibatches = iter(loader)
-    shows_bar = world.is_main and sys.stderr.isatty()
-    with torch.no_grad(), tqdm(total=steps, initial=done * STEPS_PER_PIECE, unit="step", disable=not shows_bar) as bar:
+    bar = open_bar(total=steps, initial=done * STEPS_PER_PIECE, unit="step") if world.is_main else None
+    with torch.no_grad(), bar or nullcontext():
         for file in files[done:]:
             own = islice(minibatches, STEPS_PER_PIECE)
             parts = [_embed_minibatch(config, model, minibatch.to(world.device)) for minibatch in own]
             rows, values = (np.concatenate(column) for column in zip(*parts, strict=True))
             with replacing(file) as path:
                 np.savez(path, rows=rows, values=values)
-            bar.update(len(parts))
+            if bar is not None:
+                bar.update(len(parts))
 
 
 def _embed_minibatch(config: EmbedConfig, model: Liam, minibatch: Minibatch) -> tuple[np.ndarray, np.ndarray]:

@@ -250,7 +250,7 @@ class Trainer:
             self.progress.message(
                 f"stopped at epoch {self.at.epoch}, step {self.at.global_step:,}; the same command goes on from there"
             )
-        elif self.progress.wants_losses:
+        elif self._meter.cells and self.progress.wants_losses:
             self._show_losses()
         return bool(stop)
 

@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from loaders.bars import open_bar
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -37,8 +39,8 @@ class Report:
         self.stop()
         self._name, self._total, self._done = name, num_cells, 0
         self._started = self._last_line = time.monotonic()
-        if self._is_shown and sys.stderr.isatty():
-            self._bar = tqdm(total=num_cells, desc=name, unit=" cells", unit_scale=True, file=sys.stderr)
+        if self._is_shown:
+            self._bar = open_bar(total=num_cells, desc=name, unit=" cells", unit_scale=True)
 
     def advance(self, num_cells: int) -> None:
         """Cells done in this pass."""
