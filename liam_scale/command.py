@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import sys
+import time
 import tomllib
 import traceback
 import warnings
@@ -23,7 +24,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from liam_scale.tables import from_table, to_toml
-from liam_scale.training.distributed import launched_ranks
+from liam_scale.training.distributed import AgreedError, launched_ranks
 
 T = TypeVar("T")
 
@@ -206,17 +207,21 @@ def run(main: Callable[[], None], *, debug: bool = False, verbose: bool = False)
     try:
         with reader_may_leave():
             main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        if rank == 0:
+            print(f"interrupted{stop}", file=sys.stderr)
         return 130
     except Exception as error:
         code = 2 if isinstance(error, ValueError) else 1
         if debug:
             traceback.print_exc()
-        elif code == 1 or rank == 0:
-            where = f" (rank {rank})" if size > 1 and code == 1 else ""
+        elif rank == 0 or (code == 1 and not isinstance(error, AgreedError)):
+            where = f" (rank {rank})" if size > 1 and code == 1 and not isinstance(error, AgreedError) else ""
             kind = "" if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: "
             hint = "" if kind == "" else "\n  --debug shows where it happened"
             print(f"error{where}: {kind}{error}{hint}", file=sys.stderr, flush=True)
+        elif isinstance(error, AgreedError):
+            # torchrun ends all ranks as soon as one has ended: the one that tells must be first.
+            time.sleep(1.0)
         return code
     return 0

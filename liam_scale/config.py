@@ -15,8 +15,20 @@ from liam_scale.training.options import TrainingConfig
 from loaders.option_checks import Range, check_options
 from loaders.options import LoaderConfig
 
-LOCKED = ("seed", "batch_key", "model", "optim", "loader.minibatch", "loader.validation_share", "loader.adt_transform")
+LOCKED = (
+    "seed",
+    "batch_key",
+    "model",
+    "optim",
+    "loader.minibatch",
+    "loader.validation_share",
+    "loader.adt_transform",
+    "loader.balance",
+)
 """Options that make a run what it is: resuming with another value is refused by name."""
+
+UNLOCKED = ("optim.lr", "model.precision", "model.impl")
+"""Among these, what changes neither the model nor the order of its cells; as all other options, it may change."""
 
 
 @dataclass(frozen=True)

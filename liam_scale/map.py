@@ -113,6 +113,8 @@ def map_store(config: MapConfig) -> RunDirectory:
         model=extended.config,
         data=data,
         fingerprint=store.schema.fingerprint,
+        changes=(),
+        ending=None,
     )
     options = to_toml(training)
     if not config.overwrite:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from liam_scale.command import flag_of
-from liam_scale.config import LOCKED, TrainConfig
+from liam_scale.config import LOCKED, UNLOCKED, TrainConfig
 from liam_scale.model import ModelConfig, ModelData, library_priors, resolve
 from liam_scale.run_directory import RunDirectory, RunRecord
 from liam_scale.samples import check_batch_key
@@ -170,18 +170,27 @@ def _lookup(table: dict[str, Any], key: str) -> Any:
     return table
 
 
-def _differences(before: Any, now: Any, key: str) -> list[str]:
+def _differences(before: Any, now: Any, key: str) -> list[tuple[str, Any, Any]]:
     """Keys under which two tables differ, with both values."""
     if isinstance(before, dict) and isinstance(now, dict):
         names = sorted(before.keys() | now.keys())
-        return [line for name in names for line in _differences(before.get(name), now.get(name), f"{key}.{name}")]
+        return [found for name in names for found in _differences(before.get(name), now.get(name), f"{key}.{name}")]
     before, now = (None if value == {} else value for value in (before, now))
-    return [] if before == now else [f"{flag_of(key)}: got {now}, the run has {before}"]
+    return [] if before == now else [(key, before, now)]
+
+
+def changed_options(config: TrainConfig, directory: RunDirectory, keys: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Options (or sections) that differ from those of the run, with the run's value and the new one."""
+    saved, now = directory.saved_options(), tomllib.loads(to_toml(config))
+    return [found for key in keys for found in _differences(_lookup(saved, key), _lookup(now, key), key)]
 
 
 def _check_same_run(config: TrainConfig, directory: RunDirectory, store: Store) -> None:
-    saved, now = directory.saved_options(), tomllib.loads(to_toml(config))
-    lines = [line for key in LOCKED for line in _differences(_lookup(saved, key), _lookup(now, key), key)]
+    lines = [
+        f"{flag_of(key)}: got {now}, the run has {before}"
+        for key, before, now in changed_options(config, directory, LOCKED)
+        if key not in UNLOCKED
+    ]
     if lines:
         raise ValueError(
             f"--out: the run in {directory.path} was made with other options:\n  "

@@ -48,6 +48,10 @@ class RunRecord:
     """Folders of the models of a late integration; empty for a single model."""
     id: str | None = None
     """Name by which its embeddings know the run; None where an older version made it."""
+    changes: tuple[dict[str, Any], ...] = ()
+    """Options that were changed when training went on: `step`, `option`, `before`, `now`."""
+    ending: dict[str, Any] | None = None
+    """How training ended: `outcome`, `epoch`, `step`, `best_epoch`, `best_step`; None while it has not."""
 
     def to_json(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -58,7 +62,8 @@ class RunRecord:
         fields = dict(entry)
         fields["model"] = ModelConfig.from_json(fields["model"])
         fields["data"] = ModelData.from_json(fields["data"])
-        fields["stores"], fields["parts"] = tuple(fields["stores"]), tuple(fields["parts"])
+        for name in ("stores", "parts", "changes"):
+            fields[name] = tuple(fields.get(name, ()))
         return cls(**fields)
 
 
@@ -161,8 +166,15 @@ class RunDirectory:
             self.checkpoints.mkdir(exist_ok=True)
             write_text(self.path / "config.toml", options)
             write_text(self.path / "features.json", json.dumps(features))
-            entry = self.identified(record, options).to_json()
-            file.write_text(json.dumps({**entry, "sha256": _seal(entry)}, indent=1))
+            file.write_text(_sealed(self.identified(record, options)))
+
+    def write_record(self, record: RunRecord) -> None:
+        write_text(self.path / RUN_FILE, _sealed(record))
+
+    def change(self, record: RunRecord, options: str) -> None:
+        """Go on with other options, which the record tells."""
+        self.write_record(record)
+        write_text(self.path / "config.toml", options)
 
     def identified(self, record: RunRecord, options: str) -> RunRecord:
         """The record with the id of a run here: the folder's name, and a hash of its path, options and data.
@@ -219,6 +231,12 @@ class RunDirectory:
 
 def _seal(entry: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+
+
+def _sealed(record: RunRecord) -> str:
+    """The text of run.json, with the sha256 of its entries."""
+    entry = record.to_json()
+    return json.dumps({**entry, "sha256": _seal(entry)}, indent=1)
 
 
 def _damaged(file: Path, found: str) -> RuntimeError:

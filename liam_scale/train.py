@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 from liam_scale.command import Command
 from liam_scale.config import TrainConfig
 from liam_scale.estimate import describe_plan
+from liam_scale.fitting import fit_part
 from liam_scale.kernels.precision import check_precision
-from liam_scale.model import Liam, ModelConfig, check_ranks
+from liam_scale.model import ModelConfig, check_ranks
 from liam_scale.preparation import (
     model_data,
     open_stores,
-    options_table,
     record_of,
     resolved,
     settle,
-    training_loaders,
 )
 from liam_scale.run_directory import RunDirectory
 from liam_scale.tables import to_toml
-from liam_scale.training.distributed import World, join_world, launched_ranks
-from liam_scale.training.history import History
-from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
-from liam_scale.training.trainer import Outcome, Trainer
+from liam_scale.training.distributed import join_world, launched_ranks
+from liam_scale.training.trainer import Outcome
 from loaders.stores import Store
 
 
@@ -65,7 +61,7 @@ def train(config: TrainConfig, store: Store | None = None) -> tuple[RunDirectory
             _create(directory, config, store, models)
         world.barrier()
         for part in directory.parts():
-            outcome = _train_part(part, config, store, world)
+            outcome = fit_part(part, config, store, world)
             if outcome == "interrupted":
                 break
     return directory, outcome
@@ -84,45 +80,6 @@ def _create(directory: RunDirectory, config: TrainConfig, store: Store, models: 
     else:
         record = record_of(config, store, config.model, data, tuple(name for name, *_ in made))
         directory.create(record, to_toml(config), {}, parts=made)
-
-
-def _train_part(directory: RunDirectory, config: TrainConfig, store: Store, world: World) -> Outcome:
-    record = directory.record()
-    model = Liam(record.model, record.data, seed=config.seed).to(world.device)
-    optimizer = build_optimizer(model, config.optim)
-    optimizer.register_step_post_hook(lambda *_: model.keep_gradients())
-    with training_loaders(store, config, record.model.modalities, world) as (train_loader, validation_loader):
-        trainer = Trainer(
-            model,
-            optimizer,
-            train=train_loader,
-            validation=validation_loader,
-            world=world,
-            config=config.training,
-            kl=kl_schedule(config.optim, num_cells=store.schema.num_cells),
-            max_epochs=config.training.max_epochs or default_max_epochs(store.schema.num_cells),
-            seed=config.seed,
-            directory=directory.checkpoints,
-            history=_history(directory.path, config, world),
-            couples_cells=record.model.likelihood == "original",
-            saved={"config": options_table(config), "fingerprint": record.fingerprint, "seed": config.seed},
-        )
-        checkpoint = directory.newest_checkpoint()
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-            if world.is_main:
-                print(f"resuming {directory.path} at epoch {trainer.at.epoch}, step {trainer.at.global_step:,}")
-        outcome = trainer.fit()
-    if outcome != "interrupted" and world.is_main:
-        directory.save_weights(trainer.best_weights())
-    world.barrier()
-    return outcome
-
-
-def _history(path: Path, config: TrainConfig, world: World) -> History:
-    if not world.is_main:
-        return History(None)
-    return History(path / "history.csv", tensorboard=path / "tensorboard" if config.training.tensorboard else None)
 
 
 main = Command(

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,19 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, step: int, keep:
         elif _is_sound(old):
             kept += 1
     return target
+
+
+def set_aside(directory: Path, *, step: int) -> Path | None:
+    """Rename the checkpoint of a step, if it is there, so that no run goes on from it; its new path."""
+    path = directory / f"step-{step:09d}"
+    if not path.is_dir():
+        return None
+    return path.rename(_free_name(directory / f"unsound-{path.name}"))
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_name(f"{path.name}.{number}") for number in count(2))
+    return next(name for name in chain([path], names) if not name.exists())
 
 
 def save_weights(target: Path, weights: Mapping[str, Tensor]) -> None:

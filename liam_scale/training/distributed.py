@@ -16,6 +16,10 @@ from torch import Tensor
 Device = Literal["auto", "cpu", "cuda"]
 
 
+class AgreedError(RuntimeError):
+    """An error that all ranks raise together, so that one of them tells it."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among the ranks of the run; size 1 outside torchrun."""

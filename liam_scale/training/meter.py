@@ -26,10 +26,6 @@ class Meter:
         for name, value in terms.items():
             self.sums[name] = self.sums[name] + value.double() if name in self.sums else value.double()
 
-    def broken(self) -> list[str]:
-        """Names of the sums that are not finite. Waits for the device."""
-        return [name for name, value in self.sums.items() if not bool(torch.isfinite(value))]
-
     def totals(self) -> dict[str, float]:
         """Sums over all ranks; every rank calls it."""
         names = self._names()

@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+SAVE, INTERRUPT = 1, 2
+"""What a signal asks for: save and end well; save and end as Ctrl-C does. Ranks follow the largest wish."""
+
 
 class StopRequest:
-    """Whether this process was told to stop."""
+    """Whether this process was told to stop.
+
+    Attributes
+    ----------
+    wish
+        0, SAVE or INTERRUPT.
+    """
 
     def __init__(self) -> None:
-        self.is_made = False
+        self.wish = 0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM and SIGUSR1 ask for a checkpoint and a clean end: schedulers send them before a time limit."""
+        """SIGTERM and SIGUSR1 of a scheduler, SIGHUP of a closed terminal and Ctrl-C ask for a checkpoint and the end.
+
+        A second Ctrl-C ends the process at once.
+        """
+        terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
         def note(number: int, frame: Any) -> None:
-            self.is_made = True
+            self.wish = max(self.wish, INTERRUPT if number == signal.SIGINT else SAVE)
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+            _forget(terminals)
 
+        before: dict[int, Any] = {}
         try:
-            before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGUSR1)}
+            for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"):
+                number = getattr(signal, name, None)
+                # `nohup` and a shell's background jobs have signals ignored, and mean it.
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    before[number] = signal.signal(number, note)
         except ValueError:
             # Not the main thread (a notebook's worker, say): no handlers there.
             yield
@@ -32,3 +54,12 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _forget(terminals: list[int]) -> None:
+    """Writing to a terminal that is gone is an error, which must not stop the save."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            sink = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(sink, descriptor)
+            os.close(sink)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from liam_scale.training.checkpoint import Checkpoint, save_checkpoint
-from liam_scale.training.distributed import World
+from liam_scale.training.checkpoint import Checkpoint, save_checkpoint, set_aside
+from liam_scale.training.distributed import AgreedError, World
 from liam_scale.training.history import History, Row, summarise
 from liam_scale.training.meter import Meter
 from liam_scale.training.optim import KLSchedule, load_optimizer_tensors, optimizer_tensors
 from liam_scale.training.options import TrainingConfig
 from liam_scale.training.progress import Progress
 from liam_scale.training.shared_reduction import reduce_through_shared_memory
-from liam_scale.training.signals import StopRequest
+from liam_scale.training.signals import INTERRUPT, StopRequest
+from liam_scale.training.soundness import Soundness, not_finite
 from loaders.minibatch import Minibatch
 
 STEPS_BETWEEN_AGREEMENTS = 10
@@ -113,6 +115,8 @@ class Trainer:
         self._meter = Meter(world)
         self._best: dict[str, Tensor] | None = None
         self._stop = StopRequest()
+        self._soundness = Soundness(model, optimizer, world)
+        self._start_step, self._saved_step = 0, -1
         self._last_checkpoint = time.monotonic()
         self._module: nn.Module = model
         if world.size > 1:
@@ -135,6 +139,7 @@ class Trainer:
         self._best = {name: value.clone() for name, value in best.items()} if best else None
         state = checkpoint.state
         self.at = Progression(**state["at"])
+        self._start_step = self._saved_step = self.at.global_step
         self.history.rows = list(state["history"])
         self.history.write()
         self.train_source.load_state_dict(state["loader"])
@@ -142,7 +147,17 @@ class Trainer:
         self._meter = Meter(self.world, state["sums"] if self.world.is_main else None, cells=state["cells_seen"])
 
     def save(self) -> None:
-        """Write a checkpoint of the position just trained. Every rank calls it, the main rank writes."""
+        """Write a checkpoint of the position just trained. Every rank calls it, the main rank writes.
+
+        Raises
+        ------
+        RuntimeError
+            Weights or moments are not finite, or the disk is full; earlier checkpoints stay.
+        """
+        self._require_sound()
+        broken = not_finite(optimizer_tensors(self.model, self.optimizer))
+        if broken:
+            self._give_up(f"{broken[0]} of Adam")
         sums = self._meter.totals()
         if self.world.is_main:
             tensors = {
@@ -162,14 +177,22 @@ class Trainer:
             save_checkpoint(
                 self.directory, Checkpoint(tensors, state), step=self.at.global_step, keep=self.config.keep_checkpoints
             )
-        self._last_checkpoint = time.monotonic()
+        self._last_checkpoint, self._saved_step = time.monotonic(), self.at.global_step
 
     def best_weights(self) -> dict[str, Tensor]:
         """Weights of the best evaluation, the present ones where there was none."""
         return self._best if self._best is not None else self.model.state_dict()
 
     def fit(self) -> Outcome:
-        """Train to the end, to early stopping, or to a SIGTERM / SIGUSR1, which saves first."""
+        """Train to the end, to early stopping, or to a signal (SIGTERM, SIGUSR1, SIGHUP), which saves first.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            After Ctrl-C, when the checkpoint is written.
+        RuntimeError
+            A loss or a weight is not finite; no update was made with it.
+        """
         is_shown = self.world.is_main
         self.progress = Progress(total_steps=self.max_steps, start_step=self.at.global_step, is_shown=is_shown)
         self.model.train()
@@ -194,7 +217,8 @@ class Trainer:
                     break
         if self._meter.cells:
             self._evaluate()
-        self.save()
+        if self._saved_step != self.at.global_step:
+            self.save()
         return "stopped early" if self._has_converged() else "finished"
 
     def _step(self, minibatch: Minibatch) -> None:
@@ -209,7 +233,10 @@ class Trainer:
             cell_weight=cell_weight,
             num_global_with=self._cells_with(minibatch) if self.couples_cells else None,
         )
-        objective.loss.backward()
+        self._soundness.spread(objective.loss).backward()
+        self._soundness.judge()
+        if self.world.device.type == "cpu" and self._soundness.is_broken:
+            self._give_up(*not_finite({"loss": objective.loss, **objective.terms}))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loss = objective.loss.detach() / cell_weight
@@ -228,8 +255,10 @@ class Trainer:
         return self.at.global_step % every == 0
 
     def _has_converged(self) -> bool:
+        """Whether early stopping ends the run; decided by the last evaluation, so that an ended run stays ended."""
+        evaluated_step = self.history.rows[-1]["step"] if self.history.rows else 0
         is_patient = self.at.evaluations_since_best < self.config.patience
-        is_early = self.at.global_step - self.at.best_step < self.config.patience_steps
+        is_early = evaluated_step - self.at.best_step < self.config.patience_steps
         return self.config.early_stopping and not (is_patient or is_early)
 
     def _agree_to_stop(self) -> bool:
@@ -240,25 +269,39 @@ class Trainer:
             return False
         if every is None:
             is_due = time.monotonic() - self._last_checkpoint >= self.config.checkpoint_seconds
-        is_broken = bool(self._meter.broken())
-        stop, due, broken = self.world.largest([int(self._stop.is_made), int(is_due), int(is_broken)])
-        if broken:
-            raise RuntimeError(self._broken_message())
-        if stop or due:
+        if self.world.device.type != "cpu":
+            self._require_sound()
+        wish, due = self.world.largest([self._stop.wish, int(is_due)])
+        if wish or due:
             self.save()
-        if stop:
-            self.progress.message(
-                f"stopped at epoch {self.at.epoch}, step {self.at.global_step:,}; the same command goes on from there"
-            )
+        where = f"epoch {self.at.epoch}, step {self.at.global_step:,}; the same command goes on from there"
+        if wish == INTERRUPT:
+            raise KeyboardInterrupt(f" at {where}")
+        if wish:
+            self.progress.message(f"stopped at {where}")
         elif self._meter.cells and self.progress.wants_losses:
             self._show_losses()
-        return bool(stop)
+        return bool(wish)
 
-    def _broken_message(self) -> str:
-        return (
-            f"training: {', '.join(self._meter.broken()) or 'a loss of another rank'} is not finite within the "
-            f"{STEPS_BETWEEN_AGREEMENTS} steps before step {self.at.global_step:,}; the last checkpoint is sound: "
-            "lower --optim.lr, or go back to float32 products, and run the same command again"
+    def _require_sound(self) -> None:
+        """Before anything is kept or called best."""
+        if self._soundness.is_broken:
+            self._give_up()
+        broken = not_finite(self.model.state_dict())
+        if broken:
+            self._give_up(broken[0])
+
+    def _give_up(self, *broken: str) -> NoReturn:
+        """The one place that decides what follows from numbers that are not finite. All ranks come here together."""
+        sound_step = self._start_step + self._soundness.updates
+        # From weights whose very next loss is not finite no learning rate leads on.
+        unsound = self._soundness.is_broken and self._saved_step == sound_step and self.world.is_main
+        moved = set_aside(self.directory, step=sound_step) if unsound else None
+        raise AgreedError(
+            f"training: {', '.join(broken) or 'a loss'} is not finite after step {sound_step:,}; nothing of it was kept"
+            + (f", and the checkpoint of that step, from which this follows, is now {moved}" if moved else "")
+            + ": give a lower --optim.lr (or --model.precision float32) with the same command, and it goes on from the "
+            "last checkpoint or from the start; if that ends here again, train into another --out"
         )
 
     def _show_losses(self) -> None:
@@ -275,6 +318,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Append a row to the history; remember the weights if they are the best so far."""
+        self._require_sound()
         sums, cells = self._meter.totals(), max(1, self._meter.cells)
         train_loss = sums.pop("train_loss")
         rates = self.progress.rates(self.train_source.waited_seconds)
@@ -287,6 +331,8 @@ class Trainer:
         }
         if self.validation_source is not None:
             row |= self._validation_row(self.validation_source)
+            if not math.isfinite(row["validation_loss"]):
+                self._give_up("validation_loss")
         row |= {"cells_per_second": rates[0], "waiting_share": rates[1]}
         is_best = self._remember(row)
         self._meter = Meter(self.world)

@@ -1,0 +1,107 @@
+"""One model of a run: built or taken up from its checkpoint, trained, and its weights kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from liam_scale.config import TrainConfig
+from liam_scale.model import Liam
+from liam_scale.preparation import changed_options, options_table, training_loaders
+from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.tables import to_toml
+from liam_scale.training.distributed import World
+from liam_scale.training.history import History
+from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
+from liam_scale.training.trainer import Outcome, Trainer
+from loaders.stores import Store
+
+END = tuple(
+    f"training.{name}"
+    for name in ("max_epochs", "max_steps", "early_stopping", "patience", "patience_steps", "min_delta")
+)
+"""Options that say when training ends."""
+
+RECORDED = ("device", "model", "optim", "loader", "training")
+"""Sections of which a change is recorded."""
+
+
+def fit_part(directory: RunDirectory, config: TrainConfig, store: Store, world: World) -> Outcome:
+    """Train the model of a folder to its end, or to a signal; a training that has ended stays ended."""
+    record = directory.record()
+    model = replace(record.model, precision=config.model.precision, impl=config.model.impl)
+    config, record = replace(config, model=model), replace(record, model=model)
+    if record.ending is not None and directory.weights.exists() and not changed_options(config, directory, END):
+        if world.is_main:
+            print(_describe(directory, record.ending))
+        return record.ending["outcome"]
+    with trainer_of(directory, record, config, store, world) as trainer:
+        checkpoint = directory.newest_checkpoint()
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        if world.is_main:
+            record = _go_on(directory, record, config, trainer)
+        outcome = trainer.fit()
+    if outcome != "interrupted" and world.is_main:
+        directory.save_weights(trainer.best_weights())
+        at = trainer.at
+        ending = {name: getattr(at, name) for name in ("epoch", "best_epoch", "best_step")}
+        directory.write_record(replace(record, ending={"outcome": outcome, "step": at.global_step, **ending}))
+    world.barrier()
+    return outcome
+
+
+@contextmanager
+def trainer_of(
+    directory: RunDirectory, record: RunRecord, config: TrainConfig, store: Store, world: World
+) -> Iterator[Trainer]:
+    """A trainer at the start of a run, with loaders that live as long as the block."""
+    model = Liam(record.model, record.data, seed=config.seed).to(world.device)
+    optimizer = build_optimizer(model, config.optim)
+    optimizer.register_step_post_hook(lambda *_: model.keep_gradients())
+    with training_loaders(store, config, record.model.modalities, world) as (train_loader, validation_loader):
+        yield Trainer(
+            model,
+            optimizer,
+            train=train_loader,
+            validation=validation_loader,
+            world=world,
+            config=config.training,
+            kl=kl_schedule(config.optim, num_cells=store.schema.num_cells),
+            max_epochs=config.training.max_epochs or default_max_epochs(store.schema.num_cells),
+            seed=config.seed,
+            directory=directory.checkpoints,
+            history=_history(directory, config, world),
+            couples_cells=record.model.likelihood == "original",
+            saved={"config": options_table(config), "fingerprint": record.fingerprint, "seed": config.seed},
+        )
+
+
+def _history(directory: RunDirectory, config: TrainConfig, world: World) -> History:
+    if not world.is_main:
+        return History(None)
+    return History(
+        directory.history, tensorboard=directory.path / "tensorboard" if config.training.tensorboard else None
+    )
+
+
+def _go_on(directory: RunDirectory, record: RunRecord, config: TrainConfig, trainer: Trainer) -> RunRecord:
+    """Tell where training goes on, and record the options that are new: the record without an ending."""
+    step, changed = trainer.at.global_step, changed_options(config, directory, RECORDED)
+    if step:
+        print(f"resuming {directory.path} at epoch {trainer.at.epoch}, step {step:,}")
+    changes = [{"step": step, "option": key, "before": before, "now": now} for key, before, now in changed]
+    record = replace(record, changes=(*record.changes, *changes), ending=None)
+    if changed:
+        print("\n".join(f"  {key}: {before} until now, {now} from here on" for key, before, now in changed))
+        directory.change(record, to_toml(config))
+    return record
+
+
+def _describe(directory: RunDirectory, ending: dict[str, int | str]) -> str:
+    best = f", best at epoch {ending['best_epoch']}, step {ending['best_step']:,}" if ending["best_step"] else ""
+    return (
+        f"{directory.path} has ended and stays as it is ({ending['outcome']} at epoch {ending['epoch']}, step "
+        f"{ending['step']:,}{best}); another --max-epochs, --max-steps or --training.patience lets it go on"
+    )
