@@ -150,10 +150,16 @@ def _run_step(step: Step, number: str) -> None:
         print(f"  left out: {step.makes} is there from an earlier demo", flush=True)
         return
     began = time.monotonic()
-    done = subprocess.run(step.command, env=_environment(), check=False)
-    if done.returncode != 0:
+    with subprocess.Popen(step.command, env=_environment()) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            # Ctrl-C reached the command as well, which saves before it ends.
+            process.wait()
+            raise
+    if code != 0:
         raise RuntimeError(
-            f"demo: the command above ended with exit code {done.returncode}; its own message says why."
+            f"demo: the command above ended with exit code {code}; its own message says why."
             " Started again, the demo goes on at this step"
         )
     print(f"  {time.monotonic() - began:.0f} s", flush=True)
