@@ -43,7 +43,6 @@ def serve_liam(store: str, minibatch: int, steps: int, impl: str, precision: str
     from liam_scale.training.history import History
     from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer
     from liam_scale.training.options import TrainingConfig
-    from liam_scale.training.progress import Progress
     from liam_scale.training.trainer import Trainer
     from loaders.options import LoaderConfig
 
@@ -72,7 +71,6 @@ def serve_liam(store: str, minibatch: int, steps: int, impl: str, precision: str
         directory=options.out,
         history=History(None),
     )
-    trainer.progress = Progress(total_steps=1, start_step=0, is_shown=False)
     model.train()
 
     def forever() -> Iterator[Any]:
@@ -89,7 +87,7 @@ def serve_liam(store: str, minibatch: int, steps: int, impl: str, precision: str
         waited, cells, start = loader.waited_seconds, 0, time.perf_counter()
         for _ in range(steps):
             minibatch = next(minibatches)
-            trainer._step(minibatch)
+            trainer.step(minibatch)
             cells += minibatch.num_cells
         elapsed = time.perf_counter() - start
         return {"cells": cells, "waiting": (loader.waited_seconds - waited) / elapsed, "parts": dict(parts)}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import torch
 
 from liam_scale.config import TrainConfig
+from liam_scale.fitting import seconds_a_step, trainer_of
 from liam_scale.kernels.options import TILE_BYTES
 from liam_scale.model import Liam, ModelConfig, ModelData
+from liam_scale.preparation import record_of
+from liam_scale.run_directory import RunDirectory
 from liam_scale.tables import to_toml
-from liam_scale.training.distributed import launched_ranks
+from liam_scale.training.distributed import World, device_of, launched_ranks
 from liam_scale.training.optim import default_max_epochs
 from loaders.memory import parse_memory
 from loaders.stores import Store
@@ -22,8 +24,8 @@ BASE_BYTES = 450 * 2**20
 BYTES_PER_PARAMETER = 4 * 5
 """float32 weight, gradient, Adam's two moments, and the copy of the best weights."""
 
-LOSS_OVER_PRODUCTS = 2.2
-"""Time of a whole step over that of its matrix products (benchmarks/step.py)."""
+SECONDS_MEASURED = 3.0
+"""Training that an estimate of time rests on, for each model of the run."""
 
 
 def count_parameters(model: ModelConfig, data: ModelData) -> int:
@@ -31,15 +33,13 @@ def count_parameters(model: ModelConfig, data: ModelData) -> int:
         return sum(p.numel() for p in Liam(model, data).parameters())
 
 
-def _products_per_second() -> float:
-    """float32 multiply-adds a second of this process, measured for 0.1 s on a tile of a decoder."""
-    left, right = torch.randn(128, 128), torch.randn(2048, 128)
-    torch.mm(left, right.T)
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.1:
-        torch.mm(left, right.T)
-        done += left.numel() * len(right)
-    return done / (time.perf_counter() - start)
+def _seconds_a_step(config: TrainConfig, store: Store, model: ModelConfig, data: ModelData, ranks: int) -> float:
+    """Of this process's share of a minibatch, measured: built and trained as a run is, in memory alone."""
+    share = replace(config.loader, minibatch=-(-config.loader.minibatch // ranks))
+    config = replace(config, model=model, loader=share, training=replace(config.training, tensorboard=False))
+    record = record_of(config, store, model, data)
+    with trainer_of(RunDirectory(config.out), record, config, store, World(device=device_of(config.device))) as trainer:
+        return seconds_a_step(trainer, at_least=SECONDS_MEASURED)
 
 
 def _amount(num_bytes: float) -> str:
@@ -74,22 +74,24 @@ def describe_plan(config: TrainConfig, store: Store, models: tuple[ModelConfig, 
     epochs = config.training.max_epochs or default_max_epochs(schema.num_cells)
     steps = epochs * -(-num_train // config.loader.minibatch)
     steps = min(steps, config.training.max_steps or steps)
-    rate = _products_per_second()
+    evaluations = steps / config.training.validate_every if config.training.validate_every else epochs
+    scored = evaluations * (schema.num_cells - num_train) / config.loader.minibatch
     memory, seconds, parameters = 0, 0.0, 0
     for model in models:
         sizes = {name: schema.modalities[name].num_features for name in model.modalities}
-        size = count_parameters(model, ModelData(num_features=sizes, samples=tuple(map(str, range(num_samples)))))
+        data = ModelData(num_features=sizes, samples=tuple(map(str, range(num_samples))))
+        size = count_parameters(model, data)
         parameters += size
         memory = max(memory, BASE_BYTES + size * BYTES_PER_PARAMETER + parse_memory(config.loader.memory) + TILE_BYTES)
-        products = 3 * sum(sizes.values()) * model.n_hidden * config.loader.minibatch / ranks
-        seconds += steps * (LOSS_OVER_PRODUCTS * products / rate + size * 28 / 20e9)
+        seconds += _seconds_a_step(config, store, model, data, ranks)
     lines += [
         f"model       {models[0].model if len(models) == 1 else 'concat'}: {parameters:,} parameters, "
         f"{_amount(parameters * 4)} of weights",
         f"memory      about {_amount(memory)} a process (weights, gradients, Adam, best copy, loader, tile), "
         f"{ranks} process{'es' if ranks > 1 else ''}",
         f"time        at most {epochs:,} epochs = {steps:,} steps of {config.loader.minibatch} cells; "
-        f"about {_duration(seconds)} on this CPU if early stopping does not end it before",
+        f"{_duration(steps * seconds)} to {_duration(1.3 * (steps + scored) * seconds)} by the {seconds * 1e3:.0f} ms "
+        "that a step takes here and now, if early stopping does not end it before",
         "dry run: nothing was trained or written",
     ]
     return "\n".join(lines)

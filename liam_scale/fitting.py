@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, islice, repeat
+
+import torch
 
 from liam_scale.config import TrainConfig
 from liam_scale.model import Liam
@@ -76,6 +80,22 @@ def trainer_of(
             couples_cells=record.model.likelihood == "original",
             saved={"config": options_table(config), "fingerprint": record.fingerprint, "seed": config.seed},
         )
+
+
+def seconds_a_step(trainer: Trainer, *, at_least: float) -> float:
+    """Mean time of a step with its loading, measured over so many seconds; nothing of it is kept."""
+    trainer.model.train()
+    minibatches = chain.from_iterable(repeat(trainer.train_source))
+    # The first steps compile kernels and fill buffers.
+    for minibatch in islice(minibatches, 3):
+        trainer.step(minibatch)
+    start, steps = time.perf_counter(), 0
+    while steps < 3 or time.perf_counter() - start < at_least:
+        trainer.step(next(minibatches))
+        steps += 1
+    if trainer.world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps
 
 
 def _history(directory: RunDirectory, config: TrainConfig, world: World) -> History:

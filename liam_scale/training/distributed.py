@@ -68,6 +68,22 @@ def check_device(device: Device) -> None:
         raise ValueError("--device: got cuda, but torch sees no CUDA device here; use --device cpu or auto")
 
 
+def device_of(device: Device) -> torch.device:
+    """The device of this rank.
+
+    Raises
+    ------
+    ValueError
+        `device="cuda"` on a machine without a CUDA device.
+    """
+    check_device(device)
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
 @contextmanager
 def join_world(device: Device = "auto", *, timeout_minutes: float = 30.0) -> Iterator[World]:
     """Join the ranks that torchrun started: gloo on CPU, NCCL on GPU (one GPU a rank).
@@ -78,11 +94,7 @@ def join_world(device: Device = "auto", *, timeout_minutes: float = 30.0) -> Ite
         `device="cuda"` on a machine without a CUDA device.
     """
     rank, size = launched_ranks()
-    check_device(device)
-    chosen = torch.device("cpu")
-    if device != "cpu" and torch.cuda.is_available():
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(chosen)
+    chosen = device_of(device)
     if size == 1:
         yield World(device=chosen)
         return

@@ -117,6 +117,7 @@ class Trainer:
         self._stop = StopRequest()
         self._soundness = Soundness(model, optimizer, world)
         self._start_step, self._saved_step = 0, -1
+        self.progress = Progress(total_steps=0, start_step=0, is_shown=False)
         self._last_checkpoint = time.monotonic()
         self._module: nn.Module = model
         if world.size > 1:
@@ -208,7 +209,7 @@ class Trainer:
             if self._has_converged():
                 break
             for minibatch in self.train_source:
-                self._step(minibatch)
+                self.step(minibatch)
                 if self._wants_evaluation():
                     self._evaluate()
                 if self._agree_to_stop():
@@ -221,7 +222,8 @@ class Trainer:
             self.save()
         return "stopped early" if self._has_converged() else "finished"
 
-    def _step(self, minibatch: Minibatch) -> None:
+    def step(self, minibatch: Minibatch) -> None:
+        """Loss, gradients and update of one minibatch."""
         minibatch = minibatch.to(self.world.device, non_blocking=True)
         self.at.epoch = minibatch.epoch
         cell_weight = self.world.size / minibatch.num_global

@@ -1,6 +1,7 @@
 """Training on real stores: any number of ranks, killed and resumed, refused where it must be."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -160,6 +161,21 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     for word in ("600 cells", "parameters", "memory", "time", 'model = "bavae"', "streams = 16"):
         assert word in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_measures_what_a_training_takes(
+    multiome: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small steps: by their products they would take a hundredth of their time."""
+    monkeypatch.setattr("liam_scale.estimate.SECONDS_MEASURED", 0.5)
+    arguments = (multiome, "--batch-key", "sample", "--out", tmp_path / "run", "--max-epochs", 20, *SHORT)
+    assert run_main(*arguments, "--dry-run") == 0
+    said = re.search(r"20 epochs = 180 steps of 64 cells; (\d+) s to (\d+) s by the \d+ ms", capsys.readouterr().out)
+    assert said is not None
+    start = time.perf_counter()
+    assert run_main(*arguments) == 0
+    taken = time.perf_counter() - start
+    assert int(said[1]) / 4 < taken < int(said[2]) * 4 + 2
 
 
 def test_a_finished_run_is_left_as_it_is(multiome: Path, tmp_path: Path) -> None:
