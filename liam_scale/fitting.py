@@ -36,12 +36,13 @@ def fit_part(directory: RunDirectory, config: TrainConfig, store: Store, world: 
     record = directory.record()
     model = replace(record.model, precision=config.model.precision, impl=config.model.impl)
     config, record = replace(config, model=model), replace(record, model=model)
-    if record.ending is not None and directory.weights.exists() and not changed_options(config, directory, END):
+    checkpoint = directory.newest_checkpoint()
+    ending = record.ending if checkpoint is not None and not changed_options(config, directory, END) else None
+    if ending is not None and directory.has_sound_weights:
         if world.is_main:
-            print(_describe(directory, record.ending))
-        return record.ending["outcome"]
+            print(_describe(directory, ending))
+        return ending["outcome"]
     with trainer_of(directory, record, config, store, world) as trainer:
-        checkpoint = directory.newest_checkpoint()
         if checkpoint is not None:
             trainer.restore(checkpoint)
         if world.is_main:
@@ -50,8 +51,8 @@ def fit_part(directory: RunDirectory, config: TrainConfig, store: Store, world: 
     if outcome != "interrupted" and world.is_main:
         directory.save_weights(trainer.best_weights())
         at = trainer.at
-        ending = {name: getattr(at, name) for name in ("epoch", "best_epoch", "best_step")}
-        directory.write_record(replace(record, ending={"outcome": outcome, "step": at.global_step, **ending}))
+        where = {name: getattr(at, name) for name in ("epoch", "best_epoch", "best_step")}
+        directory.write_record(replace(record, ending={"outcome": outcome, "step": at.global_step, **where}))
     world.barrier()
     return outcome
 

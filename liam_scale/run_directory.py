@@ -181,13 +181,21 @@ class RunDirectory:
 
         The same training into the same folder has the same id; a folder that is moved keeps its own.
         """
-        path, named = self.path.resolve(), dataclasses.replace(record, id=None)
+        path, named = self.path.resolve(), dataclasses.replace(record, id=None, changes=(), ending=None)
         digest = hashlib.sha256(json.dumps([str(path), options, named.to_json()]).encode()).hexdigest()
         return dataclasses.replace(record, id=f"{path.name}-{digest[:12]}")
 
     def save_weights(self, weights: dict[str, Tensor]) -> None:
         remove_leftovers(self.path / "*")
         save_weights(self.weights, weights)
+
+    @property
+    def has_sound_weights(self) -> bool:
+        try:
+            load_weights(self.weights)
+        except RuntimeError:
+            return False
+        return True
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """Where training goes on; None for a run that has not saved yet.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 from liam_scale.command import Command
@@ -22,6 +23,7 @@ from liam_scale.run_directory import RunDirectory
 from liam_scale.tables import to_toml
 from liam_scale.training.distributed import join_world, launched_ranks
 from liam_scale.training.trainer import Outcome
+from loaders.durable import holding
 from loaders.stores import Store
 
 
@@ -54,7 +56,8 @@ def train(config: TrainConfig, store: Store | None = None) -> tuple[RunDirectory
         if launched_ranks()[0] == 0:
             print(describe_plan(config, store, models))
         return directory, None
-    with join_world(config.device) as world:
+    is_main = launched_ranks()[0] == 0
+    with holding(directory.path) if is_main else nullcontext(), join_world(config.device) as world:
         check_precision(config.model.precision, impl=config.model.impl, device=world.device)
         check_ranks(config.model, world.size)
         if world.is_main and not directory.is_run:
