@@ -27,9 +27,9 @@ from liam_scale.preparation import RecodedSamples, open_stores, sample_table
 from liam_scale.provenance import attributes_of, check_maker
 from liam_scale.run_directory import RunDirectory, RunRecord
 from liam_scale.training.distributed import Device, World, check_device, join_world, launched_ranks
+from loaders.bars import open_bar
 from loaders.durable import holding, replacing, sha256_of
 from loaders.formats.root import HDF5_SUFFIXES, open_root
-from loaders.bars import open_bar
 from loaders.loader import Loader
 from loaders.memory import parse_memory
 from loaders.minibatch import Minibatch

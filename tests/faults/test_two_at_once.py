@@ -12,6 +12,7 @@ from liam_scale import embed
 from liam_scale.decode import main as decode_main
 from liam_scale.map import main as map_main
 from liam_scale.run_directory import RunDirectory
+from liam_scale.train import main as train_main
 from loaders import open_store
 from loaders.durable import holding, replacing
 from loaders.synthetic import simulate
@@ -34,6 +35,25 @@ def refused(capsys: pytest.CaptureFixture[str], other: AbstractContextManager[ob
     said = capsys.readouterr().err
     assert f"process {os.getpid()} on " in said
     assert "wait until it has ended" in said
+
+
+def test_train(embedded: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    arguments = [
+        str(embedded[1]),
+        "--out",
+        str(out),
+        "--batch-key",
+        "sample",
+        "--model",
+        "rna-only",
+        "--max-steps",
+        "1",
+    ]
+    refused(capsys, holding(out), lambda: train_main(arguments))
+    assert not out.exists()
+    assert train_main(arguments) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_embed(embedded: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
