@@ -72,13 +72,13 @@ class ModelConfig:
         check_options(self, "model")
         if self.alpha and self.adversarial is False:
             raise ValueError(
-                f"model.alpha: got {self.alpha:g} with adversarial false, where nothing has that weight; "
-                "do: drop one of the two"
+                f"--model.alpha: got {self.alpha:g} with adversarial false, where nothing has that weight; "
+                "drop one of the two"
             )
         unknown = [name for name in self.modalities if name not in MODALITIES]
         if unknown or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(
-                f"model.modalities: got {list(self.modalities)}; do: name each once, out of {', '.join(MODALITIES)}"
+                f"--model.modalities: got {list(self.modalities)}; name each once, out of {', '.join(MODALITIES)}"
             )
 
     def to_json(self) -> dict[str, Any]:
@@ -104,12 +104,12 @@ class ModelData:
 
     def __post_init__(self) -> None:
         if not self.samples:
-            raise ValueError("samples: got none; do: give one category for data without a sample covariate")
+            raise ValueError("samples: got none; give one category for data without a sample covariate")
         for name, means in [*self.prior_mean.items(), *self.prior_variance.items()]:
             if len(means) != len(self.samples):
                 raise ValueError(
                     f"library priors of {name}: got {len(means)} values for {len(self.samples)} samples; "
-                    "do: give one per sample"
+                    "give one per sample"
                 )
 
     @property
@@ -197,20 +197,24 @@ _FIXED: dict[str, tuple[str, ...]] = {
 """Flags that make a model what its name says: another value would be another model."""
 
 
+def _flag(name: str) -> str:
+    return "--model." + name.replace("_", "-")
+
+
 def _check_name(config: ModelConfig) -> None:
     """Refuse options that contradict the model's name."""
     flags = {**_BAVAE, **_FLAGS[config.model]}
     if config.alpha and config.model in ("cvae", "cevae") and config.adversarial is None:
         raise ValueError(
-            f"model.alpha: got {config.alpha:g} with model {config.model}, which has no adversary; "
-            "do: drop alpha, or use model bavae"
+            f"--model.alpha: got {config.alpha:g} with model {config.model}, which has no adversary; "
+            "drop --model.alpha, or use model bavae"
         )
     for name in _FIXED.get(config.model, ()):
         value = getattr(config, name)
         if value is not None and value != flags[name]:
             raise ValueError(
-                f"model.{name}: got {value} with model {config.model}, which has {flags[name]}; "
-                f"do: drop {name}, or start from model bavae"
+                f"{_flag(name)}: got {value} with model {config.model}, which has {flags[name]}; "
+                f"drop {_flag(name)}, or start from model bavae"
             )
 
 
@@ -221,15 +225,15 @@ def _chosen_modalities(config: ModelConfig, modalities: Sequence[str]) -> tuple[
         only = config.model.removesuffix("-only")
         if config.modalities and tuple(config.modalities) != (only,):
             raise ValueError(
-                f"model.modalities: got {list(config.modalities)} with model {config.model}; "
-                "do: drop modalities, or choose another model"
+                f"--model.modalities: got {list(config.modalities)} with model {config.model}; "
+                "drop --model.modalities, or choose another model"
             )
         wanted = (only,)
     missing = [name for name in wanted if name not in modalities]
     if missing or not wanted:
         raise ValueError(
-            f"model.modalities: got {', '.join(missing) or 'none'} for model {config.model}, but the store holds "
-            f"{', '.join(modalities) or 'none'}; do: choose among these, or ingest a source with the missing one"
+            f"--model.modalities: got {', '.join(missing) or 'none'} for model {config.model}, but the store holds "
+            f"{', '.join(modalities) or 'none'}; choose among these, or ingest a source with the missing one"
         )
     return tuple(name for name in MODALITIES if name in wanted)
 
@@ -237,13 +241,13 @@ def _chosen_modalities(config: ModelConfig, modalities: Sequence[str]) -> tuple[
 def _check_samples(config: ModelConfig, num_samples: int) -> None:
     if config.model == "vae" and num_samples != 1:
         raise ValueError(
-            f"batch key: got one with {num_samples} samples for model vae, which sees no sample; "
-            "do: drop --batch-key, or use model batchvae (the sample in library encoders, priors and dispersions alone)"
+            f"--batch-key: got one with {num_samples} samples for model vae, which sees no sample; "
+            "drop --batch-key, or use model batchvae (the sample in library encoders, priors and dispersions alone)"
         )
     if config.alpha and num_samples == 1:
         raise ValueError(
-            f"model.alpha: got {config.alpha:g} for data with one sample, where there is nothing to remove; "
-            "do: name the sample column with --batch-key, or drop alpha"
+            f"--model.alpha: got {config.alpha:g} for data with one sample, where there is nothing to remove; "
+            "name the sample column with --batch-key, or drop --model.alpha"
         )
 
 
@@ -252,8 +256,8 @@ def check_ranks(config: ModelConfig, num_ranks: int) -> None:
     for name in ("use_batch_norm_encoder", "use_batch_norm_decoder"):
         if getattr(config, name) and num_ranks > 1:
             raise ValueError(
-                f"model.{name}: got True on {num_ranks} ranks, which would each normalise their own cells; "
-                "do: train on one rank, or keep layer normalisation, the default"
+                f"{_flag(name)}: got True on {num_ranks} ranks, which would each normalise their own cells; "
+                "train on one rank, or keep layer normalisation, the default"
             )
 
 
@@ -294,7 +298,7 @@ def resolve(
         return (full,)
     if len(chosen) < 2:
         raise ValueError(
-            f"model: got concat with one modality ({chosen[0]}); do: use model {chosen[0]}-only, "
+            f"--model: got concat with one modality ({chosen[0]}); use model {chosen[0]}-only, "
             "or a store with two modalities"
         )
     return tuple(replace(full, model=f"{name}-only", modalities=(name,)) for name in chosen)  # type: ignore[arg-type]

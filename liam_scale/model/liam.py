@@ -283,10 +283,10 @@ def _resolve_single(config: ModelConfig, data: ModelData) -> ModelConfig:
     configs: Sequence[ModelConfig] = resolve(config, modalities=data.modalities)
     if len(configs) != 1:
         raise ValueError(
-            f"model: got {config.model}, which is {len(configs)} models; do: build one Liam for each of resolve(...)"
+            f"model: got {config.model}, which is {len(configs)} models; build one Liam for each of resolve(...)"
         )
     if config.model == "vae" and data.num_samples != 1:
         raise ValueError(
-            f"samples: got {data.num_samples} for model vae, which sees no sample; do: give ModelData one sample"
+            f"samples: got {data.num_samples} for model vae, which sees no sample; give ModelData one sample"
         )
     return configs[0]

@@ -56,7 +56,7 @@ def logistic_normal_mean(mean: Tensor, variance: Tensor) -> Tensor:
     """
     if mean.shape != variance.shape or mean.dim() != 2:
         raise ValueError(
-            f"mean, variance: got shapes {tuple(mean.shape)} and {tuple(variance.shape)}; do: give both as (B, L)"
+            f"mean, variance: got shapes {tuple(mean.shape)} and {tuple(variance.shape)}; give both as (B, L)"
         )
     dtype = mean.dtype
     result = torch.full_like(mean, math.nan)

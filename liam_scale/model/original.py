@@ -159,7 +159,7 @@ def as_original(model: Liam, values: Mapping[str, torch.Tensor]) -> dict[str, np
 def _modalities(given: Mapping[str, Any], cls: OriginalClass) -> tuple[str, ...]:
     second, flag = ("adt", "ADT_only") if cls.endswith("_ADT") else ("atac", "atac_only")
     if given["rna_only"] and given[flag]:
-        raise ValueError("arguments: got rna_only with atac_only or ADT_only; do: set one of them")
+        raise ValueError("arguments: got rna_only with atac_only or ADT_only; set one of them")
     return ("rna",) if given["rna_only"] else (second,) if given[flag] else ("rna", second)
 
 
@@ -172,7 +172,7 @@ def _data(
         if given.get(argument) is not None:
             return int(given[argument])
         if name not in arrays or arrays[name].ndim <= axis:
-            raise ValueError(f"original state: missing: {name}; do: give the whole state_dict")
+            raise ValueError(f"original state: missing: {name}; give the whole state_dict")
         return int(arrays[name].shape[axis])
 
     arguments = {"rna": "n_genes", "atac": "n_peaks", "adt": "n_ADT"}
@@ -180,7 +180,7 @@ def _data(
     num_samples = size("n_batch", "library_log_means" if "rna" in modalities else "library_d_log_means", 1)
     names = samples or tuple(str(code) for code in range(num_samples))
     if len(names) != num_samples:
-        raise ValueError(f"samples: got {len(names)} names for {num_samples} batches; do: give one for each")
+        raise ValueError(f"samples: got {len(names)} names for {num_samples} batches; give one for each")
     return ModelData(features, names)
 
 
@@ -199,7 +199,7 @@ def _check_arrays(arrays: Arrays, expected: Arrays) -> None:
     found = [f"{what}: {_listed(names)}" for what, names in defects.items() if names]
     if found:
         raise ValueError(
-            f"original state: {'; '.join(found)}; do: give the whole state_dict and the arguments its object was "
+            f"original state: {'; '.join(found)}; give the whole state_dict and the arguments its object was "
             "constructed with"
         )
 
@@ -220,7 +220,7 @@ def _read(state: Mapping[str, Any] | str | Path) -> dict[str, npt.NDArray[Any]]:
 
         return dict(load_file(path))
     raise ValueError(
-        f"original state: got {path.name}; do: give a .npz or .safetensors file (pickles are not read: "
+        f"original state: got {path.name}; give a .npz or .safetensors file (pickles are not read: "
         "save the state_dict with numpy.savez where it was trained)"
     )
 
@@ -232,13 +232,13 @@ def _as_numpy(value: Any) -> npt.NDArray[Any]:
 def _arguments(arguments: Mapping[str, Any], cls: OriginalClass) -> dict[str, Any]:
     """All constructor arguments of the original, defaults filled in."""
     if cls not in ("Liam", "Liam_ADT", "LiamVAE", "LiamVAE_ADT"):
-        raise ValueError(f"cls: got {cls!r}; do: give Liam, Liam_ADT, LiamVAE or LiamVAE_ADT")
+        raise ValueError(f"cls: got {cls!r}; give Liam, Liam_ADT, LiamVAE or LiamVAE_ADT")
     defaults = {**_MODULE_DEFAULTS, **(_ADT_DEFAULTS if cls.endswith("_ADT") else _ATAC_DEFAULTS)}
     if "VAE" not in cls:
         defaults.update(n_latent=20, adversarial_training=cls == "Liam")
     unknown = [name for name in arguments if name not in defaults]
     if unknown:
-        raise ValueError(f"arguments of {cls}: got {', '.join(unknown)}; do: give only {', '.join(sorted(defaults))}")
+        raise ValueError(f"arguments of {cls}: got {', '.join(unknown)}; give only {', '.join(sorted(defaults))}")
     return {**defaults, **arguments}
 
 
@@ -288,7 +288,7 @@ def _entries(model: Liam) -> list[_Entry]:
     if len(model.modalities) > 2 or model.modalities == ("atac", "adt"):
         raise ValueError(
             f"model: got {' + '.join(model.modalities)}, which the original has no class for; "
-            "do: give a model of rna, atac, adt, rna + atac or rna + adt"
+            "give a model of rna, atac, adt, rna + atac or rna + adt"
         )
     state = model.state_dict()
 

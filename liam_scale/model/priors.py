@@ -38,10 +38,10 @@ def library_priors(
         One value per sample, natural logarithm.
     """
     if len(totals) != len(sample):
-        raise ValueError(f"totals: got {len(totals)} cells, sample has {len(sample)}; do: give both for all cells")
+        raise ValueError(f"totals: got {len(totals)} cells, sample has {len(sample)}; give both for all cells")
     if len(sample) and not 0 <= sample.min() <= sample.max() < num_samples:
         raise ValueError(
-            f"sample: got codes {sample.min()} to {sample.max()} for {num_samples} samples; do: code them from 0"
+            f"sample: got codes {sample.min()} to {sample.max()} for {num_samples} samples; code them from 0"
         )
     is_counted = np.asarray(totals) > 0
     logs = np.log(totals, where=is_counted, out=np.zeros(len(totals), dtype=np.float64))

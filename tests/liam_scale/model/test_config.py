@@ -72,17 +72,17 @@ def test_a_conditional_adversary_is_reached_from_a_name_and_a_flag() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "cvae", "alpha": 5.0}, "got 5 with model cvae, which has no adversary; do: drop alpha"),
-        ({"model": "cdvae", "alpha": 5.0}, "model.alpha: got 5.0 with model cdvae, which has 0.0"),
-        ({"model": "avae", "conditional_decoder": True}, "do: drop conditional_decoder"),
-        ({"model": "vae", "dispersion_rna": "gene-batch"}, "model.dispersion_rna: got gene-batch with model vae"),
+        ({"model": "cvae", "alpha": 5.0}, "got 5 with model cvae, which has no adversary; drop --model.alpha"),
+        ({"model": "cdvae", "alpha": 5.0}, "--model.alpha: got 5.0 with model cdvae, which has 0.0"),
+        ({"model": "avae", "conditional_decoder": True}, "drop --model.conditional-decoder"),
+        ({"model": "vae", "dispersion_rna": "gene-batch"}, "--model.dispersion-rna: got gene-batch with model vae"),
         ({"model": "rna-only", "modalities": ("atac",)}, "got .'atac'. with model rna-only"),
-        ({"model": "concat", "modalities": ("rna",)}, "got concat with one modality .rna.; do: use model rna-only"),
-        ({"modalities": ("rna", "rna")}, "do: name each once"),
-        ({"modalities": ("protein",)}, "got .'protein'.; do: name each once, out of rna, atac, adt"),
+        ({"model": "concat", "modalities": ("rna",)}, "got concat with one modality .rna.; use model rna-only"),
+        ({"modalities": ("rna", "rna")}, "--model.modalities: .*; name each once"),
+        ({"modalities": ("protein",)}, "got .'protein'.; name each once, out of rna, atac, adt"),
         ({"alpha": -1.0}, "--model.alpha: got -1.0; give at least 0"),
         ({"alpha": float("nan")}, "--model.alpha: got nan"),
-        ({"alpha": 2.0, "adversarial": False}, "got 2 with adversarial false"),
+        ({"alpha": 2.0, "adversarial": False}, "--model.alpha: got 2 with adversarial false"),
         ({"n_latent": 1}, "--model.n-latent: got 1; give at least 2"),
         ({"n_hidden": 0}, "--model.n-hidden: got 0"),
         ({"dropout_rate": 1.0}, "--model.dropout-rate: got 1.0; give at least 0 and below 1"),
@@ -101,7 +101,9 @@ def test_a_modality_that_the_store_lacks_is_refused() -> None:
 
 
 def test_samples_are_checked_where_they_are_known() -> None:
-    with pytest.raises(ValueError, match="3 samples for model vae, which sees no sample; do: drop --batch-key"):
+    with pytest.raises(
+        ValueError, match="--batch-key: got one with 3 samples for model vae, which sees no sample; drop --batch-key"
+    ):
         resolve(ModelConfig(model="vae"), modalities=ALL, num_samples=3)
     with pytest.raises(ValueError, match=r"got 5 for data with one sample.*--batch-key"):
         resolve(ModelConfig(alpha=5.0), modalities=ALL, num_samples=1)

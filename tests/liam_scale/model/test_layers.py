@@ -19,5 +19,6 @@ def test_batch_norm_is_refused_on_several_ranks(name: str) -> None:
     config = ModelConfig(**{name: True})
     check_ranks(config, 1)
     check_ranks(ModelConfig(), 8)
-    with pytest.raises(ValueError, match=rf"model\.{name}: got True on 2 ranks, .*; do: train on one rank"):
+    option = "--model." + name.replace("_", "-")
+    with pytest.raises(ValueError, match=f"{option}: got True on 2 ranks, .*; train on one rank"):
         check_ranks(config, 2)

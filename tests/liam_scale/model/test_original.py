@@ -127,7 +127,7 @@ def test_torch_tensors_are_read_too() -> None:
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"got model\.pt; do: give a \.npz or \.safetensors file"):
+    with pytest.raises(ValueError, match=r"got model\.pt; give a \.npz or \.safetensors file"):
         from_original(tmp_path / "model.pt", ARGUMENTS)
 
 
