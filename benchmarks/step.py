@@ -38,7 +38,9 @@ def serve_liam(store: str, minibatch: int, steps: int, impl: str, precision: str
     """liam-scale as it trains: the trainer's own step on minibatches of the loader."""
     from liam_scale.config import TrainConfig
     from liam_scale.model import Liam, ModelConfig
-    from liam_scale.preparation import model_data, open_stores, training_loaders
+    from liam_scale.preparation import training_loaders
+    from liam_scale.run import open_stores
+    from liam_scale.samples import model_data
     from liam_scale.training.distributed import World
     from liam_scale.training.history import History
     from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer

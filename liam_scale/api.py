@@ -30,9 +30,8 @@ from liam_scale.kernels.precision import Precision
 from liam_scale.map import MapConfig, map_store
 from liam_scale.model import Liam, ModelConfig
 from liam_scale.model.config import ModelName
-from liam_scale.preparation import IN_MEMORY, open_stores
 from liam_scale.provenance import attributes_of
-from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.run import IN_MEMORY, RunDirectory, RunRecord, open_stores
 from liam_scale.train import train as train_run
 from liam_scale.training.distributed import Device
 from liam_scale.training.optim import OptimConfig

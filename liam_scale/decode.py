@@ -18,9 +18,9 @@ from torch import Tensor
 from liam_scale.command import Command
 from liam_scale.model import Liam
 from liam_scale.model.decoders import NegativeMultinomialDecoder
-from liam_scale.preparation import open_stores, sample_column, sample_table
 from liam_scale.provenance import check_maker
-from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.run import RunDirectory, RunRecord, open_stores
+from liam_scale.samples import sample_column, sample_table
 from loaders.durable import replacing
 from loaders.formats.root import HDF5_SUFFIXES
 from loaders.option_checks import Range, check_options

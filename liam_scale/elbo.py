@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from liam_scale.embed import check_features
 from liam_scale.model import Liam
 from liam_scale.model.noise import Noise
-from liam_scale.preparation import RecodedSamples, open_stores, sample_table
-from liam_scale.run_directory import RunDirectory
+from liam_scale.preparation import RecodedSamples
+from liam_scale.run import RunDirectory, check_features, open_stores
+from liam_scale.samples import sample_table
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch
 

@@ -23,9 +23,10 @@ from liam_scale.command import Command
 from liam_scale.model import Liam, logistic_normal_mean
 from liam_scale.model.layers import Gaussian
 from liam_scale.model.noise import Noise
-from liam_scale.preparation import RecodedSamples, open_stores, sample_table
+from liam_scale.preparation import RecodedSamples
 from liam_scale.provenance import attributes_of, check_maker
-from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.run import RunDirectory, check_features, open_stores
+from liam_scale.samples import sample_table
 from liam_scale.training.distributed import Device, World, check_device, join_world, launched_ranks
 from loaders.bars import open_bar
 from loaders.durable import holding, replacing, sha256_of
@@ -153,22 +154,6 @@ def check_replaces(store: Store, key: str, run: str | None) -> None:
     cure = "name another --key, or replace it with --overwrite"
     what = f"--key: obsm[{key!r}] of {store.uri}"
     check_maker(store.embedding_attributes(key), run, what=what, cure=cure)
-
-
-def check_features(store: Store, record: RunRecord) -> None:
-    """Refuse a store whose features are not those of the model, column by column."""
-    for name, expected in record.features_sha256.items():
-        held = store.schema.modalities.get(name)
-        if held is None:
-            raise ValueError(
-                f"store: {store.uri} has no modality {name}, which the model reads "
-                f"(it holds {', '.join(store.schema.modalities)}); ingest the cells with that modality"
-            )
-        if held.features_sha256 != expected:
-            raise ValueError(
-                f"store: {name} of {store.uri} has {held.num_features:,} features that are not those of the run "
-                f"({record.data.num_features[name]:,}) in the same order; `liam-scale map` matches features by name"
-            )
 
 
 def _fingerprint(config: EmbedConfig, directory: RunDirectory, store: Store) -> str:

@@ -10,8 +10,7 @@ from liam_scale.config import TrainConfig
 from liam_scale.fitting import seconds_a_step, trainer_of
 from liam_scale.kernels.options import TILE_BYTES
 from liam_scale.model import Liam, ModelConfig, ModelData
-from liam_scale.preparation import record_of
-from liam_scale.run_directory import RunDirectory
+from liam_scale.run import RunDirectory, record_of
 from liam_scale.tables import to_toml
 from liam_scale.training.distributed import World, device_of, launched_ranks
 from liam_scale.training.optim import default_max_epochs

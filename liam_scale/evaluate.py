@@ -31,7 +31,7 @@ from liam_scale.evaluation.cells import (
 from liam_scale.evaluation.measures import MEASURES, require_extra, score
 from liam_scale.evaluation.scored import NUM_NEIGHBORS, Scored
 from liam_scale.provenance import attributes_in_file, check_maker
-from liam_scale.run_directory import RunDirectory
+from liam_scale.run import RunDirectory
 from loaders.ecosystem import plain_mudata
 from loaders.option_checks import Range, check_options
 from loaders.stores import ObsColumn, Store, open_store

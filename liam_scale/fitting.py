@@ -12,9 +12,10 @@ import torch
 
 from liam_scale.config import TrainConfig
 from liam_scale.model import Liam
-from liam_scale.preparation import changed_options, options_table, training_loaders
-from liam_scale.run_directory import RunDirectory, RunRecord
-from liam_scale.tables import to_toml
+from liam_scale.preparation import training_loaders
+from liam_scale.resume import changed_options
+from liam_scale.run import RunDirectory, RunRecord
+from liam_scale.tables import to_table, to_toml
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History
 from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
@@ -79,7 +80,7 @@ def trainer_of(
             directory=directory.checkpoints,
             history=_history(directory, config, world),
             couples_cells=record.model.likelihood == "original",
-            saved={"config": options_table(config), "fingerprint": record.fingerprint, "seed": config.seed},
+            saved={"config": to_table(config), "fingerprint": record.fingerprint, "seed": config.seed},
         )
 
 

@@ -21,8 +21,9 @@ from liam_scale.command import Command
 from liam_scale.config import TrainConfig
 from liam_scale.embed import EmbedConfig, check_replaces, embed_store
 from liam_scale.model import Liam, ModelData
-from liam_scale.preparation import RecodedSamples, model_data, open_stores, sample_table, training_loaders
-from liam_scale.run_directory import RunDirectory, RunRecord
+from liam_scale.preparation import RecodedSamples, training_loaders
+from liam_scale.run import RunDirectory, RunRecord, open_stores
+from liam_scale.samples import model_data, sample_table
 from liam_scale.tables import to_toml
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History

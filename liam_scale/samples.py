@@ -1,11 +1,15 @@
-"""Obs columns as samples, the covariate to remove: which could serve, and which cannot."""
+"""Samples, the covariate to remove: obs columns that could serve, codes for a model, and what it learns of each."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 
-from loaders.stores import Store
+import numpy as np
+
+from liam_scale.model import ModelConfig, ModelData, library_priors
+from loaders.stores import Store, cell_totals
 
 _log = logging.getLogger(__name__)
 
@@ -52,3 +56,65 @@ def check_batch_key(store: Store, batch_key: str, num_samples: int) -> None:
             f"for each cell, so that removing it would remove all there is{listed}"
         )
     _log.warning("--batch-key: %s has one value in all cells, so nothing is removed%s", batch_key, listed)
+
+
+def sample_column(store: Store, batch_key: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Codes (n,) and categories of the sample of each cell; one category where no column is named.
+
+    Raises
+    ------
+    ValueError
+        There is no such column, or cells without a value.
+    """
+    if batch_key is None:
+        return np.zeros(store.schema.num_cells, dtype=np.int32), ("all",)
+    if batch_key not in store.schema.obs_columns:
+        raise ValueError(
+            f"--batch-key: got {batch_key}, but obs of {store.uri} has no such column; "
+            f"choose one of {', '.join(store.schema.obs_columns) or 'none'}"
+        )
+    column = store.obs_column(batch_key)
+    missing = int((column.codes < 0).sum())
+    if missing:
+        raise ValueError(
+            f"--batch-key: {batch_key} has no value for {missing:,} of {len(column.codes):,} cells of {store.uri}; "
+            "fill the column or drop these cells before ingest"
+        )
+    return column.codes, column.categories
+
+
+def sample_table(store: Store, batch_key: str | None, samples: Sequence[str]) -> np.ndarray:
+    """(categories of the store,) int64 code of each among the samples of a trained model.
+
+    Raises
+    ------
+    ValueError
+        The store has samples that the model was not trained on.
+    """
+    _, categories = sample_column(store, batch_key)
+    known = {name: code for code, name in enumerate(samples)}
+    unknown = [name for name in categories if name not in known]
+    if unknown:
+        raise ValueError(
+            f"store: {batch_key} of {store.uri} holds {', '.join(unknown[:8])}, which the model was not trained "
+            "on; `liam-scale map` places new samples into a trained model"
+        )
+    return np.array([known[name] for name in categories], dtype=np.int64)
+
+
+def model_data(store: Store, model: ModelConfig, batch_key: str | None, transforms: dict[str, str]) -> ModelData:
+    """Features, samples and library priors of the modalities of a (resolved) model."""
+    codes, categories = sample_column(store, batch_key)
+    means: dict[str, tuple[float, ...]] = {}
+    variances: dict[str, tuple[float, ...]] = {}
+    for name in model.modalities:
+        totals = np.zeros(len(codes), dtype=np.float64)
+        rows = store.modality_rows(name)
+        own = cell_totals(store, name, transforms.get(name))
+        if rows is None:
+            totals[:] = own
+        else:
+            totals[rows >= 0] = own[rows[rows >= 0]]
+        means[name], variances[name] = library_priors(totals, codes, num_samples=len(categories), priors=model.priors)
+    features = {name: store.schema.modalities[name].num_features for name in model.modalities}
+    return ModelData(num_features=features, samples=categories, prior_mean=means, prior_variance=variances)

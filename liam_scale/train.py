@@ -12,14 +12,9 @@ from liam_scale.estimate import describe_plan
 from liam_scale.fitting import fit_part
 from liam_scale.kernels.precision import check_precision
 from liam_scale.model import ModelConfig, check_ranks
-from liam_scale.preparation import (
-    model_data,
-    open_stores,
-    record_of,
-    resolved,
-    settle,
-)
-from liam_scale.run_directory import RunDirectory
+from liam_scale.resume import resolved, settle
+from liam_scale.run import RunDirectory, open_stores, record_of
+from liam_scale.samples import model_data
 from liam_scale.tables import to_toml
 from liam_scale.training.distributed import join_world, launched_ranks
 from liam_scale.training.trainer import Outcome

@@ -302,9 +302,6 @@ class Epoch:
             return self._step_ends[steps]
         return (steps[:, None] * self.stream_cells + self._offsets) // max(1, self.num_steps)
 
-    def num_windows(self, stream: int) -> int:
-        return len(self._pieces[stream][1]) - 1
-
     def windows(self, stream: int, start: int, stop: int) -> Iterator[Window]:
         """Windows that hold the cells [start, stop) of a stream."""
         if start >= stop:

@@ -11,7 +11,7 @@ import liam_scale
 from liam_scale import embed
 from liam_scale.decode import main as decode_main
 from liam_scale.map import main as map_main
-from liam_scale.run_directory import RunDirectory
+from liam_scale.run import RunDirectory
 from liam_scale.train import main as train_main
 from loaders import open_store
 from loaders.durable import holding, replacing

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from liam_scale.run_directory import RunDirectory
+from liam_scale.run import RunDirectory
 from liam_scale.train import main
 from liam_scale.training.checkpoint import newest_checkpoint
 

@@ -18,7 +18,7 @@ from liam_scale.embed import main as embed_main
 from liam_scale.evaluate import main as evaluate_main
 from liam_scale.map import main as map_main
 from liam_scale.provenance import RUN_ATTRIBUTE, attributes_in_file
-from liam_scale.run_directory import RunDirectory
+from liam_scale.run import RunDirectory
 from loaders import open_store
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 import liam_scale
 from liam_scale.config import TrainConfig
-from liam_scale.run_directory import RunDirectory
+from liam_scale.run import RunDirectory
 from liam_scale.train import main, train
 from liam_scale.training.options import TrainingConfig
 from loaders.options import LoaderConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import liam_scale
-from liam_scale.run_directory import RunDirectory
+from liam_scale.run import RunDirectory
 from liam_scale.train import main
 
 

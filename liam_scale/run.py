@@ -1,4 +1,4 @@
-"""The folder of a run: what stands where, and how a trained model is read back.
+"""The folder of a run: what stands where, how a trained model is read back, and on which store it works.
 
 `config.toml` effective options · `run.json` what the model knows of the data · `features.json` names of the features ·
 `history.csv` · `checkpoints/` · `model.safetensors` best weights, written last: a run without it is not finished.
@@ -19,16 +19,20 @@ from typing import Any
 
 from torch import Tensor
 
+from liam_scale.config import TrainConfig
 from liam_scale.model import Liam, ModelConfig, ModelData
 from liam_scale.training.checkpoint import Checkpoint, load_weights, newest_checkpoint, save_weights
 from loaders.durable import leftovers, remove_leftovers, replacing, write_text
 from loaders.options import LoaderConfig
 from loaders.schema import sha256_of_names
+from loaders.stores import Store, open_store
 
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "model.safetensors"
+IN_MEMORY = " in memory"
+"""How a run calls the store that it was trained on where that is an AnnData or MuData: "MuData in memory"."""
 
 
 @dataclass(frozen=True)
@@ -249,3 +253,46 @@ def _sealed(record: RunRecord) -> str:
 
 def _damaged(file: Path, found: str) -> RuntimeError:
     return RuntimeError(f"run: {file} is damaged ({found}); restore it from a copy, or train again with another --out")
+
+
+def open_stores(uris: Sequence[str]) -> Store:
+    """One store, or several chained as one data set."""
+    if uris[0].endswith(IN_MEMORY):
+        raise ValueError(
+            f"store: the run was trained on {uris[0]}; give the object again, run.embed(data) or liam_scale.train(data,"
+            f" ...), or a store made of it"
+        )
+    return open_store(uris[0]) if len(uris) == 1 else open_store(list(uris))
+
+
+def check_features(store: Store, record: RunRecord) -> None:
+    """Refuse a store whose features are not those of the model, column by column."""
+    for name, expected in record.features_sha256.items():
+        held = store.schema.modalities.get(name)
+        if held is None:
+            raise ValueError(
+                f"store: {store.uri} has no modality {name}, which the model reads "
+                f"(it holds {', '.join(store.schema.modalities)}); ingest the cells with that modality"
+            )
+        if held.features_sha256 != expected:
+            raise ValueError(
+                f"store: {name} of {store.uri} has {held.num_features:,} features that are not those of the run "
+                f"({record.data.num_features[name]:,}) in the same order; `liam-scale map` matches features by name"
+            )
+
+
+def record_of(
+    config: TrainConfig, store: Store, model: ModelConfig, data: ModelData, parts: tuple[str, ...] = ()
+) -> RunRecord:
+    """What a run remembers of its data."""
+    modalities = store.schema.modalities
+    return RunRecord(
+        stores=config.store,
+        batch_key=config.batch_key,
+        seed=config.seed,
+        model=model,
+        data=data,
+        fingerprint=store.schema.fingerprint,
+        features_sha256={name: modalities[name].features_sha256 for name in data.num_features},
+        parts=parts,
+    )

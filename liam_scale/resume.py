@@ -1,0 +1,104 @@
+"""The effective options of a run: what the user left open is settled, and what makes a run what it is stays."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from liam_scale.command import flag_of
+from liam_scale.config import LOCKED, UNLOCKED, TrainConfig
+from liam_scale.model import ModelConfig, resolve
+from liam_scale.run import RunDirectory
+from liam_scale.samples import check_batch_key, sample_column
+from liam_scale.tables import to_toml
+from loaders.stores import Store
+
+
+def resolved(config: TrainConfig, store: Store) -> tuple[ModelConfig, ...]:
+    """The models of a run; refuses what does not fit the store before any work."""
+    _, categories = sample_column(store, config.batch_key)
+    if config.batch_key is not None:
+        check_batch_key(store, config.batch_key, len(categories))
+    models = resolve(config.model, modalities=tuple(store.schema.modalities), num_samples=len(categories))
+    if config.loader.balance is not None and config.loader.balance not in store.schema.obs_columns:
+        raise ValueError(
+            f"--loader.balance: got {config.loader.balance}, but obs of {store.uri} has no such column; "
+            f"choose one of {', '.join(store.schema.obs_columns)}"
+        )
+    return models
+
+
+def settle(config: TrainConfig, store: Store, models: tuple[ModelConfig, ...], ranks: int) -> TrainConfig:
+    """The effective options: flags of the model and number of streams filled in, those of the run where it exists.
+
+    Raises
+    ------
+    ValueError
+        `out` holds something else, a run that this one would overwrite, or one made with other options;
+        or there are more ranks than streams.
+    """
+    directory = RunDirectory(config.out)
+    streams = config.loader.streams_for(ranks)
+    model = models[0] if len(models) == 1 else replace(config.model, modalities=tuple(m.modalities[0] for m in models))
+    if directory.is_run:
+        if config.resume == "never":
+            raise ValueError(
+                f"--out: {config.out} holds a run and --resume is never; name another folder, or use --resume auto"
+            )
+        streams = int(directory.saved_options()["loader"]["streams"])
+    else:
+        directory.check_free()
+    settled = replace(config, model=model, loader=replace(config.loader, streams=streams))
+    if ranks > streams:
+        raise ValueError(
+            f"ranks: got {ranks}, but {'the run has' if directory.is_run else 'there are'} {streams} streams, "
+            f"and every rank needs one; start at most {streams} processes"
+            + ("" if directory.is_run else ", or raise --loader.streams")
+        )
+    if directory.is_run:
+        _check_same_run(settled, directory, store)
+    return settled
+
+
+def changed_options(config: TrainConfig, directory: RunDirectory, keys: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Options (or sections) that differ from those of the run, with the run's value and the new one."""
+    saved, now = directory.saved_options(), tomllib.loads(to_toml(config))
+    return [found for key in keys for found in _differences(_lookup(saved, key), _lookup(now, key), key)]
+
+
+def _differences(before: Any, now: Any, key: str) -> list[tuple[str, Any, Any]]:
+    """Keys under which two tables differ, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = sorted(before.keys() | now.keys())
+        return [found for name in names for found in _differences(before.get(name), now.get(name), f"{key}.{name}")]
+    before, now = (None if value == {} else value for value in (before, now))
+    return [] if before == now else [(key, before, now)]
+
+
+def _lookup(table: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        table = table.get(part, {}) if isinstance(table, dict) else {}
+    return table
+
+
+def _check_same_run(config: TrainConfig, directory: RunDirectory, store: Store) -> None:
+    lines = [
+        f"{flag_of(key)}: got {now}, the run has {before}"
+        for key, before, now in changed_options(config, directory, LOCKED)
+        if key not in UNLOCKED
+    ]
+    if lines:
+        raise ValueError(
+            f"--out: the run in {directory.path} was made with other options:\n  "
+            + "\n  ".join(lines)
+            + "\n  name another --out, or give the run's own options"
+        )
+    fingerprint = directory.record().fingerprint
+    if fingerprint != store.schema.fingerprint:
+        raise ValueError(
+            f"store: {store.uri} is not the one that {directory.path} was trained on (schema fingerprint "
+            f"{store.schema.fingerprint[:12]}, the run has {fingerprint[:12]}: cells, features or counts differ); "
+            "give the run's store, or name another --out"
+        )
