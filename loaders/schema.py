@@ -105,6 +105,10 @@ def unite_categories(columns: Sequence[ObsColumn | int]) -> ObsColumn:
     return ObsColumn(np.concatenate(codes), categories)
 
 
+class NewerFormat(ValueError):
+    """A later version of this package wrote the store."""
+
+
 @dataclass(frozen=True)
 class ModalitySchema:
     """One CSR matrix of a store."""
@@ -117,6 +121,8 @@ class ModalitySchema:
     value_dtype: str
     """NumPy name of the stored values, the narrowest that holds them: uint8, uint16, uint32 or float32."""
     features_sha256: str
+    counts_crc32c: str | None = None
+    """Of values, columns and row lengths in their order; None where an older version wrote the store."""
 
     @property
     def nonzeros_per_cell(self) -> float:
@@ -138,12 +144,16 @@ class Schema:
     """Whether cells stand in a seeded random order; if not, the loader needs small blocks and large windows."""
     cells_sha256: str
     """Hash of the cell ids in their order."""
+    metadata: dict[str, str] | None = None
+    """Hash of the metadata of each array and group, which says that all of them carry checksums; None where an older
+    version wrote the store."""
 
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides which counts stand in which row and column."""
         counted = [
-            (name, m.num_cells, m.num_nonzeros, m.features_sha256) for name, m in sorted(self.modalities.items())
+            (name, m.num_cells, m.num_nonzeros, m.features_sha256, *([m.counts_crc32c] if m.counts_crc32c else []))
+            for name, m in sorted(self.modalities.items())
         ]
         return hashlib.sha256(json.dumps([self.num_cells, self.cells_sha256, counted]).encode()).hexdigest()
 
@@ -154,13 +164,23 @@ class Schema:
         return "\n    ".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        entry = {"format": FORMAT, **asdict(self)}
+        return {**entry, "sha256": _seal(entry)}
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Schema:
         fields = dict(entry)
-        version = fields.pop("format")
-        if version > FORMAT:
-            raise ValueError(f"store format: got {version}, this package reads up to {FORMAT}; update liam-scale")
+        sealed = fields.pop("sha256", None)
+        if isinstance(fields["format"], int) and fields["format"] > FORMAT:
+            raise NewerFormat(
+                f"store format: got {fields['format']}, this package reads up to {FORMAT}; update liam-scale"
+            )
+        if sealed not in (None, _seal(fields)) or (sealed is None and "metadata" in fields):
+            raise ValueError("its sha256 differs")
+        del fields["format"]
         modalities = {name: ModalitySchema(**m) for name, m in fields.pop("modalities").items()}
         return cls(modalities=modalities, obs_columns=tuple(fields.pop("obs_columns")), **fields)
+
+
+def _seal(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()

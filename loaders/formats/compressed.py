@@ -88,10 +88,12 @@ class SlicedEntries:
 
 def open_entries(array: Any) -> Entries:
     """The fastest way to read an array."""
-    if not isinstance(array, zarr.Array) or not isinstance(array.store_path.store, LocalStore):
+    backend = array.store_path.store if isinstance(array, zarr.Array) else None
+    backend = getattr(backend, "_store", backend)
+    if not isinstance(backend, LocalStore):
         return SlicedEntries(array, "it is not on a local disk, or not in Zarr")
     try:
-        return ShardedArray(array.store_path.store.root / array.path)
+        return ShardedArray(backend.root / array.path)
     except UnsupportedArray as reason:
         return SlicedEntries(array, str(reason))
 

@@ -87,6 +87,11 @@ def open_root(
         return zarr.open_group(backend, mode=mode, use_consolidated=None if mode == "r" else False)
     except (zarr.errors.GroupNotFoundError, FileNotFoundError, zarr.errors.ContainsArrayError) as error:
         raise not_a_store(describe_address(address), f"nothing that Zarr can open as a group ({error})") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # JSON that is none, or not of a group
+        raise RuntimeError(
+            f"{describe_address(address)}/zarr.json: got damaged metadata ({type(error).__name__}: {error});"
+            f" copy or download the store again, or ingest again"
+        ) from error
 
 
 def not_a_store(address: str, found: str) -> ValueError:

@@ -170,6 +170,7 @@ class ShardedArray:
             raise UnsupportedArray("this system cannot read at an offset (preadv)")
         self.layout = read_layout(self.folder)
         self.dtype, self.length, self.has_checksum = self.layout.dtype, self.layout.length, self.layout.has_checksum
+        self._identity = identify(self.folder)
         self._lock = threading.Lock()
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._indexes: dict[int, npt.NDArray[np.uint64]] = {}
@@ -275,6 +276,9 @@ class ShardedArray:
                 path = self._file(shard)
                 try:
                     file = _File(path)
+                    # After the opening: a folder that took the place of this one in between is then seen.
+                    if identify(self.folder) != self._identity:
+                        raise self._damaged(chunk, "another store has taken the place of this one; start again")
                 except OSError as error:
                     raise self._damaged(chunk, f"its file {path.name} cannot be opened: {error.strerror}") from error
                 self._files[shard] = file
@@ -319,6 +323,15 @@ class ShardedArray:
     def first_missing(self, start: int, stop: int) -> str | None:
         """None: a file that is missing is an error when it is read."""
         return None
+
+
+def identify(folder: Path) -> tuple[int, int]:
+    """What tells a folder from another that takes its place; zeros where there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return 0, 0
+    return status.st_dev, status.st_ino
 
 
 def verify_chunk(packed: npt.NDArray[np.uint8]) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import google_crc32c
 import mudata
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from anndata.io import write_elem
 
 from loaders.csr import SparseRows, index_dtype, offsets_of, row_sums
 from loaders.ecosystem import quiet_anndata
+from loaders.formats.sealed import CODECS, hash_all_metadata
 from loaders.ingest.shards import ShardedArrayWriter
 from loaders.ingest.staging import Staging, explain_disk_errors
 from loaders.machine import default_threads
@@ -143,7 +145,7 @@ class StoreWriter:
         columns = ((str(name), obs[name]) for name in obs) if isinstance(obs, pd.DataFrame) else obs
         self._layouts = {name: self._layouts[name] for name in MODALITIES if name in self._layouts}
         masks = {name: present.get(name) for name in self._layouts}
-        with explain_disk_errors(self.out), quiet_anndata():
+        with explain_disk_errors(self.out), quiet_anndata(), zarr.config.set({"array.write_empty_chunks": True}):
             matrices = {name: self._streams[name].close() for name in self._layouts}
             for name, mask in masks.items():
                 rows = len(cell_ids) if mask is None else int(mask.sum())
@@ -158,6 +160,7 @@ class StoreWriter:
                 obs_columns=tuple(names),
                 is_shuffled=is_shuffled,
                 cells_sha256=sha256_of_names(str(cell) for cell in cell_ids),
+                metadata=hash_all_metadata(self._staging.path),
             )
             self._root.attrs[SCHEMA_KEY] = schema.to_json()
             self._pool.shutdown()
@@ -185,7 +188,7 @@ class StoreWriter:
         group.attrs.update(_encoding("anndata", "0.1.0"))
         totals = self._streams[name].totals()
         _write_frame(group, "obs", cell_ids, [("total_counts", totals), *own])
-        write_elem(group, "var", self._layouts[name].var)
+        write_elem(group, "var", self._layouts[name].var, dataset_kwargs=CODECS)
         for empty in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
             write_elem(group, empty, {})
 
@@ -201,8 +204,8 @@ class StoreWriter:
         root["mod"].attrs["mod-order"] = list(self._layouts)
         names = _write_frame(root, "obs", cell_ids, columns)
         features = [layout.var.index for layout in self._layouts.values()]
-        write_elem(root, "var", pd.DataFrame(index=features[0].append(features[1:])))
-        write_elem(root, "uns", {"liam_scale": dict(provenance or {})})
+        write_elem(root, "var", pd.DataFrame(index=features[0].append(features[1:])), dataset_kwargs=CODECS)
+        write_elem(root, "uns", {"liam_scale": dict(provenance or {})}, dataset_kwargs=CODECS)
         for empty in ("obsp", "varp"):
             write_elem(root, empty, {})
         for folder in ("obsm", "obsmap", "varm", "varmap"):
@@ -214,9 +217,9 @@ class StoreWriter:
             of_modality[start : start + len(layout.var)] = True
             start += len(layout.var)
             for axis, belongs in (("obs", has), ("var", of_modality)):
-                write_elem(root[f"{axis}m"], name, belongs[:, None])
+                write_elem(root[f"{axis}m"], name, belongs[:, None], dataset_kwargs=CODECS)
                 row = np.where(belongs, np.cumsum(belongs), 0).astype(np.uint32)
-                write_elem(root[f"{axis}map"], name, row)
+                write_elem(root[f"{axis}map"], name, row, dataset_kwargs=CODECS)
         return names
 
 
@@ -240,6 +243,7 @@ class _MatrixWriter:
         )
         self._lengths: list[npt.NDArray[np.int64]] = []
         self._totals: list[npt.NDArray[np.float64]] = []
+        self._checksums = {"data": 0, "indices": 0}
 
     def append(self, rows: SparseRows) -> None:
         assert rows.num_features == self._num_features, (rows.num_features, self._num_features)
@@ -247,6 +251,8 @@ class _MatrixWriter:
         self._values.append(rows.values)
         self._indices.append(rows.indices)
         self._lengths.append(np.diff(rows.indptr))
+        for part, held in (("data", rows.values.astype(self._value_dtype, copy=False)), ("indices", rows.indices)):
+            self._checksums[part] = google_crc32c.extend(self._checksums[part], np.ascontiguousarray(held).tobytes())
         self._totals.append(row_sums(rows.indptr, rows.values))
 
     def totals(self) -> npt.NDArray[np.float64]:
@@ -257,8 +263,9 @@ class _MatrixWriter:
         self._indices.close()
         indptr = offsets_of(np.concatenate([np.zeros(0, np.int64), *self._lengths]))
         # One chunk per 65,536 cells: a reader that wants all of it makes few requests.
-        array = self._group.create_array("indptr", shape=indptr.shape, chunks=(_OBS_CHUNK,), dtype=np.int64)
+        array = self._group.create_array("indptr", shape=indptr.shape, chunks=(_OBS_CHUNK,), dtype=np.int64, **CODECS)
         array[:] = indptr
+        of_offsets = google_crc32c.value(indptr.tobytes())
         self._group.attrs.update(
             {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [len(indptr) - 1, self._num_features]}
         )
@@ -269,6 +276,7 @@ class _MatrixWriter:
             num_nonzeros=int(indptr[-1]),
             value_dtype=self._value_dtype.name,
             features_sha256=sha256_of_names(str(name) for name in self._layout.var.index),
+            counts_crc32c="".join(f"{crc:08x}" for crc in (*self._checksums.values(), of_offsets)),
         )
 
     def abort(self) -> None:
@@ -305,12 +313,13 @@ def _write_column(group: zarr.Group, name: str, values: Any) -> None:
         _write_strings(group, name, plain)
         return
     chunked = isinstance(plain, np.ndarray) and len(plain) > 0
-    write_elem(group, name, plain, dataset_kwargs={"chunks": (min(_OBS_CHUNK, len(plain)),)} if chunked else {})
+    chunks = {"chunks": (min(_OBS_CHUNK, len(plain)),)} if chunked else {}
+    write_elem(group, name, plain, dataset_kwargs={**chunks, **CODECS})
 
 
 def _write_strings(group: zarr.Group, name: str, values: npt.NDArray[Any]) -> None:
     """Write strings chunk by chunk: as Python objects all at once they would need 100 bytes each."""
-    array = group.create_array(name, shape=values.shape, chunks=(_OBS_CHUNK,), dtype="string")
+    array = group.create_array(name, shape=values.shape, chunks=(_OBS_CHUNK,), dtype="string", **CODECS)
     for start in range(0, len(values), _OBS_CHUNK):
         array[start : start + _OBS_CHUNK] = values[start : start + _OBS_CHUNK].astype(np.dtypes.StringDType())
     array.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})

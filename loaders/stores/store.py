@@ -15,8 +15,9 @@ import zarr
 from loaders.formats.compressed import CompressedRows
 from loaders.formats.frame import Frame, ObsTable, View, encode
 from loaders.formats.matrix import Matrix, ReorderedRows, SelectedColumns, once
+from loaders.formats.sealed import open_sealed
 from loaders.formats.source import Part, Source
-from loaders.schema import MODALITIES, SCHEMA_KEY, ModalitySchema, ObsColumn, Schema, sha256_of_names
+from loaders.schema import MODALITIES, SCHEMA_KEY, ModalitySchema, NewerFormat, ObsColumn, Schema, sha256_of_names
 from loaders.stores.base import check_embedding, describe_store
 
 _log = logging.getLogger(__name__)
@@ -127,25 +128,60 @@ def store_of(source: Source, embeddings: Embeddings, *, close: Callable[[], None
 
 
 def own_store(root: zarr.Group, uri: str, embeddings: Embeddings) -> SourceStore:
-    """A store made by ingest: its schema is trusted, everything else is read when it is asked for."""
-    schema = Schema.from_json(dict(root.attrs[SCHEMA_KEY]))
+    """A store made by ingest; offsets, rows and names of features are held against its schema at once."""
+    schema = _own_schema(root, uri)
+    if schema.metadata is None:
+        _log.info("%s was ingested by an older version and has checksums on the counts alone; ingest again", uri)
+    else:
+        root = open_sealed(root, uri, schema.metadata)
     held = {name: _own_modality(root, name, uri, schema) for name in schema.modalities}
+    for name, modality in held.items():
+        modality.feature_names()
+        modality.rows()
+        told, found = schema.modalities[name].num_nonzeros, modality.matrix.num_nonzeros()
+        if found != told:
+            raise _damaged(uri, f"mod/{name}/X", f"it has {found} entries, ingest wrote {told}")
     obs = ObsTable(View(Frame(root["obs"]), None), {})
     return SourceStore(uri, schema, modalities=held, obs=obs, embeddings=embeddings)
 
 
+def _own_schema(root: zarr.Group, uri: str) -> Schema:
+    entry = dict(root.attrs[SCHEMA_KEY])
+    try:
+        return Schema.from_json(entry)
+    except NewerFormat as error:
+        raise ValueError(f"{uri}: {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _damaged(uri, "zarr.json", f"its schema cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _damaged(uri: str, where: str, what: str) -> RuntimeError:
+    return RuntimeError(f"{uri}/{where}: got damaged data: {what}; copy or download the store again, or ingest again")
+
+
 def _own_modality(root: zarr.Group, name: str, uri: str, schema: Schema) -> Modality:
-    group = root["mod"][name]
-    shape = schema.modalities[name].num_cells, schema.modalities[name].num_features
+    group, told = root["mod"][name], schema.modalities[name]
+    shape = told.num_cells, told.num_features
 
     def rows() -> npt.NDArray[np.int64] | None:
+        if shape[0] == schema.num_cells:
+            return None
         # MuData counts rows from 1 and writes 0 for none.
-        return None if shape[0] == schema.num_cells else np.asarray(root["obsmap"][name][:]).astype(np.int64) - 1
+        held = np.asarray(root["obsmap"][name][:]).astype(np.int64) - 1
+        if not np.array_equal(held[held >= 0], np.arange(shape[0])):
+            raise _damaged(uri, f"obsmap/{name}", f"its rows are not 1 to {shape[0]} in their order")
+        return held
+
+    def names() -> npt.NDArray[np.str_]:
+        held = _names(Frame(group["var"]).index())
+        if sha256_of_names(held) != told.features_sha256:
+            raise _damaged(uri, f"mod/{name}/var", "the names of the features are not those that ingest wrote")
+        return held
 
     shared = once(rows)
     return Modality(
         matrix=CompressedRows(f"{uri}/mod/{name}/X", shape, group["X"], is_ours=True, cells=shared),
-        feature_names=once(lambda: _names(Frame(group["var"]).index())),
+        feature_names=once(names),
         rows=shared,
         totals=once(lambda: np.asarray(group["obs"]["total_counts"][:]).astype(np.float64)),
     )
