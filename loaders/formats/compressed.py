@@ -152,14 +152,24 @@ class RowOffsets:
             start, first = stop, int(self.between(stop, stop)[0])
 
 
-def read_offsets(where: str, indptr: Any, *, num_rows: int, num_values: int, num_indices: int) -> RowOffsets:
+def check_arrays(where: str, arrays: Mapping[str, Any], *, num_offsets: int) -> None:
+    """Refuse what are not the three arrays of a compressed matrix, or of lengths that do not go together."""
+    for name, kinds in (("data", "buif"), ("indices", "ui"), ("indptr", "ui")):
+        shape, kind = getattr(arrays.get(name), "shape", None), getattr(arrays.get(name), "dtype", np.dtype("V")).kind
+        if shape is None or len(shape) != 1 or kind not in kinds:
+            found = "nothing" if shape is None else f"an array of {arrays[name].dtype} of shape {shape}"
+            raise ValueError(f"{where}: got {found} for {name}, expected one row of numbers; {_REWRITE}")
+    values, indices, offsets = (int(arrays[name].shape[0]) for name in ("data", "indices", "indptr"))
+    if offsets != num_offsets:
+        rows = f"{num_offsets - 1} rows, expected {num_offsets}"
+        raise ValueError(f"{where}: got {offsets} row offsets for {rows}; {_REWRITE}")
+    if values != indices:
+        raise ValueError(f"{where}: got {values} values but {indices} indices; {_REWRITE}")
+
+
+def read_offsets(where: str, indptr: Any, *, num_values: int) -> RowOffsets:
     """Offsets in pieces; refuses those that do not start at 0, fall, or do not end at the number of entries."""
-    if indptr.shape[0] != num_rows + 1:
-        raise ValueError(
-            f"{where}: got {indptr.shape[0]} row offsets for {num_rows} rows, expected {num_rows + 1}; {_REWRITE}"
-        )
-    if num_values != num_indices:
-        raise ValueError(f"{where}: got {num_values} values but {num_indices} indices; {_REWRITE}")
+    num_rows = indptr.shape[0] - 1
     ends = int(indptr[0]), int(indptr[num_rows])
 
     def pieces() -> Iterator[npt.NDArray[np.int64]]:
@@ -211,6 +221,7 @@ class CompressedRows(StoredMatrix):
         cells: Callable[[], npt.NDArray[np.integer] | None] = lambda: None,
     ) -> None:
         super().__init__()
+        check_arrays(where, arrays, num_offsets=shape[0] + 1)
         self.where, (self.num_rows, self.num_features) = where, shape
         self._indices, self._values = open_entries(arrays["indices"]), open_entries(arrays["data"])
         self._indptr, self._is_ours, self._cells = arrays["indptr"], is_ours, cells
@@ -221,8 +232,7 @@ class CompressedRows(StoredMatrix):
             self.slow_because = f"it holds {self._values.dtype} values at {self._indices.dtype} columns"
 
     def _read_offsets(self) -> RowOffsets:
-        lengths = {"num_values": self._values.length, "num_indices": self._indices.length}
-        return read_offsets(self.where, self._indptr, num_rows=self.num_rows, **lengths)
+        return read_offsets(self.where, self._indptr, num_values=self._values.length)
 
     @property
     def window_dtypes(self) -> tuple[np.dtype[Any], np.dtype[Any]]:

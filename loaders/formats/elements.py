@@ -12,7 +12,7 @@ import numpy.typing as npt
 import scipy.sparse
 
 from loaders.csr import SparseRows, offsets_of, scatter_entries
-from loaders.formats.compressed import CompressedRows, RowOffsets, read_offsets
+from loaders.formats.compressed import CompressedRows, RowOffsets, check_arrays, read_offsets
 from loaders.formats.frame import as_text
 from loaders.formats.matrix import ENTRY_BYTES, StoredMatrix
 
@@ -82,6 +82,7 @@ class CompressedColumns(StoredMatrix):
 
     def __init__(self, where: str, shape: tuple[int, int], group: Any) -> None:
         super().__init__()
+        check_arrays(f"{where} (CSC)", group, num_offsets=shape[1] + 1)
         self.where, (self.num_rows, self.num_features) = where, shape
         self._data, self._indices, self._indptr = group["data"], group["indices"], group["indptr"]
         self.stored_dtype = np.dtype(self._data.dtype)
@@ -100,8 +101,7 @@ class CompressedColumns(StoredMatrix):
 
     def chunks(self, *, memory: int, spill: Path | None = None) -> Iterator[tuple[int, SparseRows]]:
         assert spill is not None
-        lengths = {"num_values": self._data.shape[0], "num_indices": self._indices.shape[0]}
-        columns = read_offsets(f"{self.where} (CSC)", self._indptr, num_rows=self.num_features, **lengths)
+        columns = read_offsets(f"{self.where} (CSC)", self._indptr, num_values=self._data.shape[0])
         step = max(1, memory // (2 * ENTRY_BYTES))
         counts = np.zeros(self.num_rows, np.int64)
         for first in range(0, self._data.shape[0], step):

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import anndata
 import mudata
 
+from loaders.formats.foreign import check_foreign, reading
 from loaders.formats.root import not_a_store
 from loaders.formats.scverse import HeldGroup, open_anndata, open_mudata
 from loaders.formats.source import Say, Source
@@ -43,6 +44,13 @@ def open_group(root: Any, label: str, path: Path, *, modality: str | None, layer
     ValueError
         It is neither AnnData nor MuData nor a 10x matrix, or says contradictory things.
     """
+    modality = None if modality is None else check_modality(modality)
+    with reading(label):
+        check_foreign(root, label)
+        return _open(root, label, path, modality=modality, layer=layer, say=say)
+
+
+def _open(root: Any, label: str, path: Path, *, modality: str | None, layer: str | None, say: Say) -> Source:
     if "obs" in root and "var" in root and "mod" not in root:
         return open_anndata(label, path, root, modality=modality, layer=layer, say=say)
     if "mod" in root:
@@ -55,4 +63,4 @@ def open_group(root: Any, label: str, path: Path, *, modality: str | None, layer
         kind = root.attrs.get("encoding-type")
         inside = ", ".join(sorted(root)) or "nothing"
         raise not_a_store(label, f"a group of encoding {kind!r}" if kind else f"a group that holds {inside} at its top")
-    return source if modality is None else source.only(check_modality(modality))
+    return source if modality is None else source.only(modality)
