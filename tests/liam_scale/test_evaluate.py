@@ -48,6 +48,7 @@ def pbmc() -> mudata.MuData:
 @pytest.fixture(scope="module")
 def store(pbmc: mudata.MuData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store") / "pbmc.zarr"
+    pbmc._axis = int(pbmc.axis)  # read from h5mu it is a NumPy integer, which mudata 0.4 cannot write with zarr 3.4
     with quiet_anndata():
         pbmc.write_zarr(path)
     return path
