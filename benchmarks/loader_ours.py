@@ -17,6 +17,7 @@ from process_memory import drop_from_page_cache, peak_of_process
 
 from loaders.formats import sharded
 from loaders.loader import Loader
+from loaders.options import LoaderConfig
 from loaders.stores.open import open_store
 
 
@@ -57,13 +58,11 @@ class Epochs:
         return open_store(source, **self.options.get("open", {}))
 
     def make(self) -> Loader:
-        chosen = {
-            key: self.options[key]
-            for key in ("minibatch", "memory", "transpose", "streams", "threads", "modalities", "values")
-        }
+        chosen = {key: self.options[key] for key in ("transpose", "modalities", "values")}
+        config = LoaderConfig(**{key: self.options[key] for key in ("minibatch", "memory", "streams", "threads")})
         if self.options.get("obs"):
-            chosen |= {"sample_key": "sample", "obs": ("cell_type",)}
-        return Loader(self.store, subset="all", **chosen)
+            chosen |= {"sample": "sample", "obs": ("cell_type",)}
+        return Loader(self.store, config, subset="all", **chosen)
 
     def __call__(self) -> dict:
         if self.options["cold"]:

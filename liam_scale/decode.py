@@ -20,7 +20,7 @@ from liam_scale.model import Liam
 from liam_scale.model.decoders import NegativeMultinomialDecoder
 from liam_scale.provenance import check_maker
 from liam_scale.run import RunDirectory, RunRecord, open_stores
-from liam_scale.samples import sample_column, sample_table
+from liam_scale.samples import sample_codes
 from loaders.durable import replacing
 from loaders.formats.root import HDF5_SUFFIXES
 from loaders.option_checks import Range, check_options
@@ -154,8 +154,7 @@ def _target_codes(config: DecodeConfig, store: Store, record: RunRecord) -> list
     """Sample code of every cell to decode as; several arrays are averaged over."""
     samples, num_cells = record.data.samples, store.schema.num_cells
     if config.target_sample == "own":
-        table = sample_table(store, record.batch_key, samples)
-        return [table[sample_column(store, record.batch_key)[0]]]
+        return [sample_codes(store, record.batch_key, samples)]
     if config.target_sample == "mean":
         return [np.full(num_cells, code) for code in range(len(samples))]
     if config.target_sample not in samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,9 +11,8 @@ import torch
 
 from liam_scale.model import Liam
 from liam_scale.model.noise import Noise
-from liam_scale.preparation import RecodedSamples
 from liam_scale.run import RunDirectory, check_features, open_stores
-from liam_scale.samples import sample_table
+from liam_scale.samples import sample_codes
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch
 
@@ -56,22 +56,18 @@ def elbo(
     model = directory.load_model()
     opened = open_stores(store or record.stores)
     check_features(opened, record)
-    table = sample_table(opened, record.batch_key, record.data.samples)
     frames = []
     loader = Loader(
         opened,
-        minibatch=CELLS_PER_STEP,
-        sample_key=record.batch_key,
+        replace(directory.loader_config(), minibatch=CELLS_PER_STEP, streams=1, memory=memory, threads=None),
+        sample=sample_codes(opened, record.batch_key, record.data.samples),
         modalities=record.model.modalities,
-        streams=1,
-        memory=memory,
         subset="all",
         shuffle=False,
         transpose=False,
-        transforms=directory.loader_config().transforms,
     )
     with loader, torch.no_grad():
-        for minibatch in RecodedSamples(loader, table):
+        for minibatch in loader:
             frames.append(_terms(model, minibatch, draws=draws, seed=seed))
     frame = pd.concat(frames).sort_index()
     frame.index = pd.Index(opened.cell_ids(0, opened.schema.num_cells), name="cell")

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,19 +23,18 @@ from liam_scale.command import Command
 from liam_scale.model import Liam, logistic_normal_mean
 from liam_scale.model.layers import Gaussian
 from liam_scale.model.noise import Noise
-from liam_scale.preparation import RecodedSamples
 from liam_scale.provenance import attributes_of, check_maker
 from liam_scale.run import RunDirectory, check_features, open_stores
-from liam_scale.samples import sample_table
+from liam_scale.samples import sample_codes
 from liam_scale.training.distributed import Device, World, check_device, join_world, launched_ranks
 from loaders.bars import open_bar
 from loaders.durable import holding, replacing, sha256_of
 from loaders.formats.root import HDF5_SUFFIXES, open_root
 from loaders.loader import Loader
-from loaders.memory import parse_memory
 from loaders.minibatch import Minibatch
 from loaders.option_checks import Range, check_options
 from loaders.schema import SCHEMA_KEY
+from loaders.sizing import parse_memory
 from loaders.stores import Store, embeddings
 from loaders.stores.anndata_zarr import write_anndata
 from loaders.stores.base import check_finite
@@ -181,27 +180,28 @@ def compute(config: EmbedConfig, store: Store | None = None) -> np.ndarray:
     return np.concatenate(columns, axis=1)
 
 
-def _loader(config: EmbedConfig, part: RunDirectory, store: Store, world: World) -> RecodedSamples:
+def _loader(config: EmbedConfig, part: RunDirectory, store: Store, world: World) -> Loader:
     """This rank's range of all cells, in disk order. Only an encoder that sees the sample needs to know it."""
     record = part.record()
     batch_key = record.batch_key if record.model.conditional_encoder else None
-    table = np.zeros(1, dtype=np.int64) if batch_key is None else sample_table(store, batch_key, record.data.samples)
-    loader = Loader(
-        store,
+    chosen = replace(
+        part.loader_config(),
         minibatch=CELLS_PER_STEP,
-        sample_key=batch_key,
-        modalities=record.model.modalities,
         streams=world.size,
+        memory=config.memory,
+        threads=config.threads,
+    )
+    return Loader(
+        store,
+        chosen,
+        sample=None if batch_key is None else sample_codes(store, batch_key, record.data.samples),
+        modalities=record.model.modalities,
         rank=world.rank,
         world=world.size,
-        memory=config.memory,
         subset="all",
         shuffle=False,
         transpose=False,
-        transforms=part.loader_config().transforms,
-        threads=config.threads,
     )
-    return RecodedSamples(loader, table)
 
 
 def _embed_part(config: EmbedConfig, part: RunDirectory, model: Liam, store: Store, world: World, pieces: Path) -> None:
@@ -213,7 +213,7 @@ def _embed_part(config: EmbedConfig, part: RunDirectory, model: Liam, store: Sto
     done = next((n for n, file in enumerate(files) if not file.exists()), len(files))
     if done == len(files):
         return
-    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "step": done * STEPS_PER_PIECE})
+    loader.seek(0, done * STEPS_PER_PIECE)
     minibatches = iter(loader)
     bar = open_bar(total=steps, initial=done * STEPS_PER_PIECE, unit="step") if world.is_main else None
     with torch.no_grad(), bar or nullcontext():

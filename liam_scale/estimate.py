@@ -14,7 +14,7 @@ from liam_scale.run import RunDirectory, record_of
 from liam_scale.tables import to_toml
 from liam_scale.training.distributed import World, device_of, launched_ranks
 from liam_scale.training.optim import default_max_epochs
-from loaders.memory import parse_memory
+from loaders.sizing import parse_memory
 from loaders.stores import Store
 
 BASE_BYTES = 450 * 2**20

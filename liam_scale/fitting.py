@@ -66,7 +66,7 @@ def trainer_of(
     model = Liam(record.model, record.data, seed=config.seed).to(world.device)
     optimizer = build_optimizer(model, config.optim)
     optimizer.register_step_post_hook(lambda *_: model.keep_gradients())
-    with training_loaders(store, config, record.model.modalities, world) as (train_loader, validation_loader):
+    with training_loaders(store, config, record.data, world) as (train_loader, validation_loader):
         yield Trainer(
             model,
             optimizer,

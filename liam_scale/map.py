@@ -21,9 +21,9 @@ from liam_scale.command import Command
 from liam_scale.config import TrainConfig
 from liam_scale.embed import EmbedConfig, check_replaces, embed_store
 from liam_scale.model import Liam, ModelData
-from liam_scale.preparation import RecodedSamples, training_loaders
+from liam_scale.preparation import training_loaders
 from liam_scale.run import RunDirectory, RunRecord, open_stores
-from liam_scale.samples import model_data, sample_table
+from liam_scale.samples import model_data
 from liam_scale.tables import to_toml
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History
@@ -31,8 +31,8 @@ from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer
 from liam_scale.training.options import TrainingConfig
 from liam_scale.training.trainer import Trainer
 from loaders.durable import holding
-from loaders.memory import parse_memory
 from loaders.option_checks import Range, check_options
+from loaders.sizing import parse_memory
 from loaders.stores import MatchedStore, Store
 
 
@@ -192,14 +192,13 @@ def _train(
     for name, parameter in model.named_parameters():
         if name in masks:
             parameter.register_hook(lambda gradient, mask=masks[name]: gradient * mask)
-    table = sample_table(store, config.batch_key, record.data.samples)
-    with training_loaders(store, config, record.model.modalities, World()) as (train_loader, validation_loader):
+    with training_loaders(store, config, record.data, World()) as (train_loader, validation_loader):
         assert config.training.max_epochs is not None
         trainer = Trainer(
             model,
             build_optimizer(model, config.optim),
-            train=RecodedSamples(train_loader, table),
-            validation=RecodedSamples(validation_loader, table) if validation_loader else None,
+            train=train_loader,
+            validation=validation_loader,
             world=World(),
             config=config.training,
             kl=KLSchedule("epochs", 0.0, 1.0),

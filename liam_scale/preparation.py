@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal
-
-import numpy as np
-import torch
+from typing import Literal
 
 from liam_scale.config import TrainConfig
+from liam_scale.model import ModelData
+from liam_scale.samples import sample_codes
 from liam_scale.training.distributed import World
 from loaders.loader import Loader
-from loaders.minibatch import Minibatch
 from loaders.stores import Store
 
 VALIDATION_CELLS = 512
@@ -22,48 +20,30 @@ VALIDATION_CELLS = 512
 
 @contextmanager
 def training_loaders(
-    store: Store, config: TrainConfig, modalities: Sequence[str], world: World
+    store: Store, config: TrainConfig, data: ModelData, world: World
 ) -> Iterator[tuple[Loader, Loader | None]]:
     """Loaders of this rank's training and validation cells; None where no cell validates."""
+    sample = sample_codes(store, config.batch_key, data.samples)
     chosen = config.loader
     assert chosen.streams is not None
+    scored = replace(chosen, minibatch=max(chosen.minibatch, VALIDATION_CELLS))
     with ExitStack() as stack:
 
         def loader(subset: Literal["train", "validation"]) -> Loader:
             is_training = subset == "train"
             own = Loader(
                 store,
-                minibatch=chosen.minibatch if is_training else max(chosen.minibatch, VALIDATION_CELLS),
-                sample_key=config.batch_key,
-                modalities=tuple(modalities),
+                chosen if is_training else scored,
+                sample=sample,
+                modalities=tuple(data.num_features),
                 seed=config.seed,
-                streams=chosen.streams,
                 rank=world.rank,
                 world=world.size,
-                memory=chosen.memory,
                 subset=subset,
-                validation_share=chosen.validation_share,
                 shuffle=is_training,
                 transpose=is_training,
-                transforms=chosen.transforms,
-                threads=chosen.threads,
-                weights=chosen.balance if is_training else None,
             )
             return stack.enter_context(own)
 
         validation = loader("validation")
         yield loader("train"), validation if validation.num_cells else None
-
-
-class RecodedSamples:
-    """A loader whose minibatches carry the sample codes of a trained model instead of the store's."""
-
-    def __init__(self, loader: Loader, table: np.ndarray) -> None:
-        self._loader, self._table = loader, torch.from_numpy(table)
-
-    def __iter__(self) -> Iterator[Minibatch]:
-        for minibatch in self._loader:
-            yield replace(minibatch, sample=self._table[minibatch.sample])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)

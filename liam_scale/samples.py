@@ -83,15 +83,15 @@ def sample_column(store: Store, batch_key: str | None) -> tuple[np.ndarray, tupl
     return column.codes, column.categories
 
 
-def sample_table(store: Store, batch_key: str | None, samples: Sequence[str]) -> np.ndarray:
-    """(categories of the store,) int64 code of each among the samples of a trained model.
+def sample_codes(store: Store, batch_key: str | None, samples: Sequence[str]) -> np.ndarray:
+    """(n,) int64 code of the sample of each cell among those of a trained model.
 
     Raises
     ------
     ValueError
         The store has samples that the model was not trained on.
     """
-    _, categories = sample_column(store, batch_key)
+    codes, categories = sample_column(store, batch_key)
     known = {name: code for code, name in enumerate(samples)}
     unknown = [name for name in categories if name not in known]
     if unknown:
@@ -99,7 +99,7 @@ def sample_table(store: Store, batch_key: str | None, samples: Sequence[str]) ->
             f"store: {batch_key} of {store.uri} holds {', '.join(unknown[:8])}, which the model was not trained "
             "on; `liam-scale map` places new samples into a trained model"
         )
-    return np.array([known[name] for name in categories], dtype=np.int64)
+    return np.array([known[name] for name in categories], dtype=np.int64)[codes]
 
 
 def model_data(store: Store, model: ModelConfig, batch_key: str | None, transforms: dict[str, str]) -> ModelData:

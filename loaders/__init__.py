@@ -2,6 +2,7 @@
 
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch, SparseCounts
+from loaders.options import LoaderConfig
 from loaders.stores import Store, open_store
 
-__all__ = ["Loader", "Minibatch", "SparseCounts", "Store", "open_store"]
+__all__ = ["Loader", "LoaderConfig", "Minibatch", "SparseCounts", "Store", "open_store"]

@@ -1,4 +1,12 @@
-"""Minibatches of sparse cells from a store: plan, read, gather, prefetch."""
+"""Minibatches of sparse cells from a store. The path of a minibatch:
+
+1. `selection` chooses the cells of the subset, `sizing` the cells of blocks and windows that memory allows.
+2. `plan` orders the cells of an epoch, stream by stream and window by window, from the seed alone.
+3. `windows` reads the rows of a window, one modality at a time, by the fastest way its `formats.matrix` offers.
+4. `assemble` gathers the cells of a few steps from the windows, transposes them and cuts them into minibatches.
+5. `prefetch` runs 3 and 4 ahead on threads and keeps their order; `buffers` uses their memory again.
+6. The loader hands a `minibatch` out and moves its position, which `state_dict` saves and `seek` sets.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +14,6 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -15,19 +22,18 @@ import torch.utils.data
 
 from loaders.assemble import Group, Slice, assemble, output_bytes, output_formats, plan_group
 from loaders.machine import default_threads
-from loaders.memory import parse_memory
 from loaders.minibatch import Minibatch
+from loaders.options import LoaderConfig
 from loaders.plan import Epoch, Plan, Window
 from loaders.prefetch import Prefetch, Task, Workers, result_of
-from loaders.selection import encode_column, ids_of, select_rows, weights_of
-from loaders.sizing import Sizes, choose_sizes
+from loaders.selection import encode_column, ids_of, sample_codes, select_rows, weights_of
+from loaders.sizing import Sizes, choose_sizes, parse_memory
 from loaders.stores.base import Store
 from loaders.windows import ModalityInput, WindowCells, WindowRows, open_inputs, order_window, read_window
 
 _log = logging.getLogger(__name__)
 
 Subset = Literal["train", "validation", "all"]
-DEFAULT_TRANSFORMS: Mapping[str, str] = MappingProxyType({"adt": "clr"})
 
 FIXED_ORDER_WINDOW = {"all": 2_048, "train": 2_048, "validation": 512}
 """Cells of a window without shuffling. Validation cells lie far apart, so that a window reads 20 times as many cells;
@@ -52,24 +58,18 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
     ----------
     store
         An open store; see `loaders.open_store`.
-    minibatch
-        Cells of one optimizer step, over all ranks.
-    sample_key
-        Obs column whose codes become `Minibatch.sample`; it may hold no missing values.
+    config
+        What a user chooses; default: `LoaderConfig()`. Its `balance` holds where cells are shuffled.
+    sample
+        What becomes `Minibatch.sample`: an obs column without missing values, or (n,) codes of the cells.
     modalities
         Names of the modalities to read; default: all the store has.
     seed
         Of the validation split and of the order of cells.
-    streams
-        Virtual ranks, at least `world`; default 16, or twice `world` if that is more. Part of the order of cells.
     rank, world
         This process among those that share the minibatches.
-    memory
-        Bound of windows and read-ahead of all modalities together, as "512MiB" or bytes.
     subset
         "train", "validation" or "all" cells.
-    validation_share
-        Share of every sample's cells that validate.
     shuffle
         False: a fixed order. "all" gives every rank one contiguous range of rows; the other subsets give global
         minibatches in the order of the rows.
@@ -77,16 +77,11 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         Whether counts also carry their transpose, which training needs.
     obs
         Further obs columns whose codes to hand out.
-    transforms
-        Per modality "clr" (centred log-ratio by cell) or "none"; default: clr for adt, which liam's model expects.
     values
         Type in which counts are handed out: float32, which models compute with, or "stored": the store's own, mostly
         uint8, which takes 5 instead of 8 bytes an entry to copy to a device. Transformed modalities are float32.
-    threads
-        Reader threads; default: the cores of this process, at most 4.
     weights
-        (n,) expected copies of each cell in an epoch, or the name of an obs column whose categories are to be drawn
-        equally often; training with shuffling only.
+        (n,) expected copies of each cell in an epoch, instead of `balance`; shuffled order only.
     drop
         (n,) bool, True for cells to leave out, or per obs column the categories to leave out.
 
@@ -99,36 +94,32 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
     def __init__(
         self,
         store: Store,
+        config: LoaderConfig | None = None,
         *,
-        minibatch: int = 128,
-        sample_key: str | None = None,
+        sample: str | npt.NDArray[np.integer] | None = None,
         modalities: Sequence[str] | None = None,
         seed: int = 0,
-        streams: int | None = None,
         rank: int = 0,
         world: int = 1,
-        memory: str | int = "1GiB",
         subset: Subset = "train",
-        validation_share: float = 0.05,
         shuffle: bool = True,
         transpose: bool = True,
         obs: Sequence[str] = (),
-        transforms: Mapping[str, str] = DEFAULT_TRANSFORMS,
         values: Literal["float32", "stored"] = "float32",
-        threads: int | None = None,
-        weights: npt.NDArray[np.floating] | str | None = None,
+        weights: npt.NDArray[np.floating] | None = None,
         drop: npt.NDArray[np.bool_] | Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        streams = max(16, 2 * world) if streams is None else streams
-        _check_counts(minibatch=minibatch, streams=streams, rank=rank, world=world, threads=threads)
+        config = config or LoaderConfig()
+        minibatch, streams = config.minibatch, config.streams_for(world)
+        _check_ranks(streams, rank, world)
         self.store, self.rank, self.world = store, rank, world
         self._sources = open_inputs(store, modalities)
-        self._outputs = output_formats(self._sources, transforms, transpose=transpose, values=values)
-        self._sample = None if sample_key is None else encode_column(store, sample_key, allow_missing=False)
+        self._outputs = output_formats(self._sources, config.transforms, transpose=transpose, values=values)
+        self._sample = None if sample is None else sample_codes(store, sample)
         self._obs = {name: encode_column(store, name, allow_missing=True) for name in obs}
-        rows = select_rows(store, self._sample, subset=subset, share=validation_share, seed=seed, drop=drop)
+        rows = select_rows(store, self._sample, subset=subset, share=config.validation_share, seed=seed, drop=drop)
         sizes = choose_sizes(
-            memory=parse_memory(memory),
+            memory=parse_memory(config.memory),
             window_bytes_per_cell=sum(source.bytes_per_cell for source in self._sources.values()),
             output_bytes_per_cell=output_bytes(self._sources, self._outputs, minibatch=minibatch),
             minibatch=minibatch,
@@ -138,6 +129,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             min_block=store.row_alignment,
         )
         self._sizes = sizes
+        drawn = weights if weights is not None else config.balance if shuffle else None
         self._plan = Plan(
             rows,
             minibatch,
@@ -147,11 +139,11 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             seed,
             order="shuffled" if shuffle else "ranges" if subset == "all" else "disk",
             row_alignment=store.row_alignment if shuffle else 1,
-            weights=None if weights is None else weights_of(store, weights, rows, is_allowed=shuffle),
+            weights=None if drawn is None else weights_of(store, drawn, rows, is_allowed=shuffle),
         )
         if shuffle:
             _tell_about_order(store, sizes, streams)
-        self._threads = threads or default_threads()
+        self._threads = config.threads or default_threads()
         self._epoch, self._step = 0, 0
         self._workers: Workers | None = None
         self.waited_seconds = 0.0
@@ -189,10 +181,17 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch; the position within the current epoch is kept."""
-        if epoch < 0:
-            raise ValueError(f"epoch: got {epoch}; epochs count from 0")
         if epoch != self._epoch:
-            self._epoch, self._step = epoch, 0
+            self.seek(epoch, 0)
+
+    def seek(self, epoch: int, step: int) -> None:
+        """Go on with this step of this epoch; an iterator in use ends."""
+        if epoch < 0 or not 0 <= step <= self.steps_per_epoch:
+            raise ValueError(
+                f"position: got epoch {epoch}, step {step}; epochs count from 0, steps from 0 to {self.steps_per_epoch}"
+            )
+        self._stop()
+        self._epoch, self._step = epoch, step
 
     def cell_ids(self, minibatch: Minibatch) -> npt.NDArray[np.str_]:
         """(B,) ids of a minibatch's cells; for messages and results, as they are read on request."""
@@ -228,8 +227,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
                 )
             cut = {key: saved[key] for key in ("streams", "block_cells", "window_cells")}
             self._plan = replace(self._plan, **cut)
-        self._stop()
-        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+        self.seek(int(state["epoch"]), int(state["step"]))
 
     def _identity(self) -> dict[str, Any]:
         plan = self._plan
@@ -359,10 +357,7 @@ def _read(source: ModalityInput, cells: Task[WindowCells]) -> WindowRows:
     return read_window(source, window.read, window.order)
 
 
-def _check_counts(*, minibatch: int, streams: int, rank: int, world: int, threads: int | None) -> None:
-    for name, value in {"minibatch": minibatch, "world": world, "threads": 1 if threads is None else threads}.items():
-        if value < 1:
-            raise ValueError(f"{name}: got {value}; give at least 1")
+def _check_ranks(streams: int, rank: int, world: int) -> None:
     if not 0 <= rank < world:
         raise ValueError(f"rank: got {rank} of {world} ranks; ranks count from 0 to {world - 1}")
     if streams < world:

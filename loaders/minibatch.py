@@ -164,10 +164,12 @@ class Minibatch:
             obs={name: function(codes) for name, codes in self.obs.items()},
         )
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Minibatch:
-        """Copy every tensor to a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str) -> Minibatch:
+        """Copy every tensor to a device; to a GPU from page-locked memory, so that the copies overlap with compute."""
+        if torch.device(device).type != "cuda":
+            return self._map(lambda tensor: tensor.to(device))
+        return self._map(lambda tensor: _pinned(tensor).to(device, non_blocking=True))
 
-    def pin(self) -> Minibatch:
-        """Copy every tensor to page-locked memory, from which copies to a GPU overlap with compute."""
-        return self._map(lambda tensor: tensor.pin_memory())
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if tensor.device.type == "cpu" else tensor

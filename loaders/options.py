@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from loaders.memory import parse_memory
 from loaders.option_checks import Range, check_options
+from loaders.sizing import parse_memory
 
 
 @dataclass(frozen=True)

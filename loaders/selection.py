@@ -34,6 +34,18 @@ def encode_column(store: Store, name: str, *, allow_missing: bool) -> npt.NDArra
     return column.codes.astype(np.min_scalar_type(-len(column.categories) - 1))
 
 
+def sample_codes(store: Store, sample: str | npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+    """(n,) code of each cell's sample, of a column or as given, in the narrowest signed type."""
+    if isinstance(sample, str):
+        return encode_column(store, sample, allow_missing=False)
+    if sample.shape != (store.schema.num_cells,) or sample.dtype.kind not in "iu" or sample.min(initial=0) < 0:
+        raise ValueError(
+            f"sample: got {sample.dtype} of shape {sample.shape}; give one code from 0 on for each of"
+            f" {store.schema.num_cells} cells"
+        )
+    return sample.astype(np.min_scalar_type(-int(sample.max(initial=0)) - 1))
+
+
 def cell_keys(store: Store) -> npt.NDArray[np.uint64]:
     """(n,) hash of each cell's id, the same wherever the cell stands."""
     count = store.schema.num_cells

@@ -224,7 +224,7 @@ class Trainer:
 
     def step(self, minibatch: Minibatch) -> None:
         """Loss, gradients and update of one minibatch."""
-        minibatch = minibatch.to(self.world.device, non_blocking=True)
+        minibatch = minibatch.to(self.world.device)
         self.at.epoch = minibatch.epoch
         cell_weight = self.world.size / minibatch.num_global
         objective = self._module(
@@ -349,7 +349,7 @@ class Trainer:
         self.model.eval()
         with torch.no_grad():
             for minibatch in source:
-                on_device = minibatch.to(self.world.device, non_blocking=True)
+                on_device = minibatch.to(self.world.device)
                 objective = self.model(
                     replace(on_device, place=on_device.rows),
                     step=VALIDATION_STEP,

@@ -25,8 +25,8 @@ from loaders.ingest.sources import open_source
 from loaders.ingest.staging import Staging, check_out, explain_disk_errors
 from loaders.ingest.writer import ModalityLayout, StoreWriter
 from loaders.machine import default_threads
-from loaders.memory import parse_memory
 from loaders.schema import MODALITIES, Schema
+from loaders.sizing import parse_memory
 
 _LEAST_MEMORY = 2**25
 """32 MiB: below it chunks are so small that the passes crawl."""

@@ -17,7 +17,7 @@ import pytest
 
 import liam_scale
 from liam_scale.train import main as train_main
-from loaders import Loader, open_store
+from loaders import Loader, LoaderConfig, open_store
 from loaders.ecosystem import plain_mudata
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -151,7 +151,7 @@ def test_store_schema_run_and_minibatch_are_shown_in_a_few_lines(multiome: Path,
         f"    3 samples of 'sample', 4 latent dimensions, id {run.record.id}",
     ]
     assert repr(liam_scale.api.Run(type(run.directory)(Path("nowhere")))) == "Run nowhere: nothing trained there yet"
-    with Loader(store, minibatch=64, sample_key="sample") as loader:
+    with Loader(store, LoaderConfig(minibatch=64), sample="sample") as loader:
         minibatch = next(iter(loader))
     assert repr(minibatch).splitlines() == [
         f"Minibatch of {minibatch.num_cells} of {minibatch.num_global} cells, epoch 0, step 0",

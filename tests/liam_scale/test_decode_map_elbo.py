@@ -17,7 +17,7 @@ from liam_scale.map import extend, united_samples
 from liam_scale.map import main as map_main
 from liam_scale.model import ModelData
 from liam_scale.training.trainer import Trainer
-from loaders import Loader, open_store
+from loaders import Loader, LoaderConfig, open_store
 from loaders.synthetic import simulate
 
 
@@ -110,7 +110,9 @@ def test_the_elbo_of_cells_adds_up_to_the_objective(trained: Path, multiome: Pat
     again = run.elbo(draws=2, seed=3)
     np.testing.assert_array_equal(scores["elbo"], again["elbo"])
     model = run.model()
-    with Loader(open_store(multiome), minibatch=600, subset="all", shuffle=False, sample_key="sample") as loader:
+    with Loader(
+        open_store(multiome), LoaderConfig(minibatch=600), subset="all", shuffle=False, sample="sample"
+    ) as loader:
         minibatch = next(iter(loader))
     with torch.no_grad():
         objective = model(

@@ -19,7 +19,7 @@ from liam_scale.embed import EmbedConfig, compute, embed, main
 from liam_scale.evaluate import EvaluateConfig, evaluate
 from liam_scale.model import logistic_normal_mean
 from liam_scale.provenance import attributes_in_file
-from loaders import Loader, open_store
+from loaders import Loader, LoaderConfig, open_store
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -34,7 +34,7 @@ def expected(run: Path, store: Path) -> np.ndarray:
     """The embedding of every cell, one by one minibatch of all cells, without the command."""
     model = liam_scale.load_run(run).model()
     opened = open_store(store)
-    with Loader(opened, minibatch=600, subset="all", shuffle=False, transpose=False) as loader:
+    with Loader(opened, LoaderConfig(minibatch=600), subset="all", shuffle=False, transpose=False) as loader:
         minibatch = next(iter(loader))
         mean, variance = model.latent(minibatch)
     values = np.empty(mean.shape, dtype=np.float32)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch.utils.data
 
 from loaders.formats.matrix import SelectedColumns
 from loaders.loader import Loader
+from loaders.options import LoaderConfig
 from loaders.stores.open import open_store
 from loaders.synthetic import identifying_counts, identifying_store
 
@@ -54,8 +56,8 @@ def check(minibatch, truth, names=tuple(FEATURES)):
 
 
 def test_counts_may_keep_the_type_they_are_stored_in(store):
-    stored = next(iter(Loader(store, minibatch=64, subset="all", values="stored")))
-    widened = next(iter(Loader(store, minibatch=64, subset="all")))
+    stored = next(iter(Loader(store, LoaderConfig(minibatch=64), subset="all", values="stored")))
+    widened = next(iter(Loader(store, LoaderConfig(minibatch=64), subset="all")))
     for name, counts in stored.counts.items():
         kind = np.float32 if name == "adt" else store.schema.modalities[name].value_dtype
         assert counts.values.numpy().dtype == counts.feature_values.numpy().dtype == kind
@@ -71,7 +73,8 @@ def test_counts_may_keep_the_type_they_are_stored_in(store):
 
 def raw(store, **options):
     """A loader that hands out ADT counts as they are."""
-    return Loader(store, **{"transforms": {}, **options})
+    own = {field.name: options.pop(field.name) for field in fields(LoaderConfig) if field.name in options}
+    return Loader(store, LoaderConfig(**{"adt_transform": "none", **own}), **options)
 
 
 def rows_of(loader):
@@ -95,7 +98,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("minibatch", [7, 128, 5_000])
 def test_an_epoch_holds_every_cell_once_with_its_own_counts(store, truth, minibatch):
-    with raw(store, minibatch=minibatch, subset="all", sample_key="sample", obs=("cell_type",)) as loader:
+    with raw(store, minibatch=minibatch, subset="all", sample="sample", obs=("cell_type",)) as loader:
         rows = []
         for step, got in enumerate(loader):
             assert (got.epoch, got.step) == (0, step)
@@ -110,7 +113,7 @@ def test_an_epoch_holds_every_cell_once_with_its_own_counts(store, truth, miniba
 
 
 def test_train_and_validation_share_the_cells_between_them(store, truth):
-    options = {"sample_key": "sample", "validation_share": 0.1, "minibatch": 64, "seed": 4}
+    options = {"sample": "sample", "validation_share": 0.1, "minibatch": 64, "seed": 4}
     train = np.concatenate(rows_of(raw(store, **options)))
     held_out = raw(store, **options, subset="validation", shuffle=False)
     validation = np.concatenate(rows_of(held_out))
@@ -190,7 +193,7 @@ def test_epochs_differ_follow_each_other_and_can_be_set(store):
 
 @pytest.mark.parametrize("stop", [0, 1, 17, 22])
 def test_resuming_goes_on_bit_for_bit(store, stop):
-    options = {"minibatch": 64, "sample_key": "sample", "transforms": {"adt": "clr"}}
+    options = {"minibatch": 64, "sample": "sample", "adt_transform": "clr"}
     whole = [*(loader := raw(store, **options)), *loader]
     first = raw(store, **options)
     iterator = iter(first)
@@ -226,6 +229,27 @@ def test_resuming_on_another_number_of_ranks_keeps_the_order(store):
         assert np.array_equal(merged, expected)
 
 
+def test_seeking_goes_on_at_any_step_of_any_epoch(store):
+    epochs = [*(loader := raw(store, minibatch=64)), *loader]
+    loader.seek(1, 5)
+    assert (loader.epoch, loader.step) == (1, 5)
+    assert all(same(a, b) for a, b in zip(loader, epochs[len(epochs) // 2 + 5 :], strict=True))
+    loader.seek(0, 3)
+    assert same(next(iter(loader)), epochs[3])
+    for position in ((-1, 0), (0, -1), (0, loader.steps_per_epoch + 1)):
+        with pytest.raises(ValueError, match="position: got epoch"):
+            loader.seek(*position)
+
+
+def test_given_codes_become_the_samples_and_split_the_cells_as_their_column_does(store):
+    codes = store.obs_column("sample").codes.astype(np.int64)
+    named = list(raw(store, minibatch=64, sample="sample", subset="validation", shuffle=False))
+    given = list(raw(store, minibatch=64, sample=np.array([40, 7, 300])[codes], subset="validation", shuffle=False))
+    for a, b in zip(named, given, strict=True):
+        assert torch.equal(a.rows, b.rows)
+        assert b.sample.tolist() == [[40, 7, 300][code] for code in a.sample.tolist()]
+
+
 def test_a_state_of_other_cells_is_refused(store):
     state = raw(store, minibatch=64).state_dict()
     with pytest.raises(ValueError, match="loader state: got minibatch 64, this loader has 32"):
@@ -238,7 +262,7 @@ def test_a_state_of_other_cells_is_refused(store):
 
 def test_clr_is_applied_to_adt_alone_unless_told_otherwise(store, truth):
     matrices, present = truth
-    for got in Loader(store, minibatch=300):
+    for got in Loader(store, LoaderConfig(minibatch=300)):
         rows = got.rows.numpy()
         dense = matrices["adt"][rows].toarray() * present["adt"][rows][:, None]
         scale = np.exp(np.log1p(dense).sum(axis=1) / FEATURES["adt"])
@@ -263,7 +287,7 @@ def test_drop_and_weights(store):
     assert counts.max() == 3
     cells = np.arange(CELLS)
     skewed = (cells % 3 == 0) & (cells > 600) | (cells % 3 == 2) & (cells > 1_000)
-    balanced = raw(store, subset="all", weights="sample", drop=skewed)
+    balanced = raw(store, subset="all", balance="sample", drop=skewed)
     sizes = np.bincount(np.concatenate(rows_of(balanced)) % 3)
     assert sizes.max() - sizes.min() <= 2
 
@@ -303,7 +327,7 @@ def test_a_failing_read_reaches_the_consumer_and_no_thread_stays(store, monkeypa
     matrix = store.matrix("rna")
     broken = BrokenMatrix(matrix, np.arange(matrix.num_features, dtype=np.int32), matrix.num_features)
     monkeypatch.setattr(store, "matrix", lambda modality: broken)
-    loader = Loader(store, minibatch=32, modalities=["rna"])
+    loader = Loader(store, LoaderConfig(minibatch=32), modalities=["rna"])
     with pytest.raises(OSError, match="the disk is gone"):
         list(loader)
     assert not reader_threads()
@@ -334,15 +358,16 @@ def test_an_unshuffled_store_says_so(store, caplog):
         ({"rank": 2, "world": 2}, "rank: got 2 of 2 ranks"),
         ({"streams": 2, "world": 3}, "streams: got 2 for 3 ranks"),
         ({"modalities": ["protein"]}, "modalities: got 'protein'.*rna, atac, adt"),
-        ({"sample_key": "donor"}, "obs column.*'donor'.*sample, cell_type, number"),
-        ({"sample_key": "cell_type"}, "187 of 1500 cells without a value"),
+        ({"sample": "donor"}, "obs column.*'donor'.*sample, cell_type, number"),
+        ({"sample": "cell_type"}, "187 of 1500 cells without a value"),
         ({"subset": "test"}, "subset: got 'test'"),
         ({"memory": "1KiB"}, "memory: got 0 MiB"),
         ({"memory": "lots"}, "memory: got 'lots'"),
-        ({"transforms": {"adt": "log"}}, "transforms: got 'log' for adt"),
-        ({"validation_share": 1.0}, "validation_share: got 1.0"),
+        ({"adt_transform": "log"}, "adt-transform: got 'log'"),
+        ({"sample": np.zeros(3, int)}, "sample: got int64 of shape .3,.; give one code"),
+        ({"validation_share": 1.0}, "validation-share: got 1.0"),
         ({"weights": np.ones(3)}, "weights: got shape"),
-        ({"weights": "sample", "shuffle": False}, "weights: got weights for a fixed order"),
+        ({"weights": np.ones(CELLS), "shuffle": False}, "weights: got weights for a fixed order"),
         ({"drop": {"sample": ["s9"]}}, "drop: got sample = 's9'"),
         ({"drop": np.ones(CELLS, bool)}, "drop fewer cells"),
     ],

@@ -18,11 +18,11 @@ sys.modules["fcntl"] = None
 for name in ("sched_getaffinity", "preadv", "memfd_create", "O_CLOEXEC"):
     delattr(os, name)
 import liam_scale.api
-from loaders import Loader, open_store
+from loaders import Loader, LoaderConfig, open_store
 from loaders.ingest import ingest
 for name in ("sched_getaffinity", "preadv", "memfd_create", "O_CLOEXEC"):
     assert not hasattr(os, name)
-with Loader(open_store(sys.argv[1]), minibatch=64, subset="all") as loader:
+with Loader(open_store(sys.argv[1]), LoaderConfig(minibatch=64), subset="all") as loader:
     print(sum(len(minibatch.rows) for minibatch in loader))
 print(ingest(sys.argv[1], out=sys.argv[2], progress=False).num_cells)
 """

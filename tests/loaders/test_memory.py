@@ -2,7 +2,7 @@
 
 import pytest
 
-from loaders.memory import parse_memory
+from loaders.sizing import parse_memory
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ PROGRAM = """
 import sys, threading
 from pathlib import Path
 from loaders.loader import Loader
+from loaders.options import LoaderConfig
 from loaders.stores.open import open_store
 
 def resident():
@@ -79,9 +80,10 @@ def resident():
 
 path, memory, minibatch, transpose = sys.argv[1:]
 store = open_store(path)
-make = lambda: Loader(store, minibatch=int(minibatch), memory=memory, transpose=transpose == "1", subset="all")
+config = LoaderConfig(minibatch=int(minibatch), memory=memory)
+make = lambda: Loader(store, config, transpose=transpose == "1", subset="all")
 next(iter(make()))  # kernels are compiled
-warm = Loader(store, minibatch=16, memory="100MiB", subset="all")
+warm = Loader(store, LoaderConfig(minibatch=16, memory="100MiB"), subset="all")
 next(iter(warm))
 warm.close()
 del warm

@@ -15,6 +15,7 @@ from loaders.formats.compressed import RowOffsets
 from loaders.formats.matrix import Matrix, runs_of
 from loaders.formats.sharded import ShardedArray
 from loaders.loader import Loader
+from loaders.options import LoaderConfig
 from loaders.stores import MatchedStore
 from loaders.stores.open import open_store
 from loaders.synthetic import identifying_store
@@ -124,7 +125,7 @@ def test_a_flipped_bit_names_store_array_chunk_and_cells(path, tmp_path, array, 
     flip(copy / "mod" / modality / "X" / array / "c" / "0", 5_000)
     pattern = rf"copy\.zarr/mod/{modality}/X/{array}: got a damaged chunk 0 .*c/0.*checksum.*cells \d+ to \d+: copy"
     with pytest.raises(RuntimeError, match=pattern):
-        list(Loader(open_store(copy), minibatch=64, subset="all"))
+        list(Loader(open_store(copy), LoaderConfig(minibatch=64), subset="all"))
 
 
 def test_a_deleted_shard_is_an_error_and_not_zeros(path, tmp_path):
@@ -133,7 +134,7 @@ def test_a_deleted_shard_is_an_error_and_not_zeros(path, tmp_path):
     (copy / "mod" / "rna" / "X" / "indices" / "c" / "0").unlink()
     # Which of the shard's chunks is named depends on the thread that comes first.
     with pytest.raises(RuntimeError, match=r"rna/X/indices: got a damaged chunk .* cannot be opened.*cells \d+ to \d+"):
-        list(Loader(open_store(copy), minibatch=64, subset="all"))
+        list(Loader(open_store(copy), LoaderConfig(minibatch=64), subset="all"))
 
 
 def write_foreign(path, *, sharded, sort=True, indices=np.int32):
@@ -165,8 +166,8 @@ def test_stores_of_others_stream_with_sorted_columns(tmp_path, caplog, sharded, 
     expected.sort_indices()
     store = open_store(tmp_path / "a.zarr", modality="rna")
     with caplog.at_level(logging.INFO, logger="loaders"):
-        loader = Loader(store, minibatch=50, subset="all")
-        Loader(store, minibatch=50, subset="train")
+        loader = Loader(store, LoaderConfig(minibatch=50), subset="all")
+        Loader(store, LoaderConfig(minibatch=50), subset="train")
     assert caplog.text.count("read through the store's own library: it is not sharded") == (not sharded)
     for got in loader:
         rows = got.counts["rna"].to_scipy()
@@ -178,7 +179,9 @@ def test_a_view_of_our_own_store_by_feature_names_is_no_slow_store(path, caplog)
     """Nor is the modality that it lacks."""
     names = {"rna": ["rna3", "elsewhere"], "adt": ["CD4"]}
     with caplog.at_level(logging.INFO, logger="loaders"):
-        loader = Loader(MatchedStore(open_store(path), names), minibatch=50, subset="all", modalities=("rna", "adt"))
+        loader = Loader(
+            MatchedStore(open_store(path), names), LoaderConfig(minibatch=50), subset="all", modalities=("rna", "adt")
+        )
     assert sum(minibatch.num_cells for minibatch in loader) == open_store(path).schema.num_cells
     assert "library" not in caplog.text
 
@@ -190,7 +193,7 @@ def test_a_column_outside_the_features_is_an_error_and_not_a_crash(tmp_path, sha
     columns = zarr.open_group(tmp_path / "a.zarr", mode="r+")["X"]["indices"]
     columns[int(matrix.indptr[31]) - 1] = 1_000_000
     with pytest.raises(RuntimeError, match=r"column outside 0\.\.149 in row 30"):
-        list(Loader(open_store(tmp_path / "a.zarr", modality="rna"), minibatch=50, subset="all"))
+        list(Loader(open_store(tmp_path / "a.zarr", modality="rna"), LoaderConfig(minibatch=50), subset="all"))
 
 
 def test_each_array_is_opened_once(path, monkeypatch):
@@ -205,7 +208,7 @@ def test_each_array_is_opened_once(path, monkeypatch):
     store = open_store(path)
     matrix = store.matrix("rna")
     for subset in ("train", "validation"):
-        with Loader(store, minibatch=64, subset=subset, modalities=["rna"]) as loader:
+        with Loader(store, LoaderConfig(minibatch=64), subset=subset, modalities=["rna"]) as loader:
             next(iter(loader))
     matrix.read(0, 10)
     assert sorted(opened) == sorted(set(opened))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loaders import Loader, open_store
+from loaders import Loader, LoaderConfig, open_store
 from loaders.stores import ChainedStore, MatchedStore, Store, cell_totals
 
 pytestmark = [
@@ -40,7 +40,7 @@ def test_loader_views_and_embeddings_ask_for_nothing_else(own_store: Path, kind:
     elif kind == "matched":
         store = MatchedStore(held, {"rna": ["rna_3", "rna_1", "none"], "adt": ["adt_2"]})
     for subset in ("train", "validation", "all"):
-        with Loader(store, minibatch=8, subset=subset, sample_key="sample", weights=None, memory="64MiB") as loader:
+        with Loader(store, LoaderConfig(minibatch=8, memory="64MiB"), subset=subset, sample="sample") as loader:
             assert sum(minibatch.num_cells for minibatch in loader) == loader.num_cells
             assert len(loader.cell_ids(next(iter(loader)))) > 0
     assert (cell_totals(store, "adt", "clr") >= 0).all()
