@@ -86,6 +86,24 @@ class Cells:
         return len(self.ids)
 
 
+_LONGEST_NAME = 255
+"""Bytes of a name of a file: every column of a store is a folder."""
+
+
+def _check_column_names(source: Source) -> None:
+    """Refuse columns that cannot become folders before the first matrix is read, which may take hours."""
+    tables = {"obs": source.obs.columns} | {f"{name}.var": part.var.columns for name, part in source.parts.items()}
+    for table, columns in tables.items():
+        for name in map(str, columns):
+            is_folder = "/" not in name and name not in ("", ".", "..", "zarr.json")
+            if not is_folder or len(name.encode()) > _LONGEST_NAME:
+                shown = name if len(name) <= 40 else f"{name[:40]}... ({len(name.encode())} bytes)"
+                raise ValueError(
+                    f"{source.label}: the column {shown!r} of {table} cannot be a folder of a store (no '/', no '..', "
+                    f"not zarr.json, at most {_LONGEST_NAME} bytes); rename or drop it in the source"
+                )
+
+
 def gather_cells(
     sources: Sequence[Source], sample_key: str | None, say: Say, *, sample_from_file: bool = False
 ) -> Cells:
@@ -94,10 +112,13 @@ def gather_cells(
     Raises
     ------
     ValueError
-        `sample_key` is in none or not in all of the sources, or has missing values; there are no cells.
+        `sample_key` is in none or not in all of the sources, or has missing values; there are no cells; a column has a
+        name that a store cannot hold.
     """
     if sample_from_file and sample_key is not None:
         raise ValueError(f"--sample-from-file: got --sample-key {sample_key} too; leave one of the two out")
+    for source in sources:
+        _check_column_names(source)
     names = source_names(sources)
     starts = np.cumsum([0, *(len(source.cell_ids) for source in sources)]).astype(np.int64)
     if not starts[-1]:

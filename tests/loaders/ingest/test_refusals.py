@@ -191,6 +191,22 @@ def test_sample_key_that_is_missing_or_has_nulls(make, tmp_path):
     refused(paths, tmp_path, match, sample_key="plate")
 
 
+@pytest.mark.parametrize("name", ["a/b", "zarr.json", "é" * 128])
+@pytest.mark.parametrize("table", ["obs", "var"])
+def test_columns_that_no_folder_can_be_named_after(make, tmp_path, table, name, monkeypatch):
+    """Before a count is looked at."""
+    adata = make.anndata(20, 10)
+    getattr(adata, table)["column"] = 1
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with h5py.File(tmp_path / "a.h5ad", "a") as file:
+        group = file[table]
+        order = [name if column == "column" else column for column in group.attrs["column-order"]]
+        group.attrs["column-order"] = np.array(order, dtype=object)
+        group.move("column", name)
+    monkeypatch.setattr("loaders.ingest.run._look", lambda _: pytest.fail("a matrix was read"))
+    refused([tmp_path / "a.h5ad"], tmp_path, rf"a\.h5ad: the column '.*' of (rna\.)?{table} cannot be a folder")
+
+
 def test_modalities_that_are_not_aligned(make, tmp_path):
     make.mudata(60, absent={"atac": lambda n: n % 3 == 0}).write(tmp_path / "a.h5mu")
     with h5py.File(tmp_path / "a.h5mu", "a") as file:
