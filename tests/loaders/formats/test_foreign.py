@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
+from loaders.ecosystem import quiet_anndata
 from loaders.ingest import ingest
 from loaders.stores import open_store
 
@@ -100,7 +101,7 @@ def test_links_and_values_in_other_files_are_not_followed(adata, tmp_path):
 @pytest.mark.parametrize("codec", ["pickle", "json2"])
 @pytest.mark.filterwarnings("ignore:Writing zarr v2 data:UserWarning")
 def test_codecs_that_build_objects_are_refused(adata, tmp_path, codec):
-    with anndata.settings.override(zarr_write_format=2):
+    with quiet_anndata(2):
         adata.write_zarr(path := tmp_path / "a.zarr")
     document = path / "obs" / "_index" / ".zarray"
     entry = json.loads(document.read_text())
