@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +128,6 @@ def write_tenx(folder: Path) -> Path:
     return folder / "t.h5"
 
 
-def write_soma(folder: Path) -> Path:
-    soma_io = pytest.importorskip("tiledbsoma.io", reason="tiledbsoma is an extra")
-    soma_io.from_anndata(str(folder / "soma"), make_anndata("rna", np.arange(NUM_CELLS)), "RNA")
-    return folder / "soma"
-
-
 FILES = {
     **{
         f"{form} {kind}": (lambda folder, form=form, kind=kind: write_anndata(folder, form, kind))
@@ -152,7 +147,6 @@ FILES = {
     "mudata zarr2": lambda folder: write_zarr(folder / "a.zarr", make_mudata(), 2),
     "mudata zarr3": lambda folder: write_zarr(folder / "a.zarr", make_mudata()),
     "10x": write_tenx,
-    "soma": write_soma,
     "anndata in memory": lambda folder: make_anndata("rna", np.arange(NUM_CELLS)),
     "multiome in memory": lambda folder: make_multiome(),
     "mudata in memory": lambda folder: make_mudata(),
@@ -188,7 +182,18 @@ def obs_of(store: Store, name: str) -> list[str | None]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_streams_as_it_is_ingested(tmp_path: Path, name: str) -> None:
-    written = FILES[name](tmp_path)
+    streams_as_it_is_ingested(FILES[name](tmp_path), tmp_path, name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_an_experiment_streams_as_it_is_ingested(
+    tmp_path: Path, write_soma: Callable[[Path, anndata.AnnData], None]
+) -> None:
+    write_soma(tmp_path / "soma", make_anndata("rna", np.arange(NUM_CELLS)))
+    streams_as_it_is_ingested(tmp_path / "soma", tmp_path, "soma")
+
+
+def streams_as_it_is_ingested(written: Any, tmp_path: Path, name: str) -> None:
     layer = {"layer": "counts", "raw": "raw"}.get(name.split()[0])
     options = {} if layer is None else {"layer": layer}
     streamed = open_store(written, **options)
