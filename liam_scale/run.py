@@ -24,7 +24,7 @@ from liam_scale.model import Liam, ModelConfig, ModelData
 from liam_scale.training.checkpoint import Checkpoint, load_weights, newest_checkpoint, save_weights
 from loaders.durable import leftovers, remove_leftovers, replacing, write_text
 from loaders.options import LoaderConfig
-from loaders.schema import sha256_of_names
+from loaders.schema import sha256_of_json, sha256_of_names
 from loaders.stores import Store, open_store
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class RunDirectory:
         file = self.path / RUN_FILE
         try:
             entry = json.loads(file.read_text())
-            if entry.pop("sha256", None) not in (None, _seal(entry)):
+            if entry.pop("sha256", None) not in (None, sha256_of_json(entry)):
                 raise ValueError("its sha256 differs")
             return RunRecord.from_json(entry)
         except FileNotFoundError:
@@ -241,14 +241,10 @@ class RunDirectory:
         return model.eval()
 
 
-def _seal(entry: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
-
-
 def _sealed(record: RunRecord) -> str:
     """The text of run.json, with the sha256 of its entries."""
     entry = record.to_json()
-    return json.dumps({**entry, "sha256": _seal(entry)}, indent=1)
+    return json.dumps({**entry, "sha256": sha256_of_json(entry)}, indent=1)
 
 
 def _damaged(file: Path, found: str) -> RuntimeError:

@@ -55,6 +55,11 @@ def check_unique(what: str, names: pd.Index, cure: str) -> None:
     raise ValueError(f"{what}: got {str(twice[0])!r} more than once ({len(twice)} repeats in all); {cure}")
 
 
+def sha256_of_json(entry: Any) -> str:
+    """Hash JSON values, in whatever order and layout they stand."""
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+
+
 def sha256_of_names(names: Iterable[str]) -> str:
     """Hash names in their order; two stores with equal hashes have the same features in the same columns."""
     digest = hashlib.sha256()
@@ -165,7 +170,7 @@ class Schema:
 
     def to_json(self) -> dict[str, Any]:
         entry = {"format": FORMAT, **asdict(self)}
-        return {**entry, "sha256": _seal(entry)}
+        return {**entry, "sha256": sha256_of_json(entry)}
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> Schema:
@@ -175,12 +180,8 @@ class Schema:
             raise NewerFormat(
                 f"store format: got {fields['format']}, this package reads up to {FORMAT}; update liam-scale"
             )
-        if sealed not in (None, _seal(fields)) or (sealed is None and "metadata" in fields):
+        if sealed not in (None, sha256_of_json(fields)) or (sealed is None and "metadata" in fields):
             raise ValueError("its sha256 differs")
         del fields["format"]
         modalities = {name: ModalitySchema(**m) for name, m in fields.pop("modalities").items()}
         return cls(modalities=modalities, obs_columns=tuple(fields.pop("obs_columns")), **fields)
-
-
-def _seal(entry: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()

@@ -5,7 +5,6 @@ Zarr reads a chunk that is missing as zeros, and believes whatever a `zarr.json`
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore, WrapperStore
 
 from loaders.formats.sharded import identify, verify_chunk
+from loaders.schema import sha256_of_json
 
 CODECS = {"compressors": (ZstdCodec(), Crc32cCodec())}
 """Options of an array whose chunks are compressed and carry a crc32c."""
@@ -40,7 +40,7 @@ class _Node:
 
 def hash_metadata(text: bytes) -> str:
     """Hash of the JSON of an array or group, however it is laid out."""
-    return hashlib.sha256(json.dumps(json.loads(text), sort_keys=True).encode()).hexdigest()[:32]
+    return sha256_of_json(json.loads(text))[:32]
 
 
 def hash_all_metadata(root: Path) -> dict[str, str]:
