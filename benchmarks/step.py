@@ -37,8 +37,8 @@ def make_store(folder: Path, num_cells: int) -> Path:
 def serve_liam(store: str, minibatch: int, steps: int, impl: str, precision: str, with_parts: bool) -> None:
     """liam-scale as it trains: the trainer's own step on minibatches of the loader."""
     from liam_scale.config import TrainConfig
+    from liam_scale.fitting import training_loaders
     from liam_scale.model import Liam, ModelConfig
-    from liam_scale.preparation import training_loaders
     from liam_scale.run import open_stores
     from liam_scale.samples import model_data
     from liam_scale.training.distributed import World

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain, islice, repeat
+from typing import Literal
 
 import torch
 
 from liam_scale.config import TrainConfig
-from liam_scale.model import Liam
-from liam_scale.preparation import training_loaders
+from liam_scale.model import Liam, ModelData
 from liam_scale.resume import changed_options
 from liam_scale.run import RunDirectory, RunRecord
+from liam_scale.samples import sample_codes
 from liam_scale.tables import to_table, to_toml
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History
 from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
 from liam_scale.training.trainer import Outcome, Trainer
+from loaders.loader import Loader
 from loaders.stores import Store
+
+VALIDATION_CELLS = 512
+"""Cells scored at once at least; there is no backward pass to hold memory for."""
 
 END = tuple(
     f"training.{name}"
@@ -98,6 +103,37 @@ def seconds_a_step(trainer: Trainer, *, at_least: float) -> float:
     if trainer.world.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / steps
+
+
+@contextmanager
+def training_loaders(
+    store: Store, config: TrainConfig, data: ModelData, world: World
+) -> Iterator[tuple[Loader, Loader | None]]:
+    """Loaders of this rank's training and validation cells; None where no cell validates."""
+    sample = sample_codes(store, config.batch_key, data.samples)
+    chosen = config.loader
+    assert chosen.streams is not None
+    scored = replace(chosen, minibatch=max(chosen.minibatch, VALIDATION_CELLS))
+    with ExitStack() as stack:
+
+        def loader(subset: Literal["train", "validation"]) -> Loader:
+            is_training = subset == "train"
+            own = Loader(
+                store,
+                chosen if is_training else scored,
+                sample=sample,
+                modalities=tuple(data.num_features),
+                seed=config.seed,
+                rank=world.rank,
+                world=world.size,
+                subset=subset,
+                shuffle=is_training,
+                transpose=is_training,
+            )
+            return stack.enter_context(own)
+
+        validation = loader("validation")
+        yield loader("train"), validation if validation.num_cells else None
 
 
 def _history(directory: RunDirectory, config: TrainConfig, world: World) -> History:

@@ -20,8 +20,8 @@ from torch import Tensor
 from liam_scale.command import Command
 from liam_scale.config import TrainConfig
 from liam_scale.embed import EmbedConfig, check_replaces, embed_store
+from liam_scale.fitting import training_loaders
 from liam_scale.model import Liam, ModelData
-from liam_scale.preparation import training_loaders
 from liam_scale.run import RunDirectory, RunRecord, open_stores
 from liam_scale.samples import model_data
 from liam_scale.tables import to_toml
