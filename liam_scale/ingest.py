@@ -44,17 +44,7 @@ class IngestConfig:
 def _ingest_and_tell(config: IngestConfig) -> None:
     if not config.sources:
         raise ValueError("sources: got none; name at least one file, e.g. a.h5mu")
-    schema = ingest(
-        config.sources,
-        out=config.out,
-        sample_key=config.sample_key,
-        sample_from_file=config.sample_from_file,
-        join=config.join,
-        layer=config.layer,
-        memory=config.memory,
-        seed=config.seed,
-        overwrite=config.overwrite,
-    )
+    schema = ingest(**vars(config))
     print(f"wrote {config.out}: {schema.num_cells:,} cells")
     for m in schema.modalities.values():
         print(

@@ -156,14 +156,15 @@ class Trainer:
             Weights or moments are not finite, or the disk is full; earlier checkpoints stay.
         """
         self._require_sound()
-        broken = not_finite(optimizer_tensors(self.model, self.optimizer))
+        moments = optimizer_tensors(self.model, self.optimizer)
+        broken = not_finite(moments)
         if broken:
             self._give_up(f"{broken[0]} of Adam")
         sums = self._meter.totals()
         if self.world.is_main:
             tensors = {
                 "model": self.model.state_dict(),
-                "optimizer": optimizer_tensors(self.model, self.optimizer),
+                "optimizer": moments,
             }
             if self._best is not None:
                 tensors["best"] = self._best
@@ -289,7 +290,8 @@ class Trainer:
         """Before anything is kept or called best."""
         if self._soundness.is_broken:
             self._give_up()
-        broken = not_finite(self.model.state_dict())
+        # A state_dict would join each output weight with its library column, a copy of the largest tensors.
+        broken = not_finite({**dict(self.model.named_parameters()), **dict(self.model.named_buffers())})
         if broken:
             self._give_up(broken[0])
 

@@ -259,7 +259,7 @@ class CompressedRows(StoredMatrix):
         # What is wrong with the offsets is said when all of them are looked at.
         if len(indptr) != num + 1 or indptr[0] != 0 or (np.diff(indptr) < 0).any():
             return None
-        return self._stored(0, indptr) if indptr[-1] <= min(self._values.length, self._indices.length) else None
+        return self._stored(0, indptr) if indptr[-1] <= self._values.length else None
 
     def stored(self, start: int, stop: int) -> SparseRows:
         return self._stored(start, self.offsets().between(start, stop))

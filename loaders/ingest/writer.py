@@ -252,7 +252,7 @@ class _MatrixWriter:
         self._indices.append(rows.indices)
         self._lengths.append(np.diff(rows.indptr))
         for part, held in (("data", rows.values.astype(self._value_dtype, copy=False)), ("indices", rows.indices)):
-            self._checksums[part] = google_crc32c.extend(self._checksums[part], np.ascontiguousarray(held).tobytes())
+            self._checksums[part] = google_crc32c.extend(self._checksums[part], np.ascontiguousarray(held))
         self._totals.append(row_sums(rows.indptr, rows.values))
 
     def totals(self) -> npt.NDArray[np.float64]:
@@ -265,7 +265,7 @@ class _MatrixWriter:
         # One chunk per 65,536 cells: a reader that wants all of it makes few requests.
         array = self._group.create_array("indptr", shape=indptr.shape, chunks=(_OBS_CHUNK,), dtype=np.int64, **CODECS)
         array[:] = indptr
-        of_offsets = google_crc32c.value(indptr.tobytes())
+        of_offsets = google_crc32c.value(indptr)
         self._group.attrs.update(
             {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [len(indptr) - 1, self._num_features]}
         )
