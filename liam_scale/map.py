@@ -114,6 +114,7 @@ def map_store(config: MapConfig) -> RunDirectory:
         model=extended.config,
         data=data,
         fingerprint=store.schema.fingerprint,
+        contents=None,
         changes=(),
         ending=None,
     )

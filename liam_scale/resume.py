@@ -9,6 +9,7 @@ from typing import Any
 
 from liam_scale.command import flag_of
 from liam_scale.config import LOCKED, UNLOCKED, TrainConfig
+from liam_scale.contents import differences
 from liam_scale.model import ModelConfig, resolve
 from liam_scale.run import RunDirectory
 from liam_scale.samples import check_batch_key, sample_column
@@ -62,6 +63,11 @@ def settle(config: TrainConfig, store: Store, models: tuple[ModelConfig, ...], r
     return settled
 
 
+def labels_of(config: TrainConfig) -> list[str]:
+    """Obs columns that training rests on."""
+    return [name for name in (config.batch_key, config.loader.balance) if name is not None]
+
+
 def changed_options(config: TrainConfig, directory: RunDirectory, keys: Sequence[str]) -> list[tuple[str, Any, Any]]:
     """Options (or sections) that differ from those of the run, with the run's value and the new one."""
     saved, now = directory.saved_options(), tomllib.loads(to_toml(config))
@@ -95,10 +101,16 @@ def _check_same_run(config: TrainConfig, directory: RunDirectory, store: Store) 
             + "\n  ".join(lines)
             + "\n  name another --out, or give the run's own options"
         )
-    fingerprint = directory.record().fingerprint
-    if fingerprint != store.schema.fingerprint:
+    record = directory.record()
+    if record.contents is not None:
+        features = {name: own for part in directory.parts() for name, own in part.features().items()}
+        lines = differences(record.contents, store, features)
+    else:
+        found, own = store.schema.fingerprint, record.fingerprint
+        lines = [f"its fingerprint is {found[:12]}, the run has {own[:12]}"] if found != own else []
+    if lines:
         raise ValueError(
-            f"store: {store.uri} is not the one that {directory.path} was trained on (schema fingerprint "
-            f"{store.schema.fingerprint[:12]}, the run has {fingerprint[:12]}: cells, features or counts differ); "
-            "give the run's store, or name another --out"
+            f"store: {store.uri} is not what {directory.path} was trained on:\n  "
+            + "\n  ".join(lines)
+            + "\n  give the run's own store, or name another --out"
         )

@@ -48,6 +48,8 @@ class RunRecord:
     fingerprint: str
     """Of the schema that the model was trained on."""
     features_sha256: dict[str, str]
+    contents: dict[str, Any] | None = None
+    """What the store held, part by part (`contents.contents_of`); None where an older version made the run."""
     parts: tuple[str, ...] = ()
     """Folders of the models of a late integration; empty for a single model."""
     id: str | None = None
@@ -278,7 +280,12 @@ def check_features(store: Store, record: RunRecord) -> None:
 
 
 def record_of(
-    config: TrainConfig, store: Store, model: ModelConfig, data: ModelData, parts: tuple[str, ...] = ()
+    config: TrainConfig,
+    store: Store,
+    model: ModelConfig,
+    data: ModelData,
+    contents: dict[str, Any],
+    parts: tuple[str, ...] = (),
 ) -> RunRecord:
     """What a run remembers of its data."""
     modalities = store.schema.modalities
@@ -290,5 +297,6 @@ def record_of(
         data=data,
         fingerprint=store.schema.fingerprint,
         features_sha256={name: modalities[name].features_sha256 for name in data.num_features},
+        contents=contents,
         parts=parts,
     )

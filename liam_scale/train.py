@@ -8,11 +8,12 @@ from dataclasses import replace
 
 from liam_scale.command import Command
 from liam_scale.config import TrainConfig
+from liam_scale.contents import contents_of
 from liam_scale.estimate import describe_plan
 from liam_scale.fitting import fit_part
 from liam_scale.kernels.precision import check_precision
 from liam_scale.model import ModelConfig, check_ranks
-from liam_scale.resume import resolved, settle
+from liam_scale.resume import labels_of, resolved, settle
 from liam_scale.run import RunDirectory, open_stores, record_of
 from liam_scale.samples import model_data
 from liam_scale.tables import to_toml
@@ -67,16 +68,16 @@ def train(config: TrainConfig, store: Store | None = None) -> tuple[RunDirectory
 
 def _create(directory: RunDirectory, config: TrainConfig, store: Store, models: tuple[ModelConfig, ...]) -> None:
     """Lay down the folder of a new run: one model, or one folder for each model of a late integration."""
-    made = []
+    made, contents = [], contents_of(store, labels_of(config))
     for model in models:
         data = model_data(store, model, config.batch_key, config.loader.transforms)
         features = {name: list(map(str, store.feature_names(name))) for name in model.modalities}
-        own = record_of(config, store, model, data)
+        own = record_of(config, store, model, data, contents)
         made.append((model.modalities[0], own, to_toml(replace(config, model=model)), features))
     if len(made) == 1:
         directory.create(*made[0][1:])
     else:
-        record = record_of(config, store, config.model, data, tuple(name for name, *_ in made))
+        record = record_of(config, store, config.model, data, contents, tuple(name for name, *_ in made))
         directory.create(record, to_toml(config), {}, parts=made)
 
 

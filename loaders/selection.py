@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +47,17 @@ def sample_codes(store: Store, sample: str | npt.NDArray[np.integer]) -> npt.NDA
     return sample.astype(np.min_scalar_type(-int(sample.max(initial=0)) - 1))
 
 
+_keys: WeakKeyDictionary[Store, npt.NDArray[np.uint64]] = WeakKeyDictionary()
+
+
 def cell_keys(store: Store) -> npt.NDArray[np.uint64]:
-    """(n,) hash of each cell's id, the same wherever the cell stands."""
+    """(n,) hash of each cell's id, the same wherever the cell stands. Read once: that of ten million takes seconds."""
+    if store not in _keys:
+        _keys[store] = _read_keys(store)
+    return _keys[store]
+
+
+def _read_keys(store: Store) -> npt.NDArray[np.uint64]:
     count = store.schema.num_cells
     starts = range(0, count, IDS_PER_READ)
     keys = [hash_names(store.cell_ids(start, min(count, start + IDS_PER_READ))) for start in starts]

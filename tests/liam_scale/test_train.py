@@ -278,8 +278,8 @@ def test_resuming_on_another_store_is_refused(
     options = ("--batch-key", "sample", "--model.modalities", "rna", "atac", *SHORT, "--out", out)
     assert run_main(multiome, *options, "--max-steps", 2) == 0
     said = refused(capsys, trimodal, *options)
-    assert "is not the one that" in said
-    assert "fingerprint" in said
+    assert "is not what" in said
+    assert "cells: it has 400, the run 600" in said
 
 
 def test_more_ranks_than_streams_are_refused_on_every_rank(multiome: Path, tmp_path: Path, launch: Command) -> None:
