@@ -284,7 +284,7 @@ def record_of(
     store: Store,
     model: ModelConfig,
     data: ModelData,
-    contents: dict[str, Any],
+    contents: dict[str, Any] | None = None,
     parts: tuple[str, ...] = (),
 ) -> RunRecord:
     """What a run remembers of its data."""
