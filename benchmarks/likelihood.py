@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,6 @@ from torch import Tensor
 sys.path.insert(0, str(ROOT))
 
 from liam_scale.kernels.cpu.products import has_onednn, multiply_transposed
-from liam_scale.kernels.cpu.threads import release_workspaces
 from liam_scale.kernels.negative_binomial import negative_binomial
 from liam_scale.kernels.negative_multinomial import negative_multinomial
 from liam_scale.kernels.precision import has_bf16
@@ -217,8 +217,10 @@ def extra_memory(cells: int, features: int, precision: str, likelihood: str) -> 
     counts, hidden = make_counts(cells, features, PEAKS_OPEN), torch.rand(cells, HIDDEN + 1, requires_grad=True)
     weight = torch.randn(features, HIDDEN + 1).mul_(0.05).requires_grad_()
     run = multinomial(counts, hidden, weight, precision=precision, likelihood=likelihood)
-    run()  # compiles, and writes every page of the buffers
-    release_workspaces()
+    # Compiles, and writes every page of the buffers of gradients; the thread's own buffers go with it.
+    warm = threading.Thread(target=run)
+    warm.start()
+    warm.join()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
     run()

@@ -16,7 +16,7 @@ from liam_scale.model import Liam, ModelData
 from liam_scale.resume import changed_options
 from liam_scale.run import RunDirectory, RunRecord
 from liam_scale.samples import sample_codes
-from liam_scale.tables import to_table, to_toml
+from liam_scale.tables import to_toml
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History
 from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
@@ -85,7 +85,6 @@ def trainer_of(
             directory=directory.checkpoints,
             history=_history(directory, config, world),
             couples_cells=record.model.likelihood == "original",
-            saved={"config": to_table(config), "fingerprint": record.fingerprint, "seed": config.seed},
         )
 
 

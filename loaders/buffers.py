@@ -35,8 +35,8 @@ class Pool:
     after every view of it is gone.
     """
 
-    def __init__(self, max_free: int = 64) -> None:
-        self._free: deque[npt.NDArray[np.uint8]] = deque(maxlen=max_free)
+    def __init__(self) -> None:
+        self._free: deque[npt.NDArray[np.uint8]] = deque(maxlen=64)
 
     def take(self, count: int, dtype: npt.DTypeLike) -> npt.NDArray[np.generic]:
         """Return a (count,) array with arbitrary content."""

@@ -25,8 +25,6 @@ class Encoded:
 
     hidden: Tensor
     """(B, H) hidden layer that the latent space is made from."""
-    library_hidden: Tensor | None = None
-    """(B, H) hidden layer of the library encoder; None without one."""
     library: Gaussian | None = None
     """(B, 1) library size on the log scale; None without one."""
 
@@ -118,8 +116,8 @@ class ModalityEncoder(nn.Module):
             impl=self.impl,
             grad_buffers=self.grad_buffers,
         )
-        library_hidden_BH = self.library.layer(library_BH, sample_B, noise)
-        return Encoded(self.layer(product_BH, sample_B, noise), library_hidden_BH, self.library.head(library_hidden_BH))
+        library = self.library.head(self.library.layer(library_BH, sample_B, noise))
+        return Encoded(self.layer(product_BH, sample_B, noise), library)
 
     def keep_gradients(self) -> None:
         weights = [self.layer.weight, *([self.library.layer.weight] if self.library is not None else [])]

@@ -42,7 +42,7 @@ class Checkpoint:
     tensors: dict[str, dict[str, Tensor]]
     """Groups `model`, `optimizer`, and `best` when there is one."""
     state: dict[str, Any]
-    """Position, seed, streams, configuration, history, fingerprint of the schema: JSON values."""
+    """Position in the run and of the loader, sums since the last evaluation, history: JSON values."""
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, step: int, keep: int = 2) -> Path:

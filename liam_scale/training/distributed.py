@@ -85,7 +85,7 @@ def device_of(device: Device) -> torch.device:
 
 
 @contextmanager
-def join_world(device: Device = "auto", *, timeout_minutes: float = 30.0) -> Iterator[World]:
+def join_world(device: Device = "auto") -> Iterator[World]:
     """Join the ranks that torchrun started: gloo on CPU, NCCL on GPU (one GPU a rank).
 
     Raises
@@ -99,7 +99,7 @@ def join_world(device: Device = "auto", *, timeout_minutes: float = 30.0) -> Ite
         yield World(device=chosen)
         return
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
         yield World(rank, size, chosen)
     finally:

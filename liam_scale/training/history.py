@@ -27,8 +27,8 @@ def summarise(terms: dict[str, float], num_cells: float, subset: str) -> Row:
 class History:
     """Rows in memory and, on the main rank, in `history.csv` (rewritten whole: it stays small)."""
 
-    def __init__(self, path: Path | None, rows: list[Row] | None = None, *, tensorboard: Path | None = None) -> None:
-        self.rows: list[Row] = list(rows or [])
+    def __init__(self, path: Path | None, *, tensorboard: Path | None = None) -> None:
+        self.rows: list[Row] = []
         self._path = path
         self._board: Any = None
         if tensorboard is not None:

@@ -19,7 +19,6 @@ class Soundness:
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
-        self._optimizer = optimizer
         self._broken = torch.zeros((), device=world.device)
         self._updates = torch.zeros((), device=world.device, dtype=torch.int64)
         self._witness = min((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel())

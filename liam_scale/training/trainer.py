@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol, cast
@@ -83,8 +83,6 @@ class Trainer:
     couples_cells
         Whether the loss of a cell depends on the rest of the global minibatch (`likelihood="original"`): then ranks
         exchange at every step how many of their cells have each modality.
-    saved
-        Values that go into every checkpoint's state unchanged (configuration, fingerprint, ...).
     """
 
     def __init__(
@@ -102,7 +100,6 @@ class Trainer:
         directory: Path,
         history: History,
         couples_cells: bool = False,
-        saved: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.train_source, self.validation_source = train, validation
@@ -110,7 +107,6 @@ class Trainer:
         self.max_epochs, self.seed, self.directory = max_epochs, seed, directory
         self.history = history
         self.couples_cells = couples_cells
-        self.saved = dict(saved or {})
         self.at = Progression()
         self._meter = Meter(world)
         self._best: dict[str, Tensor] | None = None
@@ -169,7 +165,6 @@ class Trainer:
             if self._best is not None:
                 tensors["best"] = self._best
             state = {
-                **self.saved,
                 "at": vars(self.at),
                 "sums": sums,
                 "cells_seen": self._meter.cells,

@@ -157,8 +157,8 @@ def _join_all(sources: Sequence[Source], join: Join, report: Report) -> dict[str
     return joined
 
 
-def _listed(names: pd.Index, most: int = 8) -> str:
-    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
+def _listed(names: pd.Index) -> str:
+    return ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
 
 
 def _look(sources: Sequence[Source]) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.data
+from identifying import identifying_counts, identifying_store
 
 from loaders.formats.matrix import SelectedColumns
 from loaders.loader import Loader
 from loaders.options import LoaderConfig
 from loaders.stores.open import open_store
-from loaders.synthetic import identifying_counts, identifying_store
 
 FEATURES = {"rna": 120, "atac": 300, "adt": 12}
 CELLS = 1_500

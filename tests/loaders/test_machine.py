@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from identifying import identifying_store
 
 from loaders.machine import default_threads, lock, num_cores
-from loaders.synthetic import identifying_store
 
 WINDOWS = """
 import os, sys

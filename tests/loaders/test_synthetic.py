@@ -2,8 +2,9 @@ import mudata
 import numpy as np
 import pytest
 import zarr
+from identifying import identifying_counts, identifying_store, identifying_value
 
-from loaders.synthetic import identifying_counts, identifying_store, identifying_value, simulate, simulate_mudata
+from loaders.synthetic import simulate, simulate_mudata
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:From 0.4 .update:FutureWarning"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import zarr
+from identifying import identifying_store
 
 from loaders.ecosystem import quiet_anndata
 from loaders.formats import compressed
@@ -18,7 +19,6 @@ from loaders.loader import Loader
 from loaders.options import LoaderConfig
 from loaders.stores import MatchedStore
 from loaders.stores.open import open_store
-from loaders.synthetic import identifying_store
 from loaders.windows import open_inputs, read_window
 
 CELLS = 900

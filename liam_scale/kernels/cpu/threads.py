@@ -54,11 +54,6 @@ def workspace(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return buffers[name][:num_bytes].view(dtype).view(*shape)
 
 
-def release_workspaces() -> None:
-    """Give the memory kept for the calling thread back."""
-    _local.__dict__.pop("buffers", None)
-
-
 def _without_grad(task: Callable[[], None]) -> None:
     with torch.no_grad():
         task()

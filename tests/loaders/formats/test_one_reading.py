@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import zarr
+from identifying import identifying_counts
 
 from loaders.ecosystem import plain_mudata, quiet_anndata
 from loaders.ingest import ingest
 from loaders.stores import Store, open_store
-from loaders.synthetic import identifying_counts
 
 NUM_CELLS = 60
 FEATURES = {"rna": 20, "atac": 35, "adt": 6}

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
-
-from loaders.synthetic import identifying_counts
+from identifying import identifying_counts
 
 
 def pytest_collection_modifyitems(items):

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import zarr
+from identifying import identifying_counts
 
 from loaders.ecosystem import quiet_anndata
 from loaders.ingest import ingest
 from loaders.schema import SCHEMA_KEY, Schema
-from loaders.synthetic import identifying_counts
 
 
 def remarks(store):

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from identifying import identifying_counts
 
 from loaders.csr import SparseRows
 from loaders.ingest.shuffle import Shuffle, destinations
-from loaders.synthetic import identifying_counts
 
 
 def shuffled(tmp_path, counts, order, *, memory, chunk, dtype=np.uint16):

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import zarr
+from identifying import identifying_counts
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from loaders.csr import SparseRows, index_dtype, narrowest_dtype
 from loaders.ingest.shards import CHUNKS_PER_SHARD, ShardedArrayWriter
 from loaders.ingest.writer import ModalityLayout, StoreWriter
 from loaders.schema import SCHEMA_KEY
-from loaders.synthetic import identifying_counts
 
 
 @pytest.mark.parametrize("length", [0, 1, 99, 100, 101, 100 * CHUNKS_PER_SHARD, 100 * CHUNKS_PER_SHARD + 7, 15_000])

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from identifying import identifying_counts, identifying_store
 
 from loaders.stores import cell_totals
 from loaders.stores.open import open_store
-from loaders.synthetic import identifying_counts, identifying_store
 
 
 def test_totals_are_sums_of_the_rows(tmp_path):

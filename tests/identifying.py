@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse
 
-from loaders.csr import SparseRows, narrowest_dtype
+from loaders.csr import SparseRows
 from loaders.ingest.writer import ModalityLayout, StoreWriter
 from loaders.plan import GOLDEN, splitmix64
 from loaders.schema import MODALITIES, Schema
@@ -33,20 +33,18 @@ def identifying_counts(
     num_features: int,
     *,
     modality: str = "rna",
-    nonzeros_per_cell: float | None = None,
     maximum: int = 60_000,
     first_cell: int = 0,
 ) -> scipy.sparse.csr_matrix:
-    """(num_cells, num_features) uint32 counts with `identifying_value` at about `nonzeros_per_cell` places of each row.
+    """(num_cells, num_features) uint32 counts with `identifying_value` at about a quarter of the places of each row.
 
-    Which places are filled is a hash of cell and feature too. Default: a quarter of the features. Row i is the cell
+    Which places are filled is a hash of cell and feature too. Row i is the cell
     `first_cell + i`. Every 97th cell is empty, as real data has empty cells.
     """
-    share = 0.25 if nonzeros_per_cell is None else min(1.0, nonzeros_per_cell / num_features)
     features = np.arange(num_features)
     rows = []
     for cell in range(first_cell, first_cell + num_cells):
-        is_filled = identifying_value(cell + 2**40, features, modality=modality, maximum=2**24) <= share * 2**24
+        is_filled = identifying_value(cell + 2**40, features, modality=modality, maximum=2**24) <= 2**22
         columns = features[is_filled] if cell % 97 != 96 else features[:0]
         rows.append((columns, identifying_value(cell, columns, modality=modality, maximum=maximum)))
     indptr = np.cumsum([0, *(len(columns) for columns, _ in rows)])
@@ -62,12 +60,7 @@ def identifying_store(
     *,
     num_cells: int,
     num_features: Mapping[str, int],
-    nonzeros_per_cell: float | None = None,
-    num_samples: int = 3,
     absent: Mapping[str, Sequence[int]] | None = None,
-    maximum: int = 60_000,
-    value_dtype: npt.DTypeLike | None = None,
-    overwrite: bool = False,
 ) -> Schema:
     """Write a store of `identifying_counts`, cells in the order of their numbers; memory holds all of it.
 
@@ -76,29 +69,24 @@ def identifying_store(
     num_features
         Per modality, for example `{"rna": 50, "atac": 200}`.
     absent
-        Per modality the *samples* (0 to num_samples - 1) whose cells lack it: a mosaic.
-    value_dtype
-        Stored type of the values; default the narrowest that holds `maximum`.
+        Per modality the *samples* (0 to 2) whose cells lack it: a mosaic.
 
     Notes
     -----
-    Cell c has the id `cell{c}`, stands in row c and belongs to the sample `s{c % num_samples}`; feature f of the
+    Cell c has the id `cell{c}`, stands in row c and belongs to the sample `s{c % 3}`; feature f of the
     modality m is called `{m}{f}`. Further obs columns: `cell_type` (categorical, missing in every eighth cell),
     `number` (c, int64).
     """
     cells = np.arange(num_cells)
-    sample = cells % num_samples
+    sample = cells % 3
     absent = absent or {}
     present = {name: ~np.isin(sample, list(absent.get(name, ()))) for name in num_features}
-    dtype = narrowest_dtype(maximum) if value_dtype is None else np.dtype(value_dtype)
     layouts, matrices = {}, {}
     for name, features in num_features.items():
-        rows = identifying_counts(
-            num_cells, features, modality=name, nonzeros_per_cell=nonzeros_per_cell, maximum=maximum
-        )[present[name]]
-        matrices[name] = SparseRows(rows.indptr.astype(np.int64), rows.indices, rows.data.astype(dtype), features)
+        rows = identifying_counts(num_cells, features, modality=name)[present[name]]
+        matrices[name] = SparseRows(rows.indptr.astype(np.int64), rows.indices, rows.data.astype(np.uint16), features)
         names = pd.DataFrame(index=[f"{name}{feature}" for feature in range(features)])
-        layouts[name] = ModalityLayout(names, dtype, rows.nnz / max(1, rows.shape[0]))
+        layouts[name] = ModalityLayout(names, np.uint16, rows.nnz / max(1, rows.shape[0]))
     obs: list[tuple[str, Any]] = [
         ("sample", pd.Categorical([f"s{code}" for code in sample])),
         (
@@ -107,7 +95,7 @@ def identifying_store(
         ),
         ("number", cells),
     ]
-    with StoreWriter(out, modalities=layouts, overwrite=overwrite) as writer:
+    with StoreWriter(out, modalities=layouts) as writer:
         for name, matrix in matrices.items():
             writer.append(name, matrix)
         partly = {name: mask for name, mask in present.items() if not mask.all()}
