@@ -244,6 +244,7 @@ def train(
     checkpoint_seconds: float = 300.0,
     checkpoint_steps: int | None = None,
     keep_checkpoints: int = 2,
+    max_rollbacks: int = 2,
     tensorboard: bool = False,
 ) -> Run:
     """Train liam on a store, in this process, or go on with the run in `out`.

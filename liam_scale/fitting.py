@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain, islice, repeat
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from liam_scale.config import TrainConfig
@@ -17,12 +20,17 @@ from liam_scale.resume import changed_options
 from liam_scale.run import RunDirectory, RunRecord
 from liam_scale.samples import sample_codes
 from liam_scale.tables import to_toml
+from liam_scale.training.checkpoint import Checkpoint, newest_checkpoint, set_aside
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History
 from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
+from liam_scale.training.soundness import NotFinite, Setback
 from liam_scale.training.trainer import Outcome, Trainer
 from loaders.loader import Loader
+from loaders.selection import ids_of
 from loaders.stores import Store
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_CELLS = 512
 """Cells scored at once at least; there is no backward pass to hold memory for."""
@@ -48,19 +56,92 @@ def fit_part(directory: RunDirectory, config: TrainConfig, store: Store, world: 
         if world.is_main:
             print(_describe(directory, ending))
         return ending["outcome"]
+    tried: list[dict[str, Any]] = []
+    while True:
+        record, result = _fit(directory, record, config, store, world, checkpoint)
+        if not isinstance(result, Setback):
+            world.barrier()
+            return result
+        record, checkpoint = _roll_back(directory, record, result, tried, config, store, world)
+
+
+def _fit(
+    directory: RunDirectory,
+    record: RunRecord,
+    config: TrainConfig,
+    store: Store,
+    world: World,
+    checkpoint: Checkpoint | None,
+) -> tuple[RunRecord, Outcome | Setback]:
+    """Train from a checkpoint to the end, to a signal, or to a number that is not finite."""
     with trainer_of(directory, record, config, store, world) as trainer:
         if checkpoint is not None:
             trainer.restore(checkpoint)
         if world.is_main:
             record = _go_on(directory, record, config, trainer)
-        outcome = trainer.fit()
+        try:
+            outcome = trainer.fit()
+        except NotFinite as error:
+            return record, error.setback
     if outcome != "interrupted" and world.is_main:
         directory.save_weights(trainer.best_weights())
         at = trainer.at
         where = {name: getattr(at, name) for name in ("epoch", "best_epoch", "best_step")}
         directory.write_record(replace(record, ending={"outcome": outcome, "step": at.global_step, **where}))
-    world.barrier()
-    return outcome
+    return record, outcome
+
+
+def _roll_back(
+    directory: RunDirectory,
+    record: RunRecord,
+    setback: Setback,
+    tried: list[dict[str, Any]],
+    config: TrainConfig,
+    store: Store,
+    world: World,
+) -> tuple[RunRecord, Checkpoint | None]:
+    """The one place that decides what follows from numbers that are not finite: where training goes on, or its end.
+
+    `tried` are the roll-backs since the last checkpoint. One from which the very next loss is not finite, with other
+    noise too, leads nowhere: it is set aside, and the one before takes its place.
+    """
+    gc.collect()  # DDP's cycles hold the weights of the trainer that has failed.
+    checkpoint, moved, most = newest_checkpoint(directory.checkpoints), None, config.training.max_rollbacks
+    if tried and _step_of(checkpoint) > tried[-1]["step"]:
+        tried.clear()
+    is_over, steps_tried = len(tried) >= most, [told["to"] for told in tried]
+    if checkpoint and _step_of(checkpoint) == setback.step and (is_over or setback.step in steps_tried):
+        world.barrier()
+        moved = set_aside(directory.checkpoints, step=setback.step) if world.is_main else directory.checkpoints
+        world.barrier()
+        checkpoint = newest_checkpoint(directory.checkpoints)
+    what, step = _describe_setback(setback, store), _step_of(checkpoint)
+    if is_over or (moved and checkpoint is None):
+        helped = f", and {len(tried)} times other noise did not help" if tried else ""
+        helped += f"; the checkpoint of that step, from which this follows, is now {moved}" if moved else ""
+        raise NotFinite(setback, what=what, tried=helped)
+    terms = {term: list(map(str, ids_of(store, np.array(rows[:10])))) for term, rows in setback.rows.items()}
+    tried.append({"step": setback.step, "to": step, "terms": terms or {name: [] for name in setback.names}})
+    record = replace(record, rollbacks=(*record.rollbacks, tried[-1]), ending=None)
+    if world.is_main:
+        told = (
+            f"training: {what} is not finite after step {setback.step:,}; nothing of it was kept: back to step {step:,}"
+        )
+        logger.warning("%s, and on with other noise (%d of at most %d times in a row)", told, len(tried), most)
+        directory.write_record(record)
+    return record, checkpoint
+
+
+def _step_of(checkpoint: Checkpoint | None) -> int:
+    return checkpoint.state["at"]["global_step"] if checkpoint is not None else 0
+
+
+def _describe_setback(setback: Setback, store: Store) -> str:
+    found = []
+    for term, rows in setback.rows.items():
+        ids = ", ".join(map(str, ids_of(store, np.array(rows[:3])))) + (", ..." if len(rows) > 3 else "")
+        found.append(f"{term} of {len(rows):,} cell{'s' if len(rows) > 1 else ''} ({ids})")
+    return ", ".join(found or setback.names)
 
 
 @contextmanager
@@ -85,6 +166,7 @@ def trainer_of(
             directory=directory.checkpoints,
             history=_history(directory, config, world),
             couples_cells=record.model.likelihood == "original",
+            other_noise_from=[told["to"] for told in record.rollbacks],
         )
 
 

@@ -56,6 +56,8 @@ class RunRecord:
     """Name by which its embeddings know the run; None where an older version made it."""
     changes: tuple[dict[str, Any], ...] = ()
     """Options that were changed when training went on: `step`, `option`, `before`, `now`."""
+    rollbacks: tuple[dict[str, Any], ...] = ()
+    """Returns to a checkpoint from a number that was not finite: after `step`, `to` step, `terms` with ids of cells."""
     ending: dict[str, Any] | None = None
     """How training ended: `outcome`, `epoch`, `step`, `best_epoch`, `best_step`; None while it has not."""
 
@@ -68,7 +70,7 @@ class RunRecord:
         fields = dict(entry)
         fields["model"] = ModelConfig.from_json(fields["model"])
         fields["data"] = ModelData.from_json(fields["data"])
-        for name in ("stores", "parts", "changes"):
+        for name in ("stores", "parts", "changes", "rollbacks"):
             fields[name] = tuple(fields.get(name, ()))
         return cls(**fields)
 
@@ -187,7 +189,7 @@ class RunDirectory:
 
         The same training into the same folder has the same id; a folder that is moved keeps its own.
         """
-        path, named = self.path.resolve(), dataclasses.replace(record, id=None, changes=(), ending=None)
+        path, named = self.path.resolve(), dataclasses.replace(record, id=None, changes=(), rollbacks=(), ending=None)
         digest = hashlib.sha256(json.dumps([str(path), options, named.to_json()]).encode()).hexdigest()
         return dataclasses.replace(record, id=f"{path.name}-{digest[:12]}")
 

@@ -259,6 +259,14 @@ class Liam(nn.Module):
         return {name: int(mask.sum()) for name, mask in masks.items()}
 
     @torch.no_grad()
+    def terms_by_cell(
+        self, minibatch: Minibatch, *, step: int, seed: int, num_global_with: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
+        """(B,) terms of the objective, by name, with the noise of a step."""
+        inference = self.infer(minibatch, Noise(seed=seed, step=step, place=minibatch.place))
+        return self.cell_terms(minibatch, inference, num_global_with=num_global_with).by_name()
+
+    @torch.no_grad()
     def latent(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
         """Posterior of the latent space before its softmax, without dropout or noise: mean and variance, (B, L)."""
         hidden = [

@@ -75,21 +75,24 @@ class CellTerms:
                 total += self.kl_library[name].detach() * mask
         return total
 
+    def by_name(self) -> dict[str, Tensor]:
+        """(B,) terms, those of a modality masked, under the names that their sums have in an `Objective`."""
+        terms = {"kl_divergence_z": self.kl_z}
+        for name, mask in self.masks.items():
+            terms[f"reconstruction_loss_{name}"] = self.reconstruction[name] * mask
+            if name in self.kl_library:
+                terms[f"kl_divergence_l_{name}"] = self.kl_library[name] * mask
+        return terms if self.adversarial is None else terms | {"adversarial_loss": self.adversarial}
+
     def objective(self, *, kl_weight: float, alpha: float, cell_weight: float) -> Objective:
         """Weigh and sum over cells."""
+        sums = {name: values.sum() for name, values in self.by_name().items()}
         weighted = (kl_weight * self.kl_z).sum()
-        terms = {"kl_divergence_z": self.kl_z.detach().sum()}
-        for name, mask in self.masks.items():
-            terms[f"reconstruction_loss_{name}"] = (self.reconstruction[name] * mask).sum()
-            if name in self.kl_library:
-                masked = (self.kl_library[name] * mask).sum()
-                weighted = weighted + masked
-                terms[f"kl_divergence_l_{name}"] = masked.detach()
+        for name in self.kl_library:
+            weighted = weighted + sums[f"kl_divergence_l_{name}"]
         if self.adversarial is not None:
-            cross_entropy = self.adversarial.sum()
-            weighted = weighted + alpha * cross_entropy
-            terms["adversarial_loss"] = cross_entropy.detach()
-        terms["elbo"] = self.elbo.sum()
+            weighted = weighted + alpha * sums["adversarial_loss"]
+        terms = {name: total.detach() for name, total in sums.items()} | {"elbo": self.elbo.sum()}
         loss = cell_weight * weighted
         for part in self.reconstruction_losses:
             loss = loss + part

@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +80,10 @@ def set_aside(directory: Path, *, step: int) -> Path | None:
     path = directory / f"step-{step:09d}"
     if not path.is_dir():
         return None
-    return path.rename(_free_name(directory / f"unsound-{path.name}"))
-
-
-def _free_name(path: Path) -> Path:
-    names = (path.with_name(f"{path.name}.{number}") for number in count(2))
-    return next(name for name in chain([path], names) if not name.exists())
+    aside = directory / f"unsound-{path.name}"
+    if aside.exists():
+        remove(aside)
+    return path.rename(aside)
 
 
 def save_weights(target: Path, weights: Mapping[str, Tensor]) -> None:

@@ -35,8 +35,4 @@ class Meter:
 
     def _names(self) -> list[str]:
         """All terms, in an order that all ranks share: a rank that has just resumed has none of its own."""
-        if self._world.size == 1:
-            return sorted(self.sums)
-        gathered: list[list[str]] = [[] for _ in range(self._world.size)]
-        torch.distributed.all_gather_object(gathered, list(self.sums))
-        return sorted({name for names in gathered for name in names})
+        return sorted({name for names in self._world.gather(list(self.sums)) for name in names})

@@ -34,6 +34,9 @@ class TrainingConfig:
     """Steps between checkpoints, instead of a time."""
     keep_checkpoints: Annotated[int, Range(least=1)] = 2
     """Newest checkpoints kept."""
+    max_rollbacks: Annotated[int, Range(least=0)] = 2
+    """Times in a row that training returns to its last checkpoint, and goes on with other noise, from a number that is
+    not finite."""
     tensorboard: bool = False
     """Also write the history as TensorBoard events."""
 

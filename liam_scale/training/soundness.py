@@ -3,25 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from liam_scale.training.distributed import World
+from liam_scale.training.distributed import AgreedError, World
+
+
+@dataclass(frozen=True)
+class Setback:
+    """What was not finite, and after which step; the same on all ranks.
+
+    Attributes
+    ----------
+    step
+        Updates of the run that were made before.
+    names
+        Of losses, gradients or weights.
+    rows
+        Of the cells for which a term of the loss is not finite, by term.
+    """
+
+    step: int
+    names: tuple[str, ...]
+    rows: dict[str, list[int]] = field(default_factory=dict)
+
+
+class NotFinite(AgreedError):
+    """A loss, a gradient or a weight is not finite; nothing of it was kept."""
+
+    def __init__(self, setback: Setback, *, what: str | None = None, tried: str = "") -> None:
+        what = what or ", ".join(setback.rows or setback.names)
+        super().__init__(
+            f"training: {what} is not finite after step {setback.step:,}; nothing of it was kept{tried}: give a lower "
+            "--optim.lr (or --model.precision float32) with the same command, and it goes on from the last checkpoint "
+            "or from the start; if that ends here again, train into another --out"
+        )
+        self.setback = setback
 
 
 class Soundness:
-    """Watches the losses of a training and withholds its updates from the first that is not finite on.
+    """Watches losses and gradients of a training and withholds its updates from the first that is not finite on.
 
     Ranks need no message of their own for it: a loss that is not finite makes all gradients of its rank NaN, and the
     average over ranks, which every rank gets, makes them NaN everywhere. The fused optimizer reads the verdict on the
     device and leaves weights and moments alone, so that a GPU is waited for only where the trainer asks.
+
+    The verdict is the norm of all gradients: where that overflows, so do Adam's squares. Reading 102 MB of them takes
+    5 ms, where Adam takes 16.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
         self._broken = torch.zeros((), device=world.device)
         self._updates = torch.zeros((), device=world.device, dtype=torch.int64)
-        self._witness = min((p for p in model.parameters() if p.requires_grad), key=lambda p: p.numel())
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
         # torch's own switch of an optimizer that skips updates of half precision.
         optimizer.found_inf = self._broken  # type: ignore[attr-defined]
 
@@ -31,13 +67,13 @@ class Soundness:
 
     def judge(self) -> None:
         """After the backward pass, before the update."""
-        assert self._witness.grad is not None
-        self._broken.copy_(torch.maximum(self._broken, 1.0 - self._witness.grad.isfinite().all().float()))
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        self._broken.copy_(torch.maximum(self._broken, 1.0 - norm.isfinite().float()))
         self._updates += 1 - self._broken.long()
 
     @property
     def is_broken(self) -> bool:
-        """Whether a loss was not finite; the same on all ranks. Waits for the device."""
+        """Whether a loss or a gradient was not finite; the same on all ranks. Waits for the device."""
         return bool(self._broken)
 
     @property
@@ -47,8 +83,10 @@ class Soundness:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold a number that is not finite. Waits for the device, once."""
+    """Names of the tensors that hold a number that is not finite. Waits for the device, once where there is none."""
     if not tensors:
         return []
-    flags = torch.stack([value.isfinite().all() for value in tensors.values()])
-    return [name for name, flag in zip(tensors, flags.tolist(), strict=True) if not flag]
+    # Asking each number takes twenty times as long as their sum, which finite numbers seldom overflow.
+    flags = torch.stack([value.sum().isfinite() for value in tensors.values()]).tolist()
+    suspects = [value for value, flag in zip(tensors.items(), flags, strict=True) if not flag]
+    return [name for name, value in suspects if not value.isfinite().all()]

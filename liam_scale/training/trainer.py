@@ -5,25 +5,26 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from liam_scale.training.checkpoint import Checkpoint, save_checkpoint, set_aside
-from liam_scale.training.distributed import AgreedError, World
+from liam_scale.training.checkpoint import Checkpoint, save_checkpoint
+from liam_scale.training.distributed import World
 from liam_scale.training.history import History, Row, summarise
 from liam_scale.training.meter import Meter
 from liam_scale.training.optim import KLSchedule, load_optimizer_tensors, optimizer_tensors
 from liam_scale.training.options import TrainingConfig
 from liam_scale.training.progress import Progress
+from liam_scale.training.protocols import ByCell, MinibatchSource
 from liam_scale.training.shared_reduction import reduce_through_shared_memory
 from liam_scale.training.signals import INTERRUPT, StopRequest
-from liam_scale.training.soundness import Soundness, not_finite
+from liam_scale.training.soundness import NotFinite, Setback, Soundness, not_finite
 from loaders.minibatch import Minibatch
 
 STEPS_BETWEEN_AGREEMENTS = 10
@@ -33,31 +34,6 @@ VALIDATION_STEP = -1
 """Key of the validation noise: the same draw at every evaluation, so that early stopping compares weights."""
 
 Outcome = Literal["finished", "stopped early", "interrupted"]
-
-
-class MinibatchSource(Protocol):
-    """What the trainer needs of a loader. Iterating yields the rest of the current epoch, then moves to the next."""
-
-    @property
-    def steps_per_epoch(self) -> int: ...
-
-    @property
-    def num_cells(self) -> int: ...
-
-    @property
-    def waited_seconds(self) -> float: ...
-
-    def __iter__(self) -> Iterator[Minibatch]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Counting(Protocol):
-    """A model that says how many cells enter the terms of each modality."""
-
-    def num_cells_with(self, minibatch: Minibatch) -> dict[str, int]: ...
 
 
 @dataclass
@@ -83,6 +59,8 @@ class Trainer:
     couples_cells
         Whether the loss of a cell depends on the rest of the global minibatch (`likelihood="original"`): then ranks
         exchange at every step how many of their cells have each modality.
+    other_noise_from
+        Steps from each of which on the noise is another one: where training was rolled back to.
     """
 
     def __init__(
@@ -100,13 +78,14 @@ class Trainer:
         directory: Path,
         history: History,
         couples_cells: bool = False,
+        other_noise_from: Sequence[int] = (),
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.train_source, self.validation_source = train, validation
         self.world, self.config, self.kl = world, config, kl
         self.max_epochs, self.seed, self.directory = max_epochs, seed, directory
         self.history = history
-        self.couples_cells = couples_cells
+        self.couples_cells, self.other_noise_from = couples_cells, other_noise_from
         self.at = Progression()
         self._meter = Meter(world)
         self._best: dict[str, Tensor] | None = None
@@ -187,8 +166,8 @@ class Trainer:
         ------
         KeyboardInterrupt
             After Ctrl-C, when the checkpoint is written.
-        RuntimeError
-            A loss or a weight is not finite; no update was made with it.
+        NotFinite
+            A loss, a gradient or a weight is not finite; no update was made with it.
         """
         is_shown = self.world.is_main
         self.progress = Progress(total_steps=self.max_steps, start_step=self.at.global_step, is_shown=is_shown)
@@ -196,6 +175,10 @@ class Trainer:
         try:
             with self._stop.listening():
                 return self._fit()
+        except NotFinite as error:
+            if not self._soundness.is_broken:
+                raise
+            raise NotFinite(self._blame(error.setback)) from None
         finally:
             self.progress.close()
             self.history.close()
@@ -226,15 +209,16 @@ class Trainer:
         objective = self._module(
             minibatch,
             step=self.at.global_step,
-            seed=self.seed,
+            seed=self._noise_seed(self.at.global_step),
             kl_weight=self.kl(self.at.epoch, self.at.global_step),
             cell_weight=cell_weight,
-            num_global_with=self._cells_with(minibatch) if self.couples_cells else None,
+            num_global_with=self._cells_with(minibatch),
         )
         self._soundness.spread(objective.loss).backward()
         self._soundness.judge()
         if self.world.device.type == "cpu" and self._soundness.is_broken:
-            self._give_up(*not_finite({"loss": objective.loss, **objective.terms}))
+            gradients = {f"gradient of {n}": p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+            self._give_up(*(not_finite({"loss": objective.loss, **objective.terms}) or not_finite(gradients)[:1]))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loss = objective.loss.detach() / cell_weight
@@ -242,9 +226,15 @@ class Trainer:
         self.at.global_step += 1
         self.progress.advance(minibatch.num_global)
 
-    def _cells_with(self, minibatch: Minibatch) -> dict[str, int]:
-        """Cells of the global minibatch that enter the terms of each modality."""
-        own = cast(Counting, self.model).num_cells_with(minibatch)
+    def _noise_seed(self, step: int) -> int:
+        """The run's own seed until the first roll-back, another one after each."""
+        return self.seed + (sum(first <= step for first in self.other_noise_from) << 48)
+
+    def _cells_with(self, minibatch: Minibatch) -> dict[str, int] | None:
+        """Cells of the global minibatch that enter the terms of each modality, where the loss needs to know."""
+        if not self.couples_cells:
+            return None
+        own = cast(ByCell, self.model).num_cells_with(minibatch)
         counts = torch.tensor(list(own.values()), device=self.world.device)
         return dict(zip(own, self.world.sum(counts).tolist(), strict=True))
 
@@ -290,17 +280,28 @@ class Trainer:
         if broken:
             self._give_up(broken[0])
 
-    def _give_up(self, *broken: str) -> NoReturn:
-        """The one place that decides what follows from numbers that are not finite. All ranks come here together."""
-        sound_step = self._start_step + self._soundness.updates
-        # From weights whose very next loss is not finite no learning rate leads on.
-        unsound = self._soundness.is_broken and self._saved_step == sound_step and self.world.is_main
-        moved = set_aside(self.directory, step=sound_step) if unsound else None
-        raise AgreedError(
-            f"training: {', '.join(broken) or 'a loss'} is not finite after step {sound_step:,}; nothing of it was kept"
-            + (f", and the checkpoint of that step, from which this follows, is now {moved}" if moved else "")
-            + ": give a lower --optim.lr (or --model.precision float32) with the same command, and it goes on from the "
-            "last checkpoint or from the start; if that ends here again, train into another --out"
+    def _give_up(self, *names: str) -> NoReturn:
+        """Numbers are not finite, and weights stay as they are. All ranks come here together."""
+        raise NotFinite(Setback(self._start_step + self._soundness.updates, names or ("a loss",)))
+
+    def _blame(self, setback: Setback) -> Setback:
+        """Find the cells: weights are still those of the step, whose minibatch is read and scored once more."""
+        self.optimizer.zero_grad(set_to_none=True)
+        epoch, step = divmod(setback.step, self.train_source.steps_per_epoch)
+        self.train_source.load_state_dict({**self.train_source.state_dict(), "epoch": epoch, "step": step})
+        minibatch = next(iter(self.train_source)).to(self.world.device)
+        terms = cast(ByCell, self.model).terms_by_cell(
+            minibatch,
+            step=setback.step,
+            seed=self._noise_seed(setback.step),
+            num_global_with=self._cells_with(minibatch),
+        )
+        own = {name: minibatch.rows[~values.isfinite()].tolist() for name, values in terms.items()}
+        everywhere = self.world.gather((setback.names, own))
+        losses = dict.fromkeys(n for names, _ in everywhere for n in names if not n.startswith("gradient"))
+        rows = {name: sorted(row for _, found in everywhere for row in found[name]) for name in own}
+        return Setback(
+            setback.step, tuple(losses) or setback.names, {name: found for name, found in rows.items() if found}
         )
 
     def _show_losses(self) -> None:
@@ -353,7 +354,7 @@ class Trainer:
                     seed=self.seed,
                     kl_weight=kl_weight,
                     cell_weight=1.0,
-                    num_global_with=self._cells_with(on_device) if self.couples_cells else None,
+                    num_global_with=self._cells_with(on_device),
                 )
                 meter.add({"validation_loss": objective.loss, **objective.terms})
         self.model.train()
