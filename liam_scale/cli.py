@@ -21,6 +21,7 @@ COMMANDS = {
     "decode": "trained model -> normalised expression, accessibility, protein",
     "map": "cells of new samples -> the embedding of a trained model",
     "evaluate": "embedding -> table of metrics and pictures",
+    "sweep": "several alphas, covariates and seeds -> curves, ranks, a recommendation",
     "demo": "all of it on a small data set that comes with the package",
 }
 """What each command turns into what; each is the `main` of the module of its name."""

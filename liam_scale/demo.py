@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+from liam_scale import launching
 from liam_scale.command import Command
 from loaders.option_checks import Range, check_options
 
@@ -29,7 +28,7 @@ k-means on principal components finds the samples (NMI with the types 0.5)."""
 MOSAIC_EPOCHS, MULTIOME_EPOCHS = 200, 40
 """Epochs after which a demo stops: the measures have settled, and two cores are done within three minutes."""
 
-_RESULTS = ("metrics.csv", "umap.png", "loss.png")
+_RESULTS = ("report.html", "metrics.csv", "umap.png", "loss.png")
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def demo(config: DemoConfig) -> None:
 def demo_steps(config: DemoConfig) -> list[Step]:
     """The commands of the demo in their order, as a user would type them."""
     store, trained = _store(config), config.out / "run"
-    ranks = [*_torchrun(), "--standalone", f"--nproc-per-node={config.ranks}", "-m"]
+    ranks = launching.ranks(config.ranks)
     source, steps = _source(config)
     sample_key = "sample" if config.multiome else "donor"
     epochs = config.max_epochs or (MULTIOME_EPOCHS if config.multiome else MOSAIC_EPOCHS)
@@ -95,14 +94,14 @@ def demo_steps(config: DemoConfig) -> list[Step]:
     columns, quick = ["--batch-key", "donor", "--label-key", "cell_type"], ["--scib", "quick"]
     commands = {
         "Ingest: source file -> one shuffled, checked store": [
-            *(*_liam_scale(), "ingest", source, "--sample-key", sample_key, "--out", store)
+            *(*launching.liam_scale(), "ingest", source, "--sample-key", sample_key, "--out", store)
         ],
         f"Train: {config.ranks} processes, samples are the donors": [
             *(*ranks, "liam_scale.train", store, "--batch-key", "donor", "--out", trained, *training)
         ],
         "Embed: one vector per cell into the store": [*ranks, "liam_scale.embed", trained],
         "Evaluate: before (PCA) and after": [
-            *(*_liam_scale(), "evaluate", store, *columns, "--out", config.out, "--run", trained, *quick)
+            *(*launching.liam_scale(), "evaluate", store, *columns, "--out", config.out, "--run", trained, *quick)
         ],
     }
     makes = [store, trained / "model.safetensors", None, None]
@@ -120,7 +119,7 @@ def _source(config: DemoConfig) -> tuple[Path, list[Step]]:
         f"from loaders.synthetic import simulate_mudata; simulate_mudata({SIMULATION}).write({json.dumps(str(file))})"
     )
     # mudata announces on every write how it will behave one day; here it makes no difference.
-    quiet = (*_python(), "-W", "ignore::FutureWarning")
+    quiet = (*launching.python(), "-W", "ignore::FutureWarning")
     return file, [Step("Simulate: RNA + ATAC with known cell types", (*quiet, "-c", code), file)]
 
 
@@ -150,7 +149,7 @@ def _run_step(step: Step, number: str) -> None:
         print(f"  left out: {step.makes} is there from an earlier demo", flush=True)
         return
     began = time.monotonic()
-    with subprocess.Popen(step.command, env=_environment()) as process:
+    with subprocess.Popen(step.command, env=launching.environment()) as process:
         try:
             code = process.wait()
         except KeyboardInterrupt:
@@ -163,31 +162,6 @@ def _run_step(step: Step, number: str) -> None:
             " Started again, the demo goes on at this step"
         )
     print(f"  {time.monotonic() - began:.0f} s", flush=True)
-
-
-def _environment() -> dict[str, str]:
-    """torchrun asks for a number of threads per process and takes 1, with a warning, where none is set."""
-    return {"OMP_NUM_THREADS": "1", **os.environ}
-
-
-def _python() -> list[str]:
-    """`python` where that is the interpreter that runs this, else its full path: what is printed is what runs."""
-    found = shutil.which("python")
-    return ["python" if found and Path(found).samefile(sys.executable) else sys.executable]
-
-
-def _liam_scale() -> list[str]:
-    return ["liam-scale"] if _is_ours("liam-scale") else [*_python(), "-m", "liam_scale.cli"]
-
-
-def _torchrun() -> list[str]:
-    return ["torchrun"] if _is_ours("torchrun") else [*_python(), "-m", "torch.distributed.run"]
-
-
-def _is_ours(script: str) -> bool:
-    """Whether the script on PATH is that of this interpreter's environment."""
-    found = shutil.which(script)
-    return found is not None and Path(found).parent.resolve() == Path(sys.executable).parent.resolve()
 
 
 main = Command(

@@ -18,7 +18,7 @@ import tyro
 
 import liam_scale.evaluation.published  # noqa: F401  (enters its measures into the table)
 from liam_scale.command import Command
-from liam_scale.evaluation import plots
+from liam_scale.evaluation import plots, report
 from liam_scale.evaluation.baseline import NUM_COMPONENTS, TARGET_SUM, normalised, principal_components
 from liam_scale.evaluation.cells import (
     draw_cells,
@@ -32,6 +32,7 @@ from liam_scale.evaluation.measures import MEASURES, require_extra, score
 from liam_scale.evaluation.scored import NUM_NEIGHBORS, Scored
 from liam_scale.provenance import attributes_in_file, check_maker
 from liam_scale.run import RunDirectory
+from liam_scale.tables import to_toml
 from loaders.ecosystem import plain_mudata
 from loaders.option_checks import Range, check_options
 from loaders.stores import ObsColumn, Store, open_store
@@ -57,7 +58,7 @@ class EvaluateConfig:
     label_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
     """Obs columns with labels, such as cell types: first the one within which mixing is scored, then others."""
     out: Path | None = None
-    """Folder for metrics.csv, umap.png and loss.png. Default: print the table, write nothing."""
+    """Folder for report.html, metrics.csv, umap.png and loss.png. Default: print the table, write nothing."""
     run: Path | None = None
     """Folder of the run whose history.csv becomes loss.png."""
     max_cells: Annotated[int, Range(least=3)] = 20_000
@@ -308,7 +309,28 @@ def _write(found: Evaluation, config: EvaluateConfig, out: Path) -> Evaluation:
         written.append(_draw_umaps(found, config, out / "umap.png"))
         if config.run is not None:
             written += _draw_losses(config.run, out)
-    return replace(found, written=tuple(written))
+    return replace(found, written=(*written, _report(found, config, written, out / "report.html")))
+
+
+def _report(found: Evaluation, config: EvaluateConfig, written: list[Path], path: Path) -> Path:
+    """A page with the table, its best values marked, the pictures, and the options of the run and the evaluation."""
+    names = list(found.embeddings)
+    titles = [f"{MEASURES[str(key)].title}: {of}" for key, of in zip(found.table.index, found.table["of"], strict=True)]
+    better = [MEASURES[str(key)].better for key in found.table.index]
+    shown = found.table[names].set_axis(titles).rename(columns={config.embedding: _shown(config.embedding)})
+    best = report.best_in_rows(shown, better)
+    sections = {
+        "": [report.text(f"{len(found.rows):,} of {found.num_cells:,} cells of {config.store}")],
+        "Measures": [report.table(shown.assign(better=better).rename_axis("measure"), best=best)],
+        "Pictures": [report.picture(file, file.stem) for file in written if file.suffix == ".png"],
+        "By the modalities of a cell": [report.table(found.by_modalities)] if len(found.by_modalities) > 1 else [],
+        "Options of the evaluation": [report.code(to_toml(config))],
+        "Options of the run": [report.code((config.run / "config.toml").read_text(encoding="utf-8"))]
+        if config.run is not None and (config.run / "config.toml").exists()
+        else [],
+    }
+    title = f"{config.run.name if config.run is not None else Path(config.store).stem}: {_shown(config.embedding)}"
+    return report.write_report(path, title=title, sections=sections)
 
 
 def _draw_umaps(found: Evaluation, config: EvaluateConfig, path: Path) -> Path:

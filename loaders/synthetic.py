@@ -77,6 +77,11 @@ class Simulation:
     every sample has all."""
     sample_effect: float = 0.35
     """Standard deviation of the samples' log effects on features; 0.0 for none."""
+    num_conditions: int = 1
+    """With several, sample s is replicate s // num_conditions under condition s % num_conditions: the effect of a
+    replicate is shared by its conditions, and obs has `replicate` and `condition`."""
+    condition_effect: float = 0.35
+    """Standard deviation of the conditions' log effects on features, shared by their replicates."""
     seed: int = 0
     """Decides everything; cell c is the same in a store of any size."""
 
@@ -90,6 +95,11 @@ class Simulation:
                 )
         for name in {name for names in self.mosaic or () for name in names} - set(self.num_features):
             raise ValueError(f"mosaic: got {name!r}, simulated are {', '.join(self.num_features)}; name one of them")
+        if self.num_conditions < 1 or self.num_samples % self.num_conditions:
+            raise ValueError(
+                f"num_conditions: got {self.num_conditions} for {self.num_samples} samples; every replicate is seen"
+                " under every condition: give a number that divides num_samples"
+            )
         if self.num_samples < 1 or self.num_types < 2:
             raise ValueError(
                 f"num_samples, num_types: got {self.num_samples}, {self.num_types}; give at least 1 sample and 2 types"
@@ -165,7 +175,8 @@ def simulate(
 
     Notes
     -----
-    obs: `sample`, `donor` (the same), `cell_type`, `mixed_with`, `own_weight`. Counts of rna and atac saturate at 255.
+    obs: `sample`, `donor` (the same), `cell_type`, `mixed_with`, `own_weight`; with several conditions `replicate` and
+    `condition`. Counts of rna and atac saturate at 255.
     20,000 cells of the default shape take 40 s of one core.
     """
     simulation = Simulation(**options)
@@ -236,9 +247,9 @@ def _archetypes(simulation: Simulation, name: str) -> _Archetypes:
     popularity, is_marker = rng.normal(0.0, between_features, features), rng.random(shape) < 0.2
     rates = np.exp(popularity + is_marker * rng.normal(0.0, between_types, shape))
     rates /= rates.sum(axis=1, keepdims=True)
-    effect = np.exp(rng.normal(0.0, simulation.sample_effect, (simulation.num_samples, features)))
+    effect, spread = _sample_effects(simulation, features, rng)
     # Thinning can only lower a rate, so effects are relative to the upper 2%; what lies above is cut.
-    effect = np.clip(effect / np.exp(2.05 * simulation.sample_effect), 1 / 256, 1.0)
+    effect = np.clip(effect / np.exp(2.05 * spread), 1 / 256, 1.0)
     keep = np.round(effect * 2**_EFFECT_BITS).astype(np.uint16)
     edges = np.round(np.cumsum(rates, axis=1) * 2**_SLOT_BITS).astype(np.int64)
     edges[:, -1] = 2**_SLOT_BITS
@@ -250,6 +261,19 @@ def _archetypes(simulation: Simulation, name: str) -> _Archetypes:
     if len(mean_rates) > 16:
         mean_rates = mean_rates[rng.choice(len(mean_rates), 16, replace=False)]
     return _Archetypes(feature, keep, _points_for(mean_rates, simulation.nonzeros_per_cell(name)))
+
+
+def _sample_effects(
+    simulation: Simulation, features: int, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.float64], float]:
+    """(S, F) factors of the samples' rates, and the standard deviation of their logarithm."""
+    replicates, conditions = simulation.num_samples // simulation.num_conditions, simulation.num_conditions
+    own = rng.normal(0.0, simulation.sample_effect, (replicates, features))
+    if conditions == 1:
+        return np.exp(own), simulation.sample_effect
+    of_condition = rng.normal(0.0, simulation.condition_effect, (conditions, features))
+    both = (own[:, None] + of_condition).reshape(-1, features)
+    return np.exp(both), float(np.hypot(simulation.sample_effect, simulation.condition_effect))
 
 
 def _points_for(rates: npt.NDArray[np.float64], nonzeros: float) -> float:
@@ -304,6 +328,12 @@ def _obs(simulation: Simulation, truth: Sequence[_Cells]) -> Iterator[tuple[str,
     names = pd.Index([f"type{number:02d}" for number in range(simulation.num_types)])
     yield "sample", donors
     yield "donor", donors
+    if simulation.num_conditions > 1:
+        for name, codes in zip(("replicate", "condition"), np.divmod(samples, simulation.num_conditions), strict=True):
+            yield (
+                name,
+                pd.Categorical.from_codes(codes, pd.Index([f"{name}{number}" for number in range(codes.max() + 1)])),
+            )
     yield "cell_type", pd.Categorical.from_codes(np.concatenate([cells.types for cells in truth]), names)
     yield "mixed_with", pd.Categorical.from_codes(np.concatenate([cells.others for cells in truth]), names)
     yield "own_weight", np.concatenate([cells.weights for cells in truth]).astype(np.float32)

@@ -94,7 +94,18 @@ def test_the_commands_in_the_docs_parse(page: Path) -> None:
 
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)*(?![\w.]*1)")
-FOREIGN_OPTIONS = {"--help", "--version", "--print-completion", "--tyro-print-completion"} | {
+FOREIGN_OPTIONS = {
+    "--help",
+    "--version",
+    "--print-completion",
+    "--tyro-print-completion",
+    "--job-name",
+    "--array",
+    "--signal",
+    "--requeue",
+    "--ntasks",
+    "--output",
+} | {
     "--standalone",
     "--nproc-per-node",
 }

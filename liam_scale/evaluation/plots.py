@@ -142,6 +142,41 @@ def draw_losses(path: Path, history: pd.DataFrame, *, title: str) -> None:
     _save(figure, path)
 
 
+def draw_curves(path: Path, summary: pd.DataFrame, *, keep: str = "", chosen: float | None = None) -> None:
+    """One PNG: what `recommendation.summarised` gives against alpha, a line for each model and covariate removed.
+
+    Points are runs, lines their means; the chosen alpha is marked.
+    """
+    shown = {
+        "mixing": "mixing of the covariate removed (iLISI)",
+        "kept": f"mixing of {keep}, to be kept (iLISI)",
+        "biology": "labels kept (NMI, ARI, accuracy)",
+    }
+    names = [name for name in shown if summary[name].notna().any()]
+    plt = _pyplot()
+    figure, grid = plt.subplots(1, max(1, len(names)), figsize=(5.0 * max(1, len(names)), 3.8), layout="constrained")
+    alphas = sorted(summary["alpha"].unique())
+    places = {alpha: place for place, alpha in enumerate(alphas)}  # even steps, which hold alpha 0 as well
+    lines = list(summary.groupby(["model", "batch_key"]))
+    for axes, name in zip(np.atleast_1d(grid), names, strict=False):
+        for ((model, key), runs), colour in zip(lines, colours(len(lines)), strict=True):
+            mean = runs.groupby("alpha")[name].mean()
+            axes.plot([places[a] for a in mean.index], mean, color=colour, linewidth=1.8, label=f"{key} ({model})")
+            axes.scatter([places[a] for a in runs["alpha"]], runs[name], color=colour, s=14, alpha=0.6)
+        if chosen is not None:
+            axes.axvline(places[chosen], color="#888888", linestyle=(0, (4, 3)), linewidth=1.0, label="recommended")
+        axes.set_ylim(0, 1.08 * max(0.05, summary[name].max()))
+        axes.set_title(shown[name], fontsize=11, loc="left")
+        axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+        axes.set_xlabel("alpha")
+        axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    handles, labels = np.atleast_1d(grid)[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), frameon=False, fontsize=9.5)
+    _save(figure, path)
+
+
 def _pyplot() -> Any:
     import matplotlib
     import matplotlib.pyplot as plt

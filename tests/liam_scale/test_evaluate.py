@@ -454,7 +454,7 @@ class TestCommand:
         assert list(table.columns) == ["of", BASELINE, "X_liam", f"{BASELINE} ±", "X_liam ±"]
         assert list(table.loc["same_sample_ratio", "of"]) == ["donor", "cell_type"]
         assert f"{table.loc['label_purity', 'X_liam']:.3f}" in printed
-        assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "report.html"]
 
     @pytest.mark.slow
     def test_pictures(self, store, tmp_path):

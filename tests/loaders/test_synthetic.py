@@ -144,3 +144,22 @@ def test_simulated_store_has_uint8_counts_in_checked_chunks(tmp_path):
     data = zarr.open_array(tmp_path / "s.zarr" / "mod" / "rna" / "X" / "data", mode="r")
     assert data.dtype == np.uint8
     assert "crc32c" in str(data.metadata.to_dict()["codecs"])
+
+
+def test_a_replicate_is_seen_under_every_condition_and_shares_its_effect():
+    options = {"num_genes": 300, "num_peaks": 0, "genes_per_cell": 120, "num_samples": 6, "num_types": 2}
+    data = simulate_mudata(num_cells=1500, num_conditions=2, sample_effect=0.8, condition_effect=0.8, **options)
+    columns = data.obs[["sample", "replicate", "condition"]].drop_duplicates()
+    assert len(columns) == 6
+    assert columns.groupby(["replicate", "condition"], observed=True).size().tolist() == [1] * 6
+    counts = data.mod["rna"].to_df().groupby(data.obs["sample"].to_numpy()).sum() + 1
+    logs = np.log(counts.div(counts.sum(axis=1), axis=0)).to_numpy()
+    logs -= logs.mean(axis=0)
+    alike = np.corrcoef(logs)
+    shared = [alike[a, b] for a, b in ((0, 1), (0, 2))]  # the same replicate; the same condition
+    assert min(shared) > alike[0, 3] + 0.2, "samples 0 and 3 share neither"
+
+
+def test_conditions_that_do_not_divide_the_samples_are_refused():
+    with pytest.raises(ValueError, match="num_conditions: got 2 for 3 samples"):
+        simulate_mudata(num_cells=10, num_samples=3, num_conditions=2)

@@ -1,0 +1,35 @@
+"""How one command starts another: as a user of this environment would type it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+def python() -> list[str]:
+    """`python` where that is the interpreter that runs this, else its full path: what is printed is what runs."""
+    found = shutil.which("python")
+    return ["python" if found and Path(found).samefile(sys.executable) else sys.executable]
+
+
+def liam_scale() -> list[str]:
+    return ["liam-scale"] if _is_ours("liam-scale") else [*python(), "-m", "liam_scale.cli"]
+
+
+def ranks(number: int) -> list[str]:
+    """What starts a module (its name follows) on so many ranks of this machine."""
+    torchrun = ["torchrun"] if _is_ours("torchrun") else [*python(), "-m", "torch.distributed.run"]
+    return [*torchrun, "--standalone", f"--nproc-per-node={number}", "-m"]
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """torchrun asks for a number of threads per process and takes 1, with a warning, where none is set."""
+    return {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+
+def _is_ours(script: str) -> bool:
+    """Whether the script on PATH is that of this interpreter's environment."""
+    found = shutil.which(script)
+    return found is not None and Path(found).parent.resolve() == Path(sys.executable).parent.resolve()
