@@ -27,12 +27,12 @@ from liam_scale.provenance import attributes_of, check_maker
 from liam_scale.run import RunDirectory, check_features, open_stores
 from liam_scale.samples import sample_codes
 from liam_scale.training.distributed import Device, World, check_device, join_world, launched_ranks
-from loaders.bars import open_bar
 from loaders.durable import holding, replacing, sha256_of
 from loaders.formats.root import HDF5_SUFFIXES, open_root
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch
 from loaders.option_checks import Range, check_options
+from loaders.progress import Progress
 from loaders.schema import SCHEMA_KEY
 from loaders.sizing import parse_memory
 from loaders.stores import Store, embeddings
@@ -215,16 +215,15 @@ def _embed_part(config: EmbedConfig, part: RunDirectory, model: Liam, store: Sto
         return
     loader.seek(0, done * STEPS_PER_PIECE)
     minibatches = iter(loader)
-    bar = open_bar(total=steps, initial=done * STEPS_PER_PIECE, unit="step") if world.is_main else None
-    with torch.no_grad(), bar or nullcontext():
+    progress = Progress("embed", steps, unit="steps", done=done * STEPS_PER_PIECE, is_shown=world.is_main)
+    with torch.no_grad(), progress:
         for file in files[done:]:
             own = islice(minibatches, STEPS_PER_PIECE)
             parts = [_embed_minibatch(config, model, minibatch.to(world.device)) for minibatch in own]
             rows, values = (np.concatenate(column) for column in zip(*parts, strict=True))
             with replacing(file) as path:
                 np.savez(path, rows=rows, values=values)
-            if bar is not None:
-                bar.update(len(parts))
+            progress.advance(len(parts))
 
 
 def _embed_minibatch(config: EmbedConfig, model: Liam, minibatch: Minibatch) -> tuple[np.ndarray, np.ndarray]:

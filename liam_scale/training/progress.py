@@ -1,41 +1,31 @@
-"""What a person sees of a running training: a bar on a terminal or in a notebook, plain lines elsewhere."""
+"""What a person sees of a running training: its losses on the bar, or in lines on stdout."""
 
 from __future__ import annotations
 
 import time
 
 from liam_scale.training.history import Row
-from loaders.bars import open_bar
-
-SECONDS_BETWEEN_LINES = 15.0
+from loaders.progress import Progress
 
 _BAR = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
 
-class Progress:
+class LossProgress(Progress):
     """Reports on the main rank; silent on the others (`is_shown=False`)."""
 
     def __init__(self, *, total_steps: int, start_step: int, is_shown: bool) -> None:
-        self._is_shown = is_shown
-        self._total = total_steps
-        self._last_line = time.monotonic()
+        super().__init__("", total_steps, unit="steps", done=start_step, is_shown=is_shown, bar_format=_BAR)
         self._last_update = time.monotonic()
         self._cells = 0
         self._waited = 0.0
         self._unsaid: str | None = None
         self._validation: dict[str, float] = {}
-        self._bar = open_bar(total=total_steps, initial=start_step, unit="step", bar_format=_BAR) if is_shown else None
 
     def advance(self, num_cells: int) -> None:
+        """Count a step."""
         self._cells += num_cells
         if self._bar is not None:
             self._bar.update(1)
-
-    @property
-    def wants_losses(self) -> bool:
-        """Whether it is time to show losses; reading them from a GPU waits for it, so not at every step."""
-        interval = 1.0 if self._bar is not None else SECONDS_BETWEEN_LINES
-        return self._is_shown and time.monotonic() - self._last_line >= interval
 
     def rates(self, waited_seconds: float) -> tuple[float, float]:
         """(cells a second, share of time spent waiting for data) since the last call."""
@@ -48,7 +38,7 @@ class Progress:
     def show_losses(self, epoch: int, step: int, losses: dict[str, float], rates: tuple[float, float]) -> None:
         """Between two evaluations."""
         self._show(epoch, step, losses | self._validation, rates)
-        self._say()
+        self.say()
 
     def show_evaluation(self, row: Row, *, is_best: bool) -> None:
         """After an evaluation: a line now and then, not one for each of 400 short epochs, but always the last."""
@@ -57,15 +47,13 @@ class Progress:
         self._validation = {name: value for name, value in losses.items() if name == "validation_loss"}
         mark = "best so far" if is_best else ""
         self._show(int(row["epoch"]), int(row["step"]), losses, (row["cells_per_second"], row["waiting_share"]), mark)
-        if time.monotonic() - self._last_line >= 2.0:
-            self._say()
+        if time.monotonic() - self._last_said >= 2.0:
+            self.say()
 
     def _show(
         self, epoch: int, step: int, losses: dict[str, float], rates: tuple[float, float], mark: str = ""
     ) -> None:
-        """On the bar at once; a line waits for `_say`. First the parts that a narrow terminal has room for."""
-        if not self._is_shown:
-            return
+        """On the bar at once; a line waits for `say`. First the parts that a narrow terminal has room for."""
         (first, *others) = [f"{name} {value:.4g}" for name, value in losses.items()]
         parts = [first, f"{rates[0]:,.0f} cells/s", *others, f"waiting {rates[1]:.1%}", *([mark] if mark else [])]
         if self._bar is None:
@@ -80,21 +68,15 @@ class Progress:
             text += f"  {part}"
         self._bar.set_postfix_str(text)
 
-    def _say(self) -> None:
-        self._last_line = time.monotonic()
-        if self._unsaid is not None:
-            print(self._unsaid, flush=True)
-            self._unsaid = None
+    def line(self) -> str | None:
+        unsaid, self._unsaid = self._unsaid, None
+        return unsaid
 
     def message(self, text: str) -> None:
-        if not self._is_shown:
-            return
         if self._bar is not None:
             self._bar.clear()
-        print(text, flush=True)
+        if self._is_shown:
+            self._write(text)
 
-    def close(self) -> None:
-        """End the bar, or tell the losses that no line has told yet."""
-        if self._bar is not None:
-            self._bar.close()
-        self._say()
+    def _write(self, text: str) -> None:
+        print(text, flush=True)

@@ -20,7 +20,7 @@ from liam_scale.training.history import History, Row, summarise
 from liam_scale.training.meter import Meter
 from liam_scale.training.optim import KLSchedule, load_optimizer_tensors, optimizer_tensors
 from liam_scale.training.options import TrainingConfig
-from liam_scale.training.progress import Progress
+from liam_scale.training.progress import LossProgress
 from liam_scale.training.protocols import ByCell, MinibatchSource
 from liam_scale.training.shared_reduction import reduce_through_shared_memory
 from liam_scale.training.signals import INTERRUPT, StopRequest
@@ -92,7 +92,7 @@ class Trainer:
         self._stop = StopRequest()
         self._soundness = Soundness(model, optimizer, world)
         self._start_step, self._saved_step = 0, -1
-        self.progress = Progress(total_steps=0, start_step=0, is_shown=False)
+        self.progress = LossProgress(total_steps=0, start_step=0, is_shown=False)
         self._last_checkpoint = time.monotonic()
         self._module: nn.Module = model
         if world.size > 1:
@@ -170,7 +170,7 @@ class Trainer:
             A loss, a gradient or a weight is not finite; no update was made with it.
         """
         is_shown = self.world.is_main
-        self.progress = Progress(total_steps=self.max_steps, start_step=self.at.global_step, is_shown=is_shown)
+        self.progress = LossProgress(total_steps=self.max_steps, start_step=self.at.global_step, is_shown=is_shown)
         self.model.train()
         try:
             with self._stop.listening():
@@ -267,7 +267,7 @@ class Trainer:
             raise KeyboardInterrupt(f" at {where}")
         if wish:
             self.progress.message(f"stopped at {where}")
-        elif self._meter.cells and self.progress.wants_losses:
+        elif self._meter.cells and self.progress.is_due:
             self._show_losses()
         return bool(wish)
 

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from tqdm import tqdm
 
 from loaders.addresses import addresses
 from loaders.csr import narrowest_dtype
 from loaders.formats.features import Join, Joined, join_features
-from loaders.formats.source import Part, Source
+from loaders.formats.source import Part, Say, Source
 from loaders.ingest.cells import Cells, gather_cells, modality_columns, obs_columns
 from loaders.ingest.checks import Counted, Place, check_and_map
-from loaders.ingest.report import Report
 from loaders.ingest.shuffle import Shuffle, destinations
 from loaders.ingest.sources import open_source
 from loaders.ingest.staging import Staging, check_out, explain_disk_errors
 from loaders.ingest.writer import ModalityLayout, StoreWriter
 from loaders.machine import default_threads
+from loaders.progress import Progress
 from loaders.schema import MODALITIES, Schema
 from loaders.sizing import parse_memory
 
@@ -89,22 +91,34 @@ def ingest(
     budget = max(_LEAST_MEMORY, parse_memory(memory))
     out = Path(out)
     check_out(out, overwrite=overwrite)
-    report = Report(is_shown=progress)
+    say = _Remarks(is_shown=progress)
     with ExitStack() as files, explain_disk_errors(out):
-        opened = [open_source(text, layer=layer, files=files, say=report.say) for text in texts]
-        cells = gather_cells(opened, sample_key, report.say, sample_from_file=sample_from_file)
-        joined = _join_all(opened, join, report)
+        opened = [open_source(text, layer=layer, files=files, say=say) for text in texts]
+        cells = gather_cells(opened, sample_key, say, sample_from_file=sample_from_file)
+        joined = _join_all(opened, join, say)
         _look(opened)
         staging = Staging(out, overwrite=overwrite)
         files.callback(staging.discard)
         order = np.argsort(destinations(cells.num_cells, seed))
         provenance = {"sources": texts, "seed": seed, "join": join, "layer": layer or "X"}
         with StoreWriter(out, modalities={}, staging=staging) as writer:
-            job = _Job(opened, cells, joined, order, budget, staging, report)
+            job = _Job(opened, cells, joined, order, budget, staging, say)
             for modality in joined:
                 _shuffle_modality(job, modality, writer)
-            report.stop()
             return _finish(job, writer, provenance)
+
+
+@dataclass(frozen=True)
+class _Remarks:
+    """Tells what an ingest assumes and finds, and keeps it for the store's provenance."""
+
+    is_shown: bool
+    remarks: list[str] = field(default_factory=list)
+
+    def __call__(self, remark: str) -> None:
+        self.remarks.append(remark)
+        if self.is_shown:
+            tqdm.write(f"note: {remark}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,7 @@ class _Job:
     """(n,) cell at each place of the store."""
     memory: int
     staging: Staging
-    report: Report
+    say: _Remarks
 
     def with_modality(self, modality: str) -> list[tuple[int, Source, Part]]:
         """First cell, source and part of the sources that have a modality."""
@@ -130,8 +144,11 @@ class _Job:
             has[start : start + len(source.cell_ids)] = True if part.rows is None else part.rows >= 0
         return has[self.order]
 
+    def progress(self, name: str, num_cells: int) -> Progress:
+        return Progress(name, num_cells, unit="cells", is_shown=self.say.is_shown, unit_scale=True)
 
-def _join_all(sources: Sequence[Source], join: Join, report: Report) -> dict[str, Joined]:
+
+def _join_all(sources: Sequence[Source], join: Join, say: Say) -> dict[str, Joined]:
     joined = {}
     for modality in MODALITIES:
         having = [source for source in sources if modality in source.parts]
@@ -147,13 +164,13 @@ def _join_all(sources: Sequence[Source], join: Join, report: Report) -> dict[str
         for source, part in zip(having, parts, strict=True):
             absent = result.var.index[~result.var.index.isin(part.var.index)]
             if len(absent):
-                report.say(
+                say(
                     f"{modality}: {source.label} lacks {len(absent)} of {len(result.var)} features "
                     f"({_listed(absent)}), which count as zero in its cells"
                 )
         largest = max(len(part.var) for part in parts)
         if join == "inner" and len(result.var) < largest:
-            report.say(f"{modality}: {len(result.var)} of up to {largest} features are in all sources and are kept")
+            say(f"{modality}: {len(result.var)} of up to {largest} features are in all sources and are kept")
     return joined
 
 
@@ -194,19 +211,19 @@ def _shuffle_modality(job: _Job, modality: str, writer: StoreWriter) -> None:
         memory=job.memory // 2,
     )
     with closing(shuffle):
-        job.report.start(f"{modality}: read and check", num_rows)
-        seen = _scatter(job, modality, shuffle)
+        with job.progress(f"{modality}: read and check", num_rows) as progress:
+            seen = _scatter(job, modality, shuffle, progress)
         for remark in seen.remarks(modality):
-            job.report.say(remark)
+            job.say(remark)
         dtype = narrowest_dtype(seen.maximum)
         writer.add_modality(modality, ModalityLayout(joined.var, dtype, seen.num_nonzeros / max(1, num_rows)))
-        job.report.start(f"{modality}: shuffle and write", num_rows)
-        for rows in shuffle.in_order(dtype):
-            writer.append(modality, rows)
-            job.report.advance(rows.num_rows)
+        with job.progress(f"{modality}: shuffle and write", num_rows) as progress:
+            for rows in shuffle.in_order(dtype):
+                writer.append(modality, rows)
+                progress.advance(rows.num_rows)
 
 
-def _scatter(job: _Job, modality: str, shuffle: Shuffle) -> _Seen:
+def _scatter(job: _Job, modality: str, shuffle: Shuffle, progress: Progress) -> _Seen:
     """Pass 1: every row of every source, checked, to its bucket."""
     joined, seen = job.joined[modality], _Seen()
     # Row in the store's matrix of each cell in the order of the sources; only read where the cell is present.
@@ -218,7 +235,7 @@ def _scatter(job: _Job, modality: str, shuffle: Shuffle) -> _Seen:
             of_rows = cell_of_row[first : first + counted.rows.num_rows]
             shuffle.add(row_of_cell[start + of_rows], counted.rows)
             seen.add(counted)
-            job.report.advance(counted.rows.num_rows)
+            progress.advance(counted.rows.num_rows)
     return seen
 
 
@@ -279,12 +296,12 @@ def _finish(job: _Job, writer: StoreWriter, provenance: dict[str, object]) -> Sc
     masks = {modality: job.present(modality) for modality in job.joined}
     nowhere = int((~np.any(list(masks.values()), axis=0)).sum())
     if nowhere:
-        job.report.say(f"{nowhere} cells have none of the modalities {', '.join(masks)}; they stay, empty")
+        job.say(f"{nowhere} cells have none of the modalities {', '.join(masks)}; they stay, empty")
     return writer.finish(
         cell_ids=job.cells.ids[job.order],
-        obs=obs_columns(job.sources, job.cells, job.order, job.report.say),
+        obs=obs_columns(job.sources, job.cells, job.order, job.say),
         present={name: mask for name, mask in masks.items() if not mask.all()},
         modality_obs={name: modality_columns(job.sources, name, job.order[mask]) for name, mask in masks.items()},
         is_shuffled=True,
-        provenance={**provenance, "remarks": job.report.remarks},
+        provenance={**provenance, "remarks": job.say.remarks},
     )

@@ -58,9 +58,9 @@ def frames(said: str) -> list[str]:
 @pytest.fixture
 def tick_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bar's second is over at every look, as it is now and then on a slow machine."""
-    from liam_scale.training.progress import Progress
+    from liam_scale.training.progress import LossProgress
 
-    monkeypatch.setattr(Progress, "wants_losses", property(lambda self: self._is_shown))
+    monkeypatch.setattr(LossProgress, "is_due", property(lambda self: self._is_shown))
 
 
 @pytest.mark.usefixtures("tick_at_once")
