@@ -8,17 +8,19 @@ import io
 import logging
 import os
 import platform
+import re
 import sys
 import time
 import tomllib
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Generic, TypeVar, get_args
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_type_hints
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -93,11 +95,28 @@ class Command(Generic[T]):
             _log.debug("%s", to_toml(options))
             self.work(options)
 
-        return run(work, debug="--debug" in arguments, verbose="--verbose" in arguments)
+        return run(
+            work, partial(as_typed, kind=self.kind), debug="--debug" in arguments, verbose="--verbose" in arguments
+        )
 
 
 def flag_of(key: str) -> str:
     return "--" + key.replace("_", "-")
+
+
+def as_typed(message: str, kind: Any, section: str = "") -> str:
+    """A message of the loaders, which name an option as an argument of Python, in the words of a command line.
+
+    `layer: ...` at its beginning becomes `--layer: ...`, and anywhere `layer='raw'` becomes `--layer raw`.
+    """
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if is_dataclass(hint):
+            message = as_typed(message, hint, f"{name}.")
+        elif tyro.conf.Positional not in getattr(hint, "__metadata__", ()):
+            flag = flag_of(section + name)
+            message = re.sub(rf"^{name}: ", f"{flag}: ", message)
+            message = re.sub(rf"\b{name}='([^']*)'", rf"{flag} \1", message.replace(f"{name}=True", flag))
+    return message
 
 
 def _from_file(kind: type[T], arguments: Sequence[str]) -> T:
@@ -193,8 +212,10 @@ def _log_to_stderr(rank: int, *, verbose: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def run(main: Callable[[], None], *, debug: bool = False, verbose: bool = False) -> int:
-    """Run a command; an error becomes one block on stderr and an exit code.
+def run(
+    main: Callable[[], None], worded: Callable[[str], str] = str, *, debug: bool = False, verbose: bool = False
+) -> int:
+    """Run a command; an error becomes one block on stderr, in the words of the command, and an exit code.
 
     Returns
     -------
@@ -217,9 +238,9 @@ def run(main: Callable[[], None], *, debug: bool = False, verbose: bool = False)
             traceback.print_exc()
         elif rank == 0 or (code == 1 and not isinstance(error, AgreedError)):
             where = f" (rank {rank})" if size > 1 and code == 1 and not isinstance(error, AgreedError) else ""
-            kind = "" if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: "
-            hint = "" if kind == "" else "\n  --debug shows where it happened"
-            print(f"error{where}: {kind}{error}{hint}", file=sys.stderr, flush=True)
+            name = "" if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: "
+            hint = "" if name == "" else "\n  --debug shows where it happened"
+            print(f"error{where}: {name}{worded(str(error))}{hint}", file=sys.stderr, flush=True)
         elif isinstance(error, AgreedError):
             # torchrun ends all ranks as soon as one has ended: the one that tells must be first.
             time.sleep(1.0)

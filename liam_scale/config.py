@@ -55,7 +55,7 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_options(self, "--")
         check_device(self.device)
         if not self.store:
             raise ValueError("store: got none; name a store, e.g. atlas.zarr (liam-scale ingest makes one)")

@@ -57,7 +57,7 @@ class DecodeConfig:
     """Total of each cell and modality; 1 gives shares, 1e4 counts per ten thousand."""
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_options(self, "--")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class DemoConfig:
     """Train at most so many epochs; default: 200, or 40 with --multiome."""
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_options(self, "--")
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class EmbedConfig:
     """auto: CUDA where there is one, else CPU."""
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_options(self, "--")
         check_device(self.device)
         parse_memory(self.memory)
 

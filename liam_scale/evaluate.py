@@ -87,7 +87,7 @@ class EvaluateConfig:
         for name in ("batch_key", "label_key"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
-        check_options(self)
+        check_options(self, "--")
         if not (self.batch_key or self.label_key):
             raise ValueError("--batch-key, --label-key: got neither; name at least one obs column to score against")
         if self.run is not None and self.out is None:

@@ -60,7 +60,7 @@ class MapConfig:
     """Seed of the order of cells and of the noise."""
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_options(self, "--")
         parse_memory(self.memory)
 
 

@@ -38,5 +38,5 @@ def refuse_data_in_memory(given: Any, what: str) -> None:
     if suffix is not None:
         raise ValueError(
             f"{what}: got an {type(given).__name__} in memory ({given.n_obs:,} cells); write it to a file, "
-            f'data.write("data.{suffix}"), and make a store of that: liam-scale ingest data.{suffix} --out data.zarr'
+            f'data.write("data.{suffix}"), and make a store of that: ingest("data.{suffix}", out="data.zarr")'
         )

@@ -368,7 +368,7 @@ def _tell_about_order(store: Store, sizes: Sizes, streams: int) -> None:
     if store.schema.is_shuffled:
         return
     _log.info(
-        "%s is not shuffled: reading blocks of %d cells, shuffling %d cells together; `liam-scale ingest` makes a"
+        "%s is not shuffled: reading blocks of %d cells, shuffling %d cells together; an ingest makes a"
         " shuffled store, which is read several times faster",
         store.uri,
         sizes.block_cells,

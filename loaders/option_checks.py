@@ -41,10 +41,15 @@ class Range:
         return " and ".join(f"{word} {end:g}" for word, end in ends.items() if math.isfinite(end))
 
 
-def check_options(options: Any, section: str = "") -> None:
+def check_options(options: Any, prefix: str = "") -> None:
     """Check every field of a dataclass against its annotation; called in `__post_init__`.
 
     Values of another but fitting type become the declared one: a numpy number, a list for a tuple, a text for a path.
+
+    Parameters
+    ----------
+    prefix
+        How messages begin the name of an option of a command line; without it they name the field.
 
     Raises
     ------
@@ -53,7 +58,7 @@ def check_options(options: Any, section: str = "") -> None:
     """
     kind: Any = type(options)
     for name, hint in _hints(kind).items():
-        option = f"--{section}{'.' if section else ''}{name}".replace("_", "-")
+        option = prefix + name.replace("_", "-") if prefix else name
         object.__setattr__(options, name, checked(option, getattr(options, name), hint))
 
 

@@ -31,7 +31,7 @@ class LoaderConfig:
     """Obs column whose categories are drawn equally often in an epoch."""
 
     def __post_init__(self) -> None:
-        check_options(self, "loader")
+        check_options(self)
         parse_memory(self.memory)
 
     @property

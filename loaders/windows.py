@@ -97,7 +97,7 @@ def open_inputs(store: Store, modalities: Sequence[str] | None = None) -> dict[s
 def _tell_once(uri: str, modality: str, reason: str) -> None:
     """Training opens its inputs for each of its loaders."""
     _log.info(
-        "store %s, %s is read through the store's own library: %s; `liam-scale ingest` makes a faster copy",
+        "store %s, %s is read through the store's own library: %s; an ingest makes a faster copy",
         uri,
         modality,
         reason,

@@ -7,6 +7,7 @@ import re
 import shlex
 import tokenize
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import pytest
 from liam_scale import api
 from liam_scale.cli import COMMANDS, command
 from liam_scale.config import TrainConfig
+from liam_scale.ingest import IngestConfig
+from loaders.ingest import ingest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "liam_scale").rglob("*.py"), *(ROOT / "loaders").rglob("*.py")])
@@ -44,19 +47,27 @@ def test_train_reads_as_a_table_of_contents() -> None:
     assert (ROOT / "liam_scale" / "train.py").read_text().count("\n") <= 100
 
 
-def test_training_from_python_takes_the_options_of_the_command_line() -> None:
-    """Names, types and defaults stand in `train` for completion, and in the dataclasses; they are the same."""
-    sections = {f.name: f.default_factory for f in dataclasses.fields(TrainConfig) if callable(f.default_factory)}
+@pytest.mark.parametrize(
+    ("function", "kind", "wider"),
+    [(api.train, TrainConfig, {"store", "out", "modalities"}), (ingest, IngestConfig, {"sources", "out", "memory"})],
+)
+def test_a_function_of_python_takes_the_options_of_its_command(
+    function: Callable[..., object], kind: type, wider: set[str]
+) -> None:
+    """Names, types and defaults stand in the function for completion, and in the dataclasses; they are the same."""
+    sections = {f.name: f.default_factory for f in dataclasses.fields(kind) if callable(f.default_factory)}
     options: dict[str, object] = {}
-    for kind in (TrainConfig, *sections.values()):
-        hints = typing.get_type_hints(kind)
-        own = [f for f in dataclasses.fields(kind) if kind is not TrainConfig or f.name not in sections]
+    for part in (kind, *sections.values()):
+        hints = typing.get_type_hints(part)
+        own = [f for f in dataclasses.fields(part) if part is not kind or f.name not in sections]
         options |= {f.name: (hints[f.name], f.default) for f in own}
-    hints = typing.get_type_hints(api.train)
-    taken = {p.name: (hints[p.name], p.default) for p in inspect.signature(api.train).parameters.values()}
+    hints = typing.get_type_hints(function)
+    given = inspect.signature(function).parameters.values()
+    taken = {p.name: (hints[p.name], dataclasses.MISSING if p.default is p.empty else p.default) for p in given}
+    taken.pop("progress", None)
     assert list(taken) == list(options)
-    for name in options.keys() - {"store", "out", "modalities"}:
-        assert taken[name] == options[name], name
+    for name in options:
+        assert taken[name][name in wider :] == options[name][name in wider :], name
 
 
 def test_there_are_no_rooms_without_a_name() -> None:
@@ -141,8 +152,17 @@ def test_the_commands_and_options_in_messages_docstrings_and_prose_exist(
             if words := [word for word in shlex.split(arguments) if word != "..."]:
                 command(name).parse(words)
         if path.suffix == ".py":
-            assert set(OPTION.findall(text)) <= known, text
+            is_section = re.fullmatch(r"--[a-z]+\.", text)
+            assert is_section or set(OPTION.findall(text)) <= known, text
             assert not re.search(r"(^|[;:] )do: |^model\.\w+: got", text), f"a message in another dialect: {text}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if "loaders" in p.parts], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_loaders_speak_no_word_of_the_command_line(path: Path) -> None:
+    """They name options as arguments of their own functions, which a command translates; aliases of flags are alone."""
+    for text in texts(path):
+        assert not re.search(r"liam-scale [a-z]|liam_scale\.|python -m", text), text
+        assert re.fullmatch(r"--[a-z-]+", text) or not re.search(r"(?<![\w-])--[a-z]", text), text
 
 
 def test_the_options_are_those_that_were_agreed_on(capsys: pytest.CaptureFixture[str]) -> None:

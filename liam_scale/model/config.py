@@ -69,7 +69,7 @@ class ModelConfig:
     """Type in which the decoders multiply over all features while training; refused where the device lacks it."""
 
     def __post_init__(self) -> None:
-        check_options(self, "model")
+        check_options(self, "--model.")
         if self.alpha and self.adversarial is False:
             raise ValueError(
                 f"--model.alpha: got {self.alpha:g} with adversarial false, where nothing has that weight; "

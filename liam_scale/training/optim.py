@@ -37,7 +37,7 @@ class OptimConfig:
     """Smallest weight of KL(z)."""
 
     def __post_init__(self) -> None:
-        check_options(self, "optim")
+        check_options(self, "--optim.")
 
 
 @dataclass(frozen=True)

@@ -41,4 +41,4 @@ class TrainingConfig:
     """Also write the history as TensorBoard events."""
 
     def __post_init__(self) -> None:
-        check_options(self, "training")
+        check_options(self, "--training.")

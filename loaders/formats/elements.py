@@ -96,7 +96,7 @@ class CompressedColumns(StoredMatrix):
     def stored(self, start: int, stop: int) -> SparseRows:
         raise ValueError(
             f"{self.where}: got a matrix compressed by column (CSC), whose rows cannot be streamed; write it as CSR"
-            f" (`adata.X = adata.X.tocsr()`), or run `liam-scale ingest`, which takes it"
+            f" (`adata.X = adata.X.tocsr()`), or ingest it, which takes it by column"
         )
 
     def chunks(self, *, memory: int, spill: Path | None = None) -> Iterator[tuple[int, SparseRows]]:

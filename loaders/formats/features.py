@@ -75,7 +75,7 @@ def shared_names(modality: str, sources: Sequence[tuple[str, pd.Index]]) -> pd.I
             raise ValueError(
                 f"{modality}: no feature of {where} (for example {_first(own)}) is in all of the sources before it "
                 f"(for example {_first(sources[0][1])}); bring the names to one kind (symbols or identifiers, the same "
-                "peak set), or ingest with --join outer if they really measure different features"
+                "peak set), or ingest them with join='outer' if they really measure different features"
             )
         names = common
     return names

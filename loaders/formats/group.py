@@ -57,7 +57,7 @@ def _open(root: Any, label: str, path: Path, *, modality: str | None, layer: str
         source = open_mudata(label, path, root, layer=layer, say=say)
     elif is_tenx(root):
         if layer is not None:
-            raise ValueError(f"{label}: --layer {layer} was given, a 10x file has no layers; leave the option out")
+            raise ValueError(f"layer: got {layer!r} for {label}, a 10x file, which has no layers; leave it out")
         source = open_tenx(label, path, root, say=say)
     else:
         kind = root.attrs.get("encoding-type")

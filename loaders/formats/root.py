@@ -97,7 +97,7 @@ def open_root(
 def not_a_store(address: str, found: str) -> ValueError:
     """The error of opening something that holds no cells."""
     return ValueError(
-        f"{address}: got {found}; give a store made by `liam-scale ingest`, an AnnData or MuData (.h5ad, .h5mu, .zarr),"
+        f"{address}: got {found}; give a store made by an ingest, an AnnData or MuData (.h5ad, .h5mu, .zarr),"
         f" a 10x .h5, an annbatch collection or a TileDB-SOMA experiment"
     )
 
@@ -118,7 +118,7 @@ def _check_path(path: Path) -> None:
         if left:
             raise ValueError(
                 f"{path}: got no such folder, but {left[0]} beside it: an ingest that did not finish;"
-                f" run `liam-scale ingest` again with the same output"
+                f" ingest again with the same output"
             )
         raise ValueError(f"{path}: got no such file or folder; check the path")
     if INGEST_MARK in str(path.absolute()):

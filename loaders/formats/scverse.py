@@ -50,7 +50,8 @@ def _counts_of(
     if layer is None or layer == "X":
         if "X" not in group:
             raise ValueError(
-                f"{label}: {at or 'the file'} has no X; name a layer with --layer (it has {', '.join(known) or 'none'})"
+                f"{label}: {at or 'the file'} has no X; name the layer that holds the counts (it has "
+                f"{', '.join(known) or 'none'})"
             )
         return open_matrix(group["X"], f"{label}: {at}X", cells=cells), var, known
     if layer in layers:
@@ -60,7 +61,7 @@ def _counts_of(
         raw = group["raw"]
         return open_matrix(raw["X"], f"{label}: {at}raw/X", cells=cells), Frame(raw["var"]), ("X", *layers)
     raise ValueError(
-        f"--layer: {label} has no layer {layer!r}{f' in {at[4:-1]}' if at else ''}; it has {', '.join(('X', *known))}: "
+        f"layer: {label} has no layer {layer!r}{f' in {at[4:-1]}' if at else ''}; it has {', '.join(('X', *known))}: "
         "name one of them"
     )
 

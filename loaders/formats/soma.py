@@ -158,7 +158,7 @@ class SomaExperiment:
         layers = list(measurement.X.keys()) if "X" in measurement else []
         known = ", ".join(layers) or "none"
         if layer is not None and layer not in layers:
-            raise ValueError(f"--layer: {label} has no layer {layer!r}; it has {known}: name one of them")
+            raise ValueError(f"layer: {label} has no layer {layer!r}; it has {known}: name one of them")
         preferred = [candidate for candidate in (layer, *LAYERS) if candidate in layers]
         if not preferred and len(layers) != 1:
             raise ValueError(f"{label}: got layers {known}; name the one with the counts (layer=)")

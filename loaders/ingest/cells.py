@@ -116,7 +116,7 @@ def gather_cells(
         name that a store cannot hold.
     """
     if sample_from_file and sample_key is not None:
-        raise ValueError(f"--sample-from-file: got --sample-key {sample_key} too; leave one of the two out")
+        raise ValueError(f"sample_from_file: got sample_key={sample_key!r} too; leave one of the two out")
     for source in sources:
         _check_column_names(source)
     names = source_names(sources)
@@ -126,7 +126,7 @@ def gather_cells(
     unnamed = [source for source in sources if source.sample is None]
     if sample_key is None and not sample_from_file and any(SAMPLE in source.obs.columns for source in unnamed):
         sample_key = SAMPLE
-        say(f"the obs column {SAMPLE!r} of the sources is the sample; name another with --sample-key")
+        say(f"the obs column {SAMPLE!r} of the sources is the sample; another sample key changes that")
     own = [source.sample or name for source, name in zip(sources, names, strict=True)]
     if sample_key is None or not unnamed:
         sample_key = None
@@ -135,8 +135,8 @@ def gather_cells(
         codes = np.repeat([categories.index(name) for name in own], sizes)
         sample = pd.Categorical.from_codes(codes, pd.Index(categories, dtype=object))
         say(
-            f"sample = the name of the file: {', '.join(own)}; write NAME=FILE to name one, or name an obs column with "
-            "--sample-key"
+            f"sample = the name of the file: {', '.join(own)}; write NAME=FILE to name one, or give an obs "
+            "column as the sample key"
         )
     else:
         sample = _sample_column(sources, sample_key)
@@ -154,10 +154,10 @@ def _sample_column(sources: Sequence[Source], key: str) -> pd.Categorical:
             parts.append(source.obs.column(key))
         else:
             raise ValueError(
-                f"--sample-key: {source.label} has no obs column {key!r}; it has "
-                f"{', '.join(source.obs.columns) or 'none'}: name a column that all sources have with --sample-key, "
+                f"sample_key: {source.label} has no obs column {key!r}; it has "
+                f"{', '.join(source.obs.columns) or 'none'}: name a column that all sources have, "
                 f"the source's own sample by writing NAME={source.label}, or take the files' names with "
-                "--sample-from-file"
+                "sample_from_file=True"
             )
     column = join_columns(parts)
     missing = column.isna().to_numpy()
@@ -168,7 +168,7 @@ def _sample_column(sources: Sequence[Source], key: str) -> pd.Categorical:
             if own.any():
                 cell = str(source.cell_ids[int(np.flatnonzero(own)[0])])
                 raise ValueError(
-                    f"--sample-key: {key!r} of {source.label} is missing in {int(own.sum())} cells, for example "
+                    f"sample_key: {key!r} of {source.label} is missing in {int(own.sum())} cells, for example "
                     f"{cell!r}; fill it in, remove the cells, or name another column"
                 )
             start += len(source.cell_ids)

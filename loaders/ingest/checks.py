@@ -130,7 +130,7 @@ def _layers(place: Place) -> str:
         return "give a file with raw counts (this one has no other layer)"
     likely = sorted(place.other_layers, key=lambda name: ("count" not in name.lower(), "raw" not in name.lower()))
     named = ", ".join(repr(name) for name in likely)
-    return f"name the layer that holds raw counts, for example --layer {likely[0]} (this file has {named})"
+    return f"name the layer that holds raw counts, for example layer={likely[0]!r} (this file has {named})"
 
 
 @compiled

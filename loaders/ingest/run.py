@@ -87,7 +87,7 @@ def ingest(
     if not texts:
         raise ValueError("sources: got none; name at least one file, for example a.h5mu")
     if join not in ("inner", "outer"):
-        raise ValueError(f"--join: got {join!r}; choose inner or outer")
+        raise ValueError(f"join: got {join!r}; choose inner or outer")
     budget = max(_LEAST_MEMORY, parse_memory(memory))
     out = Path(out)
     check_out(out, overwrite=overwrite)

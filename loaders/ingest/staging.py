@@ -16,15 +16,15 @@ def _hidden(out: Path) -> Path:
 def check_out(out: Path, *, overwrite: bool) -> None:
     """Refuse an `out` that exists, or that is not a Zarr store and may therefore not be overwritten."""
     if out.suffix in HDF5_SUFFIXES:
-        raise ValueError(f"--out: got {out}, a store is a Zarr folder; name {out.with_suffix('.zarr')}")
+        raise ValueError(f"out: got {out}, a store is a Zarr folder; name {out.with_suffix('.zarr')}")
     durable.remove_leftovers(out, hidden=_hidden(out))
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
-        raise ValueError(f"--out: {out} exists; name another path, or pass --overwrite to replace it")
+        raise ValueError(f"out: {out} exists; name another path, or give overwrite=True to replace it")
     is_store = out.is_dir() and any((out / name).exists() for name in ("zarr.json", ".zgroup"))
     if not is_store:
-        raise ValueError(f"--overwrite: {out} is not a Zarr store and is left alone; name another --out")
+        raise ValueError(f"overwrite: {out} is not a Zarr store and is left alone; name another path")
 
 
 class Staging(durable.Staging):
@@ -47,7 +47,7 @@ class Staging(durable.Staging):
 def explain_disk_errors(out: Path) -> AbstractContextManager[None]:
     """Turn a full disk into a message that names the disk and the cure."""
     cure = (
-        ", or choose another --out: an ingest needs 5 (RNA) to 8 (ATAC) bytes a non-zero count while it runs, of which "
-        "a third stays"
+        ", or write to another disk: an ingest needs 5 (RNA) to 8 (ATAC) bytes a non-zero count while it runs, of "
+        "which a third stays"
     )
     return durable.writing(out, cure=cure, only_full=True)

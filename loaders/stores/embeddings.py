@@ -113,7 +113,7 @@ def read(root: Mapping[str, Any] | zarr.Group, uri: str, name: str, start: int, 
     if name not in held:
         raise ValueError(
             f"obsm of {uri}: got {name!r}, it holds {', '.join(sorted(held)) or 'nothing'};"
-            " write the embedding first: python -m liam_scale.embed RUN"
+            " write the embedding first, or name one of these"
         )
     try:
         return np.asarray(held[name][start:stop], dtype=np.float32)

@@ -47,7 +47,7 @@ def open_store(
     Parameters
     ----------
     address
-        Path or address of a store made by `liam-scale ingest`, an AnnData or MuData (.zarr, .h5ad, .h5mu), a 10x .h5,
+        Path or address of a store made by `ingest`, an AnnData or MuData (.zarr, .h5ad, .h5mu), a 10x .h5,
         an annbatch collection or a TileDB-SOMA experiment; an AnnData or MuData in memory; or several of them, which
         are then one data set (see `ChainedStore`).
     format
@@ -119,7 +119,7 @@ def _streamable(source: Source) -> Source:
 
 def _tell_unshuffled(label: str) -> None:
     _log.info(
-        "%s was not made by `liam-scale ingest`: cells are taken in the order there, with small blocks and large"
+        "%s was not made by an ingest: cells are taken in the order there, with small blocks and large"
         " windows; ingesting once shuffles them and makes reading faster",
         label,
     )

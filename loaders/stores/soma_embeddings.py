@@ -46,7 +46,7 @@ class SomaEmbeddings:
             if name not in held:
                 raise ValueError(
                     f"{self._home}/obsm: got {name!r}, it holds {', '.join(sorted(held)) or 'nothing'};"
-                    f" write the embedding first: python -m liam_scale.embed RUN"
+                    f" write the embedding first, or name one of these"
                 )
             array = group["obsm"][name]
             values = np.full((len(joinids), array.shape[1]), np.nan, np.float32)

@@ -15,7 +15,7 @@ from loaders.schema import SCHEMA_KEY
 
 
 def read_store(store: Address) -> mudata.MuData:
-    """Read a store made by `liam-scale ingest` into memory, ready for scanpy.
+    """Read a store made by `ingest` into memory, ready for scanpy.
 
     The store keeps counts in the narrowest type that holds them, with which scanpy overflows or fails; here they are
     float32. Cells stand in the store's order, in the modalities those that have it.
@@ -38,7 +38,7 @@ def read_store(store: Address) -> mudata.MuData:
     root = open_root(store)
     if SCHEMA_KEY not in root.attrs or isinstance(root, h5py.File):
         raise ValueError(
-            f"read_store: got {describe_address(store)}, which `liam-scale ingest` did not make;"
+            f"read_store: got {describe_address(store)}, which no ingest made;"
             f" read it with mudata.read_zarr or anndata.read_zarr"
         )
     with plain_mudata(), warnings.catch_warnings():

@@ -59,7 +59,7 @@ def test_importing_the_package_loads_no_torch_and_a_foreign_loaders_is_named(
         ({"n_latent": "3"}, None, "--model.n-latent: got '3'; give a whole number"),
         ({"n_latent": 1}, ["--n-latent", "1"], "--model.n-latent: got 1; give at least 2"),
         ({"lr": -1}, ["--lr", "-1"], "--optim.lr: got -1.0; give at least 0"),
-        ({"minibatch": 0}, ["--minibatch", "0"], "--loader.minibatch: got 0; give at least 1"),
+        ({"minibatch": 0}, ["--minibatch", "0"], "minibatch: got 0; give at least 1"),
         ({"modalities": "rna"}, None, "--model.modalities: got 'rna'; give a list"),
         ({"device": "cuda"}, ["--device", "cuda"], "--device: got cuda, but torch sees no CUDA device here"),
         ({"resume": "maybe"}, ["--resume", "maybe"], "--resume: got 'maybe'; choose one of auto, never"),
@@ -97,7 +97,7 @@ def test_data_in_memory_are_refused_where_files_are_meant(kind: str, tmp_path: P
     data: Any = {"X": 1}
     cure = "got {'X': 1} (dict); give the path"
     if kind == "AnnData":
-        data, cure = small_anndata(), 'data.write("data.h5ad"), and make a store of that: liam-scale ingest data.h5ad'
+        data, cure = small_anndata(), 'data.write("data.h5ad"), and make a store of that: ingest("data.h5ad"'
     if kind == "MuData":
         data, cure = mudata.MuData({"rna": small_anndata()}), 'data.write("data.h5mu")'
     for refused in (

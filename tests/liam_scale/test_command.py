@@ -11,7 +11,9 @@ import pytest
 import tyro
 
 from liam_scale import cli
-from liam_scale.command import Command, run
+from liam_scale.command import Command, as_typed, run
+from liam_scale.config import TrainConfig
+from liam_scale.ingest import IngestConfig
 from liam_scale.tables import to_toml
 from liam_scale.train import main as train
 
@@ -175,6 +177,21 @@ def test_an_error_is_one_block_and_an_exit_code(
 
     assert run(fail) == code
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "said"),
+    [
+        (IngestConfig, "sample_key: none; give sample_from_file=True", "--sample-key: none; give --sample-from-file"),
+        (IngestConfig, "a.h5ad: give layer='raw' or rna=a.h5ad", "a.h5ad: give --layer raw or rna=a.h5ad"),
+        (TrainConfig, "minibatch: got 0; give at least 1", "--loader.minibatch: got 0; give at least 1"),
+        (TrainConfig, "store: got none; name a store", "store: got none; name a store"),
+    ],
+)  # fmt: skip
+def test_what_the_loaders_say_of_an_argument_is_told_in_the_words_of_the_command(
+    kind: type, message: str, said: str
+) -> None:
+    assert as_typed(message, kind) == said
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ class Options:
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        check_options(self, "toy")
+        check_options(self, "--toy.")
 
 
 @pytest.mark.parametrize(

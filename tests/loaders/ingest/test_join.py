@@ -39,7 +39,7 @@ def test_features_join_by_name(make, tmp_path, join):
 def test_nothing_in_common_is_refused_with_examples(make, tmp_path):
     *_, paths = two_files(make, tmp_path, shared=False)
     with pytest.raises(
-        ValueError, match=r"rna: no feature of .*two.h5ad \(for example 'other39'\) .*'rna0'.*--join outer"
+        ValueError, match=r"rna: no feature of .*two.h5ad \(for example 'other39'\) .*'rna0'.*join='outer'"
     ):
         ingest(paths, out=tmp_path / "o.zarr", progress=False)
     assert not (tmp_path / "o.zarr").exists()
@@ -164,12 +164,12 @@ def test_where_some_sources_have_a_sample_column_each_named_cure_works(make, tmp
     a, b = (str(tmp_path / f"{name}.h5ad") for name in "ab")
     with pytest.raises(ValueError, match=r"a\.h5ad has no obs column 'sample'; .*") as refused:
         ingest([a, b], out=tmp_path / "o.zarr", progress=False)
-    assert f"by writing NAME={a}, or take the files' names with --sample-from-file" in str(refused.value)
+    assert f"by writing NAME={a}, or take the files' names with sample_from_file=True" in str(refused.value)
     assert ingest([f"NAME={a}", b], out=tmp_path / "o.zarr", progress=False).num_cells == 40
     ingest([a, b], out=tmp_path / "p.zarr", sample_from_file=True, progress=False)
     assert set(mudata.read_zarr(tmp_path / "p.zarr").obs["sample"]) == {"a", "b"}
     ingest([a, b], out=tmp_path / "q.zarr", sample_key="donor", progress=False)
-    with pytest.raises(ValueError, match=r"--sample-from-file: got --sample-key donor too"):
+    with pytest.raises(ValueError, match=r"sample_from_file: got sample_key='donor' too"):
         ingest([a, b], out=tmp_path / "r.zarr", sample_key="donor", sample_from_file=True, progress=False)
 
 

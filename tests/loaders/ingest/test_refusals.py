@@ -52,7 +52,7 @@ def test_log_normalised_counts_name_the_layer_to_take(make, tmp_path):
     adata.X = np.log1p(adata.X.toarray() / 1e3).astype(np.float32)
     adata.write_h5ad(tmp_path / "a.h5ad")
     match = (
-        r"integers; 100% of the values read are not .* they look log-normalised: .* --layer raw_counts \(this file has"
+        r"integers; 100% of the values read are not .* they look log-normalised: .* layer='raw_counts' \(this file has"
     )
     refused(f"rna={tmp_path / 'a.h5ad'}", tmp_path, match)
     del adata.layers["scaled"], adata.layers["raw_counts"]
@@ -184,10 +184,10 @@ def test_sample_key_that_is_missing_or_has_nulls(make, tmp_path):
     refused(
         paths,
         tmp_path,
-        r"--sample-key: .*b.h5ad has no obs column 'only_a'; it has donor, .*only_b",
+        r"sample_key: .*b.h5ad has no obs column 'only_a'; it has donor, .*only_b",
         sample_key="only_a",
     )
-    match = r"--sample-key: 'plate' of .*b.h5ad is missing in 1 cells, for example 'cell34'; fill it in"
+    match = r"sample_key: 'plate' of .*b.h5ad is missing in 1 cells, for example 'cell34'; fill it in"
     refused(paths, tmp_path, match, sample_key="plate")
 
 
@@ -267,7 +267,7 @@ def test_sources_that_are_none(make, tmp_path, text, match):
 def test_options_that_cannot_be(make, tmp_path):
     make.anndata(10, 5).write_h5ad(tmp_path / "a.h5ad")
     path = f"rna={tmp_path / 'a.h5ad'}"
-    refused(path, tmp_path, r"--join: got 'left'; choose inner or outer", join="left")
+    refused(path, tmp_path, r"join: got 'left'; choose inner or outer", join="left")
     refused(path, tmp_path, r"memory: got 'much'", memory="much")
     refused([], tmp_path, r"sources: got none")
     empty = anndata.AnnData(scipy.sparse.csr_matrix((0, 5), dtype=np.float32), var=pd.DataFrame(index=list("abcde")))
@@ -279,7 +279,7 @@ def test_an_out_that_exists_is_kept_unless_told_otherwise(make, tmp_path):
     make.anndata(10, 5).write_h5ad(tmp_path / "a.h5ad")
     path = f"rna={tmp_path / 'a.h5ad'}"
     ingest(path, out=tmp_path / "o.zarr", progress=False)
-    refused(path, tmp_path, r"--out: .*o.zarr exists; name another path, or pass --overwrite")
+    refused(path, tmp_path, r"out: .*o.zarr exists; name another path, or give overwrite=True")
     make.anndata(25, 5).write_h5ad(tmp_path / "a.h5ad")
     ingest(path, out=tmp_path / "o.zarr", overwrite=True, progress=False)
     assert mudata.read_zarr(tmp_path / "o.zarr").n_obs == 25

@@ -52,7 +52,7 @@ def test_soma_joins_a_file_and_is_checked_like_one(make, tmp_path, write_experim
         ValueError, match=r"RNA/X/data: got 0.25 in cell 'cell0', feature 'rna\d+', counts are integers"
     ):
         ingest(tmp_path / "bad", out=tmp_path / "p.zarr", progress=False)
-    with pytest.raises(ValueError, match=r"--layer: .*bad/ms/RNA/X has no layer 'nope'; it has data"):
+    with pytest.raises(ValueError, match=r"layer: .*bad/ms/RNA/X has no layer 'nope'; it has data"):
         ingest(tmp_path / "bad", out=tmp_path / "p.zarr", layer="nope", progress=False)
 
 
