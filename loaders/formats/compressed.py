@@ -25,7 +25,7 @@ from loaders.csr import (
     sort_rows,
 )
 from loaders.formats.matrix import ENTRY_BYTES, PEEK_ROWS, Prepared, StoredMatrix, once, out_of_range, runs_of
-from loaders.formats.sharded import DamagedChunk, ShardedArray, UnsupportedArray
+from loaders.formats.sharded import Damaged, DamagedChunk, ShardedArray, UnsupportedArray
 
 OFFSETS_PER_READ = 1 << 18
 """Row offsets read at a time: they shrink to a quarter at once, so that millions of cells add little memory."""
@@ -292,20 +292,17 @@ class CompressedRows(StoredMatrix):
                     reason = FileNotFoundError(f"file {missing} is missing")
                     raise self._unreadable(name, entries, reason, start, len(edges) - 1)
 
-    def _unreadable(self, name: str, entries: Entries, error: Exception, start: int, count: int) -> RuntimeError:
-        what, rows = f"rows {start}:{start + count} cannot be read", (start, start + count)
+    def _unreadable(self, name: str, entries: Entries, error: Exception, start: int, count: int) -> Damaged:
+        what, rows = f"rows {start}:{start + count}", (start, start + count)
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, DamagedChunk):
             rows = self.offsets().rows_of(*error.entries)
-            what, reason = f"got a damaged chunk {error.chunk} (file {error.file})", str(error)
+            what, reason = f"chunk {error.chunk}", f"{error} ({error.file})"
         first, last = rows[0], max(rows[0], rows[1] - 1)
         of_cells = self._cells()
         if of_cells is not None:
             first, last = (int(np.flatnonzero(of_cells == row)[0]) for row in (first, last))
-        return RuntimeError(
-            f"{self.where}/{name}: {what}: {reason}; it holds counts of the cells {first} to {last}:"
-            f" copy or download it again, or ingest again"
-        )
+        return Damaged(self.where, name, f"{what} (the cells {first} to {last}): {reason}")
 
     def prepare(self, rows: npt.NDArray[np.int64]) -> Prepared:
         if self.slow_because is not None:

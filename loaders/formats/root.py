@@ -12,6 +12,8 @@ import zarr.errors
 from zarr.abc.store import Store as ZarrBackend
 from zarr.storage import FsspecStore, LocalStore
 
+from loaders.formats.sharded import Damaged
+
 Address: TypeAlias = str | Path | ZarrBackend | zarr.Group
 """A path, an address, a store object of zarr-python, or an open group."""
 
@@ -88,10 +90,8 @@ def open_root(
     except (zarr.errors.GroupNotFoundError, FileNotFoundError, zarr.errors.ContainsArrayError) as error:
         raise not_a_store(describe_address(address), f"nothing that Zarr can open as a group ({error})") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # JSON that is none, or not of a group
-        raise RuntimeError(
-            f"{describe_address(address)}/zarr.json: got damaged metadata ({type(error).__name__}: {error});"
-            f" copy or download the store again, or ingest again"
-        ) from error
+        what = f"its metadata cannot be read ({type(error).__name__}: {error})"
+        raise Damaged(describe_address(address), "zarr.json", what) from error
 
 
 def not_a_store(address: str, found: str) -> ValueError:

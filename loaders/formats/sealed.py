@@ -14,9 +14,10 @@ from typing import Any
 
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync
 from zarr.storage import LocalStore, WrapperStore
 
-from loaders.formats.sharded import identify, verify_chunk
+from loaders.formats.sharded import Damaged, identify, verify_chunk
 from loaders.schema import sha256_of_json
 
 CODECS = {"compressors": (ZstdCodec(), Crc32cCodec())}
@@ -38,9 +39,21 @@ class _Node:
     length: int = 0
 
 
+SEAL = "liam_scale_sha256"
+"""Attribute of an array that was added to a store later, such as an embedding: the hash of its other metadata."""
+
+
 def hash_metadata(text: bytes) -> str:
     """Hash of the JSON of an array or group, however it is laid out."""
     return sha256_of_json(json.loads(text))[:32]
+
+
+def seal(array: zarr.Array) -> None:
+    """Put the hash of an array's metadata among its attributes, by which its metadata and chunks are guarded."""
+    path = array.store_path / _METADATA
+    text = sync(path.get())
+    assert text is not None
+    array.update_attributes({SEAL: sha256_of_json(json.loads(text.to_bytes()))[:32]})
 
 
 def hash_all_metadata(root: Path) -> dict[str, str]:
@@ -91,14 +104,20 @@ class _SealedStore(WrapperStore[Any]):
 
     def _check_metadata(self, path: str, text: bytes | None) -> None:
         expected = self._hashes.get(path)
-        if expected is None:
-            return
         if text is None:
-            raise self._damaged(path, f"its {_METADATA} is missing")
+            if expected is not None:
+                raise self._damaged(path, f"its {_METADATA} is missing")
+            return
         try:
             entry, found = json.loads(text), hash_metadata(text)
         except ValueError as error:
             raise self._damaged(path, f"its {_METADATA} is no JSON ({error})") from error
+        if expected is None:
+            attributes = entry.get("attributes") if isinstance(entry, dict) else None
+            expected = attributes.pop(SEAL, None) if isinstance(attributes, dict) else None
+            if expected is None:
+                return
+            found = sha256_of_json(entry)[:32]
         names = [codec.get("name") for codec in entry.get("codecs", ())] if isinstance(entry, dict) else []
         if found != expected:
             # No flipped bit takes a checksum away: another program wrote the column anew, without one.
@@ -125,7 +144,5 @@ class _SealedStore(WrapperStore[Any]):
         span = f"{number * node.chunk} to {min(node.length, (number + 1) * node.chunk) - 1}"
         raise self._damaged(path, f"chunk {numbers.lstrip('/') or 0} (the {axis} {span}): {difference}")
 
-    def _damaged(self, path: str, what: str) -> RuntimeError:
-        return RuntimeError(
-            f"{self._uri}/{path}: got damaged data: {what}; copy or download the store again, or ingest again"
-        )
+    def _damaged(self, path: str, what: str) -> Damaged:
+        return Damaged(self._uri, path, what)

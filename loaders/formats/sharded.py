@@ -41,6 +41,22 @@ class UnsupportedArray(Exception):
     """The array's layout is one that only zarr-python reads; the message says which part of it."""
 
 
+class Damaged(RuntimeError):
+    """An array of a store is not what was written: the one message of all damage that is found while reading.
+
+    Parameters
+    ----------
+    store, array
+        Where it stands.
+    what
+        Chunk, cells, and what is wrong with them.
+    """
+
+    def __init__(self, store: str, array: str, what: str) -> None:
+        again = "embed again" if array.startswith("obsm/") else "copy or download it again, or ingest again"
+        super().__init__(f"{store}/{array}: got damaged data: {what}; check all of the store, then {again}")
+
+
 class DamagedChunk(Exception):
     """A chunk is missing or not what was written.
 

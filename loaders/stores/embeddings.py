@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import mudata
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore
 
 from loaders.durable import replacing, writing
-from loaders.formats.root import Address, describe_address, open_root
+from loaders.formats.root import Address, Root, describe_address, open_root
+from loaders.formats.sealed import CODECS, open_sealed, seal
+from loaders.formats.sharded import Damaged
 
 CHUNK_CELLS = 8192
 
@@ -51,10 +53,15 @@ class ZarrEmbeddings:
             raise self._unwritable(error) from error
 
     def read(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        return read(self._open(), self._uri, name, start, stop)
+        return read(self._sealed(), self._uri, name, start, stop)
 
     def attributes(self, name: str) -> list[dict[str, Any]]:
-        return attributes(self._open(), name)
+        return attributes(self._sealed(), self._uri, name)
+
+    def _sealed(self) -> Root:
+        root = self._open()
+        is_sealed = isinstance(root, zarr.Group) and root.metadata.zarr_format == 3
+        return open_sealed(root, self._uri, {}) if is_sealed else root
 
     def _unwritable(self, error: Exception) -> RuntimeError:
         return RuntimeError(
@@ -109,24 +116,32 @@ def read(root: Mapping[str, Any] | zarr.Group, uri: str, name: str, start: int, 
     RuntimeError
         It is damaged.
     """
-    held = root.get("obsm", {})
-    if name not in held:
-        raise ValueError(
-            f"obsm of {uri}: got {name!r}, it holds {', '.join(sorted(held)) or 'nothing'};"
-            " write the embedding first, or name one of these"
-        )
-    try:
-        return np.asarray(held[name][start:stop], dtype=np.float32)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise RuntimeError(
-            f"obsm[{name!r}] of {uri}: cells {start}:{stop} are damaged ({error}); embed the store again"
-        ) from error
+    with _naming(uri, name):
+        held = root.get("obsm", {})
+        if name in held:
+            return np.asarray(held[name][start:stop], dtype=np.float32)
+    raise ValueError(
+        f"obsm of {uri}: got {name!r}, it holds {', '.join(sorted(held)) or 'nothing'};"
+        " write the embedding first, or name one of these"
+    )
 
 
-def attributes(root: zarr.Group, name: str) -> list[dict[str, Any]]:
+def attributes(root: zarr.Group, uri: str, name: str) -> list[dict[str, Any]]:
     """Attributes of obsm[name]; none where there is no such array."""
-    held = root.get("obsm", {})
-    return [dict(held[name].attrs)] if name in held else []
+    with _naming(uri, name):
+        held = root.get("obsm", {})
+        return [dict(held[name].attrs)] if name in held else []
+
+
+@contextmanager
+def _naming(uri: str, name: str) -> Iterator[None]:
+    """Where a library refuses an embedding, say which."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except (ValueError, TypeError, KeyError, RuntimeError, OSError) as error:
+        raise Damaged(uri, f"obsm/{name}", f"it cannot be read ({error})") from error
 
 
 def _hidden(store: Path, obsm: Path, name: str) -> Path:
@@ -138,6 +153,7 @@ def _hidden(store: Path, obsm: Path, name: str) -> Path:
 def _create(
     backend: Any, path: str | None, zarr_format: Any, values: npt.NDArray[np.float32], attributes: Mapping[str, str]
 ) -> None:
+    is_sealed = zarr_format == 3
     array = zarr.create_array(
         backend,
         name=path,
@@ -145,12 +161,16 @@ def _create(
         chunks=(CHUNK_CELLS, values.shape[1]),
         dtype=np.float32,
         fill_value=np.nan,
-        compressors=(ZstdCodec(), Crc32cCodec()) if zarr_format == 3 else "auto",
+        compressors=CODECS["compressors"] if is_sealed else "auto",
+        # Every chunk is there: one that is not has been lost.
+        config={"write_empty_chunks": True},
         zarr_format=zarr_format,
         attributes={**attributes, "encoding-type": "array", "encoding-version": "0.2.0"},
         overwrite=True,
     )
     array[:] = np.ascontiguousarray(values, np.float32)
+    if is_sealed:
+        seal(array)
 
 
 def _consolidate_again(root: zarr.Group) -> None:

@@ -16,6 +16,7 @@ from loaders.formats.compressed import CompressedRows
 from loaders.formats.frame import Frame, ObsTable, View, encode
 from loaders.formats.matrix import Matrix, ReorderedRows, SelectedColumns, once
 from loaders.formats.sealed import open_sealed
+from loaders.formats.sharded import Damaged
 from loaders.formats.source import Part, Source
 from loaders.schema import MODALITIES, SCHEMA_KEY, ModalitySchema, NewerFormat, ObsColumn, Schema, sha256_of_names
 from loaders.stores.base import check_embedding, describe_store
@@ -140,7 +141,7 @@ def own_store(root: zarr.Group, uri: str, embeddings: Embeddings) -> SourceStore
         modality.rows()
         told, found = schema.modalities[name].num_nonzeros, modality.matrix.num_nonzeros()
         if found != told:
-            raise _damaged(uri, f"mod/{name}/X", f"it has {found} entries, ingest wrote {told}")
+            raise Damaged(uri, f"mod/{name}/X", f"it has {found} entries, ingest wrote {told}")
     obs = ObsTable(View(Frame(root["obs"]), None), {})
     return SourceStore(uri, schema, modalities=held, obs=obs, embeddings=embeddings)
 
@@ -152,11 +153,7 @@ def _own_schema(root: zarr.Group, uri: str) -> Schema:
     except NewerFormat as error:
         raise ValueError(f"{uri}: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise _damaged(uri, "zarr.json", f"its schema cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _damaged(uri: str, where: str, what: str) -> RuntimeError:
-    return RuntimeError(f"{uri}/{where}: got damaged data: {what}; copy or download the store again, or ingest again")
+        raise Damaged(uri, "zarr.json", f"its schema cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _own_modality(root: zarr.Group, name: str, uri: str, schema: Schema) -> Modality:
@@ -169,13 +166,13 @@ def _own_modality(root: zarr.Group, name: str, uri: str, schema: Schema) -> Moda
         # MuData counts rows from 1 and writes 0 for none.
         held = np.asarray(root["obsmap"][name][:]).astype(np.int64) - 1
         if not np.array_equal(held[held >= 0], np.arange(shape[0])):
-            raise _damaged(uri, f"obsmap/{name}", f"its rows are not 1 to {shape[0]} in their order")
+            raise Damaged(uri, f"obsmap/{name}", f"its rows are not 1 to {shape[0]} in their order")
         return held
 
     def names() -> npt.NDArray[np.str_]:
         held = _names(Frame(group["var"]).index())
         if sha256_of_names(held) != told.features_sha256:
-            raise _damaged(uri, f"mod/{name}/var", "the names of the features are not those that ingest wrote")
+            raise Damaged(uri, f"mod/{name}/var", "the names of the features are not those that ingest wrote")
         return held
 
     shared = once(rows)

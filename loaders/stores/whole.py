@@ -11,6 +11,8 @@ import scipy.sparse
 
 from loaders.ecosystem import plain_mudata
 from loaders.formats.root import Address, describe_address, open_root
+from loaders.formats.sealed import open_sealed
+from loaders.formats.sharded import Damaged
 from loaders.schema import SCHEMA_KEY
 
 
@@ -35,16 +37,21 @@ def read_store(store: Address) -> mudata.MuData:
     ValueError
         Not a store made by ingest.
     """
-    root = open_root(store)
+    root, uri = open_root(store), describe_address(store)
     if SCHEMA_KEY not in root.attrs or isinstance(root, h5py.File):
         raise ValueError(
-            f"read_store: got {describe_address(store)}, which no ingest made;"
+            f"read_store: got {uri}, which no ingest made;"
             f" read it with mudata.read_zarr or anndata.read_zarr"
         )
     with plain_mudata(), warnings.catch_warnings():
         # SciPy's remark on unsigned indices.
         warnings.filterwarnings("ignore", message="indices array has non-integer dtype")
-        data = mudata.read_zarr(root.store)
+        try:
+            data = mudata.read_zarr(open_sealed(root, uri, root.attrs[SCHEMA_KEY].get("metadata") or {}).store)
+        except Damaged:
+            raise
+        except Exception as error:  # those of codecs are of every kind
+            raise Damaged(uri, "", f"{type(error).__name__}: {error}") from error
         embeddings = {name: values for name, values in data.obsm.items() if name not in data.mod}
         for modality in data.mod.values():
             counts = modality.X

@@ -11,7 +11,7 @@ import pytest
 import zarr
 
 from loaders.ecosystem import plain_mudata
-from loaders.stores import open_store
+from loaders.stores import open_store, read_store
 from loaders.synthetic import simulate
 
 MOSAIC = [("rna", "atac", "adt"), ("rna", "adt"), ("atac",)]
@@ -22,6 +22,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stores") / "a.zarr"
     sizes = {"num_genes": 30, "num_peaks": 50, "num_proteins": 6, "genes_per_cell": 10, "peaks_per_cell": 12}
     simulate(path, num_cells=200, num_samples=3, num_types=3, mosaic=MOSAIC, **sizes)
+    values = np.random.default_rng(0).normal(size=(200, 3)).astype(np.float32)
+    open_store(path).write_embedding("X_liam", values, {"liam_scale_run": "a-1"})
     return path
 
 
@@ -44,6 +46,8 @@ def all_that_is_read(path: Path) -> list[bytes]:
         held += [name.encode(), b"" if rows is None else rows.tobytes(), store.totals(name).tobytes()]
         held += [array.tobytes() for array in (part.indptr, part.indices, part.values)]
         held.append("\n".join(store.feature_names(name)).encode())
+    held.append(store.read_embedding("X_liam", 0, store.schema.num_cells).tobytes())
+    held.append(repr(store.embedding_attributes("X_liam")).encode())
     store.close()
     return held
 
@@ -101,6 +105,43 @@ def test_every_lost_chunk_is_an_error(store: Path, tmp_path: Path) -> None:
     for part in ("indptr", "obsmap/atac", "obs/sample/codes", "obs/total_counts", "var/_index", "obs/_index"):
         used = {where: what for where, what in outcomes.items() if part in where and not where.startswith("var")}
         assert "named" in used.values(), part
+
+
+def test_a_flipped_bit_in_the_metadata_of_an_embedding_is_found(store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store, copy)
+    file, opened = copy / "obsm/X_liam/zarr.json", open_store(copy)
+    whole, outcomes = file.read_bytes(), {}
+
+    def read() -> tuple[bytes, dict[str, str]]:
+        values = opened.read_embedding("X_liam", 0, 200).tobytes()
+        (made,) = opened.embedding_attributes("X_liam")
+        return values, {key: made[key] for key in ("liam_scale_run", "encoding-type")}
+
+    expected = read()
+    for place in range(0, len(whole), 5):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            outcomes[place] = read() == expected
+        except (RuntimeError, ValueError) as error:
+            outcomes[place] = "copy.zarr" in str(error)
+    assert [place for place, is_right in outcomes.items() if not is_right] == []
+
+
+@pytest.mark.parametrize(
+    "file", ["mod/rna/X/data/c/0", "mod/adt/X/indptr/c/0", "obs/sample/codes/c/0", "obsm/X_liam/c/0/0"]
+)
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_read_store_gives_no_damaged_number(store: Path, tmp_path: Path, file: str, is_lost: bool) -> None:
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(store, copy)
+    whole = (copy / file).read_bytes()
+    if is_lost:
+        (copy / file).unlink()
+    else:
+        (copy / file).write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+    with pytest.raises(RuntimeError, match=r"copy\.zarr/.*got damaged data: .*`liam-scale check`"):
+        read_store(copy)
 
 
 def test_every_array_carries_a_checksum_and_others_read_them(store: Path) -> None:

@@ -123,7 +123,9 @@ def test_a_flipped_bit_names_store_array_chunk_and_cells(path, tmp_path, array, 
     copy = tmp_path / "copy.zarr"
     shutil.copytree(path, copy)
     flip(copy / "mod" / modality / "X" / array / "c" / "0", 5_000)
-    pattern = rf"copy\.zarr/mod/{modality}/X/{array}: got a damaged chunk 0 .*c/0.*checksum.*cells \d+ to \d+: copy"
+    pattern = (
+        rf"copy\.zarr/mod/{modality}/X/{array}: got damaged data: chunk 0 \(the cells \d+ to \d+\): .*checksum.*c/0"
+    )
     with pytest.raises(RuntimeError, match=pattern):
         list(Loader(open_store(copy), LoaderConfig(minibatch=64), subset="all"))
 
@@ -133,7 +135,9 @@ def test_a_deleted_shard_is_an_error_and_not_zeros(path, tmp_path):
     shutil.copytree(path, copy)
     (copy / "mod" / "rna" / "X" / "indices" / "c" / "0").unlink()
     # Which of the shard's chunks is named depends on the thread that comes first.
-    with pytest.raises(RuntimeError, match=r"rna/X/indices: got a damaged chunk .* cannot be opened.*cells \d+ to \d+"):
+    with pytest.raises(
+        RuntimeError, match=r"rna/X/indices: got damaged data: chunk .*cells \d+ to \d+.* cannot be opened"
+    ):
         list(Loader(open_store(copy), LoaderConfig(minibatch=64), subset="all"))
 
 

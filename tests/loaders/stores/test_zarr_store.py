@@ -154,7 +154,8 @@ def test_flipped_bit_names_array_and_rows(own_store: Path) -> None:
     shard.write_bytes(bytes(content))
     store = open_store(own_store)
     with pytest.raises(
-        RuntimeError, match=r"own.zarr/mod/rna/X/indices: got a damaged chunk 0 .*checksum.*cells 0 to 6: copy"
+        RuntimeError,
+        match=r"X/indices: got damaged data: chunk 0 \(the cells 0 to 6\): its checksum.*; `liam-scale check",
     ):
         store.matrix("rna").read(0, 3)
 
@@ -163,7 +164,7 @@ def test_deleted_chunk_is_an_error_not_zeros(own_store: Path, toy: ModuleType) -
     (own_store / "mod/rna/X/data/c/1").unlink()
     store = open_store(own_store)
     store.matrix("rna").read(0, 3)
-    with pytest.raises(RuntimeError, match=r"mod/rna/X/data: got a damaged chunk 4 .*its file 1 cannot be opened"):
+    with pytest.raises(RuntimeError, match=r"mod/rna/X/data: got damaged data: chunk 4 .*its file 1 cannot be opened"):
         store.matrix("rna").read(0, toy.NUM_CELLS)
 
 
