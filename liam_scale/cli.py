@@ -16,6 +16,7 @@ from liam_scale.command import Command, reader_may_leave
 
 COMMANDS = {
     "ingest": "source files -> one shuffled, checked store",
+    "check": "store -> all that is damaged in it",
     "train": "store -> trained model (for several processes: torchrun -m liam_scale.train)",
     "embed": "trained model -> obsm['X_liam'] of the store",
     "decode": "trained model -> normalised expression, accessibility, protein",

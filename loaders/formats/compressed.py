@@ -224,6 +224,7 @@ class CompressedRows(StoredMatrix):
         check_arrays(where, arrays, num_offsets=shape[0] + 1)
         self.where, (self.num_rows, self.num_features) = where, shape
         self._indices, self._values = open_entries(arrays["indices"]), open_entries(arrays["data"])
+        self.entries: dict[str, Entries] = {"indices": self._indices, "data": self._values}
         self._indptr, self._is_ours, self._cells = arrays["indptr"], is_ours, cells
         self.offsets = once(self._read_offsets)
         self.stored_dtype = self._values.dtype
@@ -275,24 +276,23 @@ class CompressedRows(StoredMatrix):
         self, start: int, edges: npt.NDArray[np.int64], indices: npt.NDArray[Any], values: npt.NDArray[Any]
     ) -> None:
         """Read the rows from `start` on whose entries lie between the edges."""
-        pairs: tuple[tuple[str, Entries, npt.NDArray[Any]], ...]
-        pairs = (("indices", self._indices, indices), ("data", self._values, values))
-        for name, entries, out in pairs:
+        for name, out in (("indices", indices), ("data", values)):
             try:
-                entries.read_into(int(edges[0]), out)
+                self.entries[name].read_into(int(edges[0]), out)
             except Exception as error:  # those of codecs and backends are of every kind
-                raise self._unreadable(name, entries, error, start, len(edges) - 1) from error
+                raise self.damaged(name, error, start, len(edges) - 1) from error
         if not self._is_ours or self.slow_because is None:
             return
         # Zarr reads a file that is missing as zeros, which our stores hold only where a source had them written.
         if inspect_columns(edges - edges[0], indices, self.num_features)[1] != SORTED or not values.all():
-            for name, entries, _ in pairs:
+            for name, entries in self.entries.items():
                 missing = entries.first_missing(int(edges[0]), int(edges[-1]))
                 if missing is not None:
                     reason = FileNotFoundError(f"file {missing} is missing")
-                    raise self._unreadable(name, entries, reason, start, len(edges) - 1)
+                    raise self.damaged(name, reason, start, len(edges) - 1)
 
-    def _unreadable(self, name: str, entries: Entries, error: Exception, start: int, count: int) -> Damaged:
+    def damaged(self, name: str, error: Exception, start: int, count: int) -> Damaged:
+        """The error of what cannot be read of the rows from `start` on."""
         what, rows = f"rows {start}:{start + count}", (start, start + count)
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, DamagedChunk):

@@ -130,12 +130,12 @@ def store_of(source: Source, embeddings: Embeddings, *, close: Callable[[], None
 
 def own_store(root: zarr.Group, uri: str, embeddings: Embeddings) -> SourceStore:
     """A store made by ingest; offsets, rows and names of features are held against its schema at once."""
-    schema = _own_schema(root, uri)
+    schema = own_schema(root, uri)
     if schema.metadata is None:
         _log.info("%s was ingested by an older version and has checksums on the counts alone; ingest again", uri)
     else:
         root = open_sealed(root, uri, schema.metadata)
-    held = {name: _own_modality(root, name, uri, schema) for name in schema.modalities}
+    held = {name: own_modality(root, name, uri, schema) for name in schema.modalities}
     for name, modality in held.items():
         modality.feature_names()
         modality.rows()
@@ -146,7 +146,8 @@ def own_store(root: zarr.Group, uri: str, embeddings: Embeddings) -> SourceStore
     return SourceStore(uri, schema, modalities=held, obs=obs, embeddings=embeddings)
 
 
-def _own_schema(root: zarr.Group, uri: str) -> Schema:
+def own_schema(root: zarr.Group, uri: str) -> Schema:
+    """The schema of a store that ingest made; Damaged where it is not what was written."""
     entry = dict(root.attrs[SCHEMA_KEY])
     try:
         return Schema.from_json(entry)
@@ -156,7 +157,8 @@ def _own_schema(root: zarr.Group, uri: str) -> Schema:
         raise Damaged(uri, "zarr.json", f"its schema cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _own_modality(root: zarr.Group, name: str, uri: str, schema: Schema) -> Modality:
+def own_modality(root: zarr.Group, name: str, uri: str, schema: Schema) -> Modality:
+    """A modality of such a store; its callables hold what they read against the schema."""
     group, told = root["mod"][name], schema.modalities[name]
     shape = told.num_cells, told.num_features
 

@@ -1,0 +1,59 @@
+"""Check: `liam-scale check atlas.zarr` looks at every byte of a store and lists all that is damaged."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import tyro
+
+from liam_scale.command import Command
+from loaders.check import Report, check_store
+from loaders.option_checks import Range, check_options
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Look at every checksum, offset, name, code and count of a store, its embeddings too."""
+
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+    """Store made by ingest; of other formats all is read, and what cannot be known is said."""
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the report as JSON."""
+    threads: Annotated[int | None, Range(least=1)] = None
+    """Default: the cores of this process, at most 4."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def _check_and_tell(config: CheckConfig) -> None:
+    start = time.perf_counter()
+    report = check_store(config.store, threads=config.threads)
+    seconds = time.perf_counter() - start
+    if config.json:
+        print(json.dumps({**asdict(report), "is_sound": report.is_sound, "seconds": round(seconds, 3)}, indent=1))
+    else:
+        print(_describe(report, seconds))
+    if not report.is_sound:
+        number = len(report.damages)
+        raise RuntimeError(
+            f"{report.store}: got {number:,} damaged place{'' if number == 1 else 's'}; copy or download the store "
+            "again, or ingest again (an embedding: embed again)"
+        )
+
+
+def _describe(report: Report, seconds: float) -> str:
+    what = "sound" if report.is_sound else "damaged"
+    rate = f"{report.bytes / 1e6:,.1f} MB in {seconds:,.1f} s"
+    lines = [f"{report.store}: {what} ({rate})", *(f"  {damage}" for damage in report.damages)]
+    return "\n".join([*lines, *(f"  not checked: {finding}" for finding in report.unchecked)])
+
+
+main = Command(CheckConfig, _check_and_tell, prog="liam-scale check", description="Store -> all that is damaged in it.")
+
+if __name__ == "__main__":
+    sys.exit(main())
