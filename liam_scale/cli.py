@@ -16,13 +16,13 @@ from liam_scale.command import Command, reader_may_leave
 
 COMMANDS = {
     "ingest": "source files -> one shuffled, checked store",
-    "check": "store -> all that is damaged in it",
     "train": "store -> trained model (for several processes: torchrun -m liam_scale.train)",
     "embed": "trained model -> obsm['X_liam'] of the store",
     "decode": "trained model -> normalised expression, accessibility, protein",
     "map": "cells of new samples -> the embedding of a trained model",
     "evaluate": "embedding -> table of metrics and pictures",
     "sweep": "several alphas, covariates and seeds -> curves, ranks, a recommendation",
+    "check": "store -> all that is damaged in it",
     "demo": "all of it on a small data set that comes with the package",
 }
 """What each command turns into what; each is the `main` of the module of its name."""
