@@ -55,7 +55,9 @@ class Damaged(RuntimeError):
     def __init__(self, store: str, array: str, what: str) -> None:
         self.array, self.what = array, what
         again = "embed again" if array.startswith("obsm/") else "copy or download it again, or ingest again"
-        super().__init__(f"{store}/{array}: got damaged data: {what}; check all of the store, then {again}")
+        super().__init__(
+            f"{store}/{array}: got damaged data: {what}; a check of the store lists all that is damaged; {again}"
+        )
 
 
 class DamagedChunk(Exception):

@@ -40,8 +40,7 @@ def read_store(store: Address) -> mudata.MuData:
     root, uri = open_root(store), describe_address(store)
     if SCHEMA_KEY not in root.attrs or isinstance(root, h5py.File):
         raise ValueError(
-            f"read_store: got {uri}, which no ingest made;"
-            f" read it with mudata.read_zarr or anndata.read_zarr"
+            f"read_store: got {uri}, which no ingest made; read it with mudata.read_zarr or anndata.read_zarr"
         )
     with plain_mudata(), warnings.catch_warnings():
         # SciPy's remark on unsigned indices.
