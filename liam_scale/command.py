@@ -27,6 +27,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from liam_scale.tables import from_table, to_toml
 from liam_scale.training.distributed import AgreedError, launched_ranks
+from loaders.formats.sharded import Damaged
 
 T = TypeVar("T")
 
@@ -240,6 +241,7 @@ def run(
             where = f" (rank {rank})" if size > 1 and code == 1 and not isinstance(error, AgreedError) else ""
             name = "" if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: "
             hint = "" if name == "" else "\n  --debug shows where it happened"
+            hint = "\n  `liam-scale check STORE` is that check" if isinstance(error, Damaged) else hint
             print(f"error{where}: {name}{worded(str(error))}{hint}", file=sys.stderr, flush=True)
         elif isinstance(error, AgreedError):
             # torchrun ends all ranks as soon as one has ended: the one that tells must be first.

@@ -351,7 +351,7 @@ def _check_foreign(store: Store, report: Report) -> None:
         Finding(
             "",
             "another program made it: without checksums a number that changed into another count is not found;"
-            " `liam-scale ingest` makes a store that can be checked",
+            " an ingest makes a store that can be checked",
         )
     )
     with report.noting("obs"):

@@ -55,9 +55,7 @@ class Damaged(RuntimeError):
     def __init__(self, store: str, array: str, what: str) -> None:
         self.array, self.what = array, what
         again = "embed again" if array.startswith("obsm/") else "copy or download it again, or ingest again"
-        super().__init__(
-            f"{store}/{array}: got damaged data: {what}; a check of the store lists all that is damaged; {again}"
-        )
+        super().__init__(f"{store}/{array}: got damaged data: {what}; a check of the store lists all of it; {again}")
 
 
 class DamagedChunk(Exception):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from liam_scale.check import main
+from liam_scale.train import main as train
 
 
 def test_a_sound_store_is_told_so_with_code_0(multiome: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,3 +41,15 @@ def test_a_damaged_store_is_told_place_by_place_with_code_1(
 def test_no_store_is_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "absent")]) == 2
     assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_a_damage_that_stops_a_command_names_the_check(
+    multiome: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "s.zarr"
+    shutil.copytree(multiome, store)
+    (store / "obs/sample/codes/c/0").unlink()
+    assert train([str(store), "--batch-key", "sample", "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert "a check of the store lists all of it; copy or download it again" in said
+    assert "`liam-scale check STORE`" in said

@@ -155,7 +155,7 @@ def test_flipped_bit_names_array_and_rows(own_store: Path) -> None:
     store = open_store(own_store)
     with pytest.raises(
         RuntimeError,
-        match=r"X/indices: got damaged data: chunk 0 \(the cells 0 to 6\): its checksum.*; `liam-scale check",
+        match=r"X/indices: got damaged data: chunk 0 \(the cells 0 to 6\): its checksum.*; a check of the store",
     ):
         store.matrix("rna").read(0, 3)
 
