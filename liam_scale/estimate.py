@@ -15,7 +15,7 @@ from liam_scale.samples import sample_column
 from liam_scale.tables import to_toml
 from liam_scale.training.distributed import World, device_of, launched_ranks
 from liam_scale.training.optim import default_max_epochs
-from loaders.sizing import parse_memory
+from loaders.sizing import describe_memory, parse_memory
 from loaders.stores import Store
 
 BASE_BYTES = 450 * 2**20
@@ -40,10 +40,6 @@ def _seconds_a_step(config: TrainConfig, store: Store, model: ModelConfig, data:
     record = record_of(config, store, model, data)
     with trainer_of(RunDirectory(config.out), record, config, store, World(device=device_of(config.device))) as trainer:
         return seconds_a_step(trainer, at_least=SECONDS_MEASURED)
-
-
-def _amount(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def _duration(seconds: float) -> str:
@@ -84,8 +80,8 @@ def describe_plan(config: TrainConfig, store: Store, models: tuple[ModelConfig, 
         seconds += _seconds_a_step(config, store, model, data, ranks)
     lines += [
         f"model       {models[0].model if len(models) == 1 else 'concat'}: {parameters:,} parameters, "
-        f"{_amount(parameters * 4)} of weights",
-        f"memory      about {_amount(memory)} a process (weights, gradients, Adam, best copy, loader, tile), "
+        f"{describe_memory(parameters * 4)} of weights",
+        f"memory      about {describe_memory(memory)} a process (weights, gradients, Adam, best copy, loader, tile), "
         f"{ranks} process{'es' if ranks > 1 else ''}",
         f"time        at most {epochs:,} epochs = {steps:,} steps of {config.loader.minibatch} cells; "
         f"{_duration(steps * seconds)} to {_duration(1.3 * (steps + scored) * seconds)} by the {seconds * 1e3:.0f} ms "

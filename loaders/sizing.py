@@ -40,6 +40,13 @@ def parse_memory(amount: str | int) -> int:
     return int(number)
 
 
+def describe_memory(num_bytes: float) -> str:
+    """An amount as `parse_memory` reads it."""
+    if num_bytes >= 2**30:
+        return f"{num_bytes / 2**30:.1f} GiB"
+    return f"{num_bytes / 2**20:.0f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:.0f} KiB"
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How the loader cuts the cells of a store.

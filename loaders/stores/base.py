@@ -67,6 +67,10 @@ class Store(Protocol):
         """(stop - start, d) rows of obsm[name]; ValueError where there is no such embedding."""
         ...
 
+    def embedding_names(self) -> list[str]:
+        """Names in obsm that hold an embedding of all cells."""
+        ...
+
     def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
         """Attributes of obsm[name], such as who made it; one entry for each store underneath that holds it."""
         ...

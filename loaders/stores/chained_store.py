@@ -114,6 +114,10 @@ class ChainedStore:
         pieces = _pieces(self._starts, start, stop) or [(0, 0, 0)]
         return np.concatenate([self.stores[i].read_embedding(name, first, last) for i, first, last in pieces])
 
+    def embedding_names(self) -> list[str]:
+        held = [store.embedding_names() for store in self.stores]
+        return [name for name in held[0] if all(name in names for names in held)]
+
     def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
         return [entry for store in self.stores for entry in store.embedding_attributes(name)]
 

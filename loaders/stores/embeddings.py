@@ -55,6 +55,9 @@ class ZarrEmbeddings:
     def read(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return read(self._sealed(), self._uri, name, start, stop)
 
+    def names(self) -> list[str]:
+        return sorted(self._open().get("obsm", {}))
+
     def attributes(self, name: str) -> list[dict[str, Any]]:
         return attributes(self._sealed(), self._uri, name)
 
@@ -81,6 +84,9 @@ class HeldEmbeddings:
 
     def read(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return read({"obsm": self._data.obsm}, f"{type(self._data).__name__} in memory", name, start, stop)
+
+    def names(self) -> list[str]:
+        return sorted(self._data.obsm)
 
     def attributes(self, name: str) -> list[dict[str, Any]]:
         made = self._data.uns.get(name, {})

@@ -115,6 +115,9 @@ class MatchedStore:
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return self.store.read_embedding(name, start, stop)
 
+    def embedding_names(self) -> list[str]:
+        return self.store.embedding_names()
+
     def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
         return self.store.embedding_attributes(name)
 

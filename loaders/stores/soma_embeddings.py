@@ -59,6 +59,10 @@ class SomaEmbeddings:
                 values[rows[wanted], dimensions[wanted]] = table["soma_data"].to_numpy()[wanted]
         return values
 
+    def names(self) -> list[str]:
+        with self._open(self._home) as group:
+            return sorted(group["obsm"].keys()) if "obsm" in group else []
+
     def attributes(self, name: str) -> list[dict[str, Any]]:
         """Metadata of obsm[name]; none where there is no such array."""
         with self._open(self._home) as group:

@@ -18,7 +18,16 @@ from loaders.formats.matrix import Matrix, ReorderedRows, SelectedColumns, once
 from loaders.formats.sealed import open_sealed
 from loaders.formats.sharded import Damaged
 from loaders.formats.source import Part, Source
-from loaders.schema import MODALITIES, SCHEMA_KEY, ModalitySchema, NewerFormat, ObsColumn, Schema, sha256_of_names
+from loaders.schema import (
+    MODALITIES,
+    SCHEMA_KEY,
+    ModalitySchema,
+    NewerFormat,
+    ObsColumn,
+    Schema,
+    modality_of,
+    sha256_of_names,
+)
 from loaders.stores.base import check_embedding, describe_store
 
 _log = logging.getLogger(__name__)
@@ -30,6 +39,8 @@ class Embeddings(Protocol):
     def write(self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str]) -> None: ...
 
     def read(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]: ...
+
+    def names(self) -> list[str]: ...
 
     def attributes(self, name: str) -> list[dict[str, Any]]: ...
 
@@ -101,6 +112,10 @@ class SourceStore:
 
     def read_embedding(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         return self._embeddings.read(name, start, stop)
+
+    def embedding_names(self) -> list[str]:
+        # MuData keeps there which cells have a modality, under its name.
+        return [name for name in self._embeddings.names() if modality_of(name) is None]
 
     def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
         return self._embeddings.attributes(name)
