@@ -16,8 +16,11 @@ import numpy.typing as npt
 import pandas as pd
 import zarr
 
-from liam_scale.provenance import attributes_in_file, check_maker
+from liam_scale.provenance import check_maker
 from loaders.durable import replacing
+from loaders.formats.foreign import reading
+from loaders.formats.frame import Frame
+from loaders.formats.root import open_root
 from loaders.schema import BARCODE_COLUMNS
 from loaders.stores import Store, embeddings
 
@@ -68,7 +71,7 @@ def attach(
         held = [dict(made) if isinstance(made, Mapping) else {}] if key in target.obsm else []
     else:
         target = Path(target)
-        what, ids, held = str(target), _ids_in_file(target), attributes_in_file(target, key)
+        what, (ids, held) = str(target), _look(target, key)
     if not overwrite:
         check_maker(held, run, what=f"obsm[{key!r}] of {what}", cure="name another key, or give overwrite=True")
     rows = _rows_of(pd.Index(ids), store, what, missing)
@@ -139,22 +142,15 @@ def _some(ids: pd.Index) -> str:
     return ", ".join(map(repr, ids[:_SHOWN].tolist())) + (", ..." if len(ids) > _SHOWN else "")
 
 
-def _ids_in_file(path: Path) -> pd.Index:
-    """Cell ids of an AnnData or MuData file."""
+def _look(path: Path, key: str) -> tuple[npt.NDArray[Any], list[dict[str, Any]]]:
+    """Cell ids of an AnnData or MuData file, and the attributes of obsm[key]."""
+    root = open_root(path)
     try:
-        if path.is_dir():
-            return _index(zarr.open_group(path, mode="r")["obs"])
-        with h5py.File(path, "r") as file:
-            return _index(file["obs"])
-    except (OSError, KeyError, AttributeError, zarr.errors.BaseZarrError) as error:
-        raise ValueError(
-            f"{path}: got nothing with cells that anndata or mudata wrote ({error}); give an .h5ad, .h5mu or Zarr, or "
-            "embed a store with run.embed(store)"
-        ) from None
-
-
-def _index(obs: Any) -> pd.Index:
-    return pd.Index(np.asarray(anndata.io.read_elem(obs[obs.attrs["_index"]]), dtype=object).astype(str))
+        with reading(str(path)):
+            return Frame(root["obs"]).index().astype(object), embeddings.attributes(root, str(path), key)
+    finally:
+        if isinstance(root, h5py.File):
+            root.close()
 
 
 def _replace_in_hdf5(path: Path, key: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str]) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import anndata
 import mudata
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import scipy.sparse
 import scipy.stats
 import tyro
 
@@ -30,14 +29,11 @@ from liam_scale.evaluation.cells import (
 )
 from liam_scale.evaluation.measures import MEASURES, require_extra, score
 from liam_scale.evaluation.scored import NUM_NEIGHBORS, Scored
-from liam_scale.provenance import attributes_in_file, check_maker
+from liam_scale.provenance import check_maker
 from liam_scale.run import RunDirectory
 from liam_scale.tables import to_toml
-from loaders.ecosystem import plain_mudata
 from loaders.option_checks import Range, check_options
 from loaders.stores import ObsColumn, Store, open_store
-
-_IN_MEMORY = (".h5ad", ".h5mu")
 
 BASELINE = "PCA"
 """Name of the baseline's column in the table."""
@@ -48,7 +44,7 @@ class EvaluateConfig:
     """Score an embedding against the samples and labels of its cells, beside PCA, and draw it."""
 
     store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
-    """Store with the embedding and the counts; or an .h5ad or .h5mu file that fits in memory."""
+    """Store with the embedding and the counts; .h5ad and .h5mu files are such too."""
     embedding: str = "X_liam"
     """Name of the embedding in obsm."""
     embedding_file: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
@@ -141,9 +137,11 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
         An option names what is not there.
     """
     require_extra()
-    store = _store_of(config.store, data)
+    given: Any = config.store if data is None else data
+    store = open_store(given) if isinstance(given, str | anndata.AnnData | mudata.MuData) else given
+    holder = store if config.embedding_file is None else _embedding_file(config.embedding_file, store)
     if config.run is not None and data is None:
-        _check_maker(config, config.run, store)
+        _check_maker(config, config.run, holder)
     options = {"--batch-key": config.batch_key, "--label-key": config.label_key}
     whole = {key: read_column(store, key, option=option) for option, keys in options.items() for key in keys}
     limits = {"max_cells": config.max_cells, "num_draws": config.draws, "seed": config.seed}
@@ -151,7 +149,7 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
     tables, kept = [], None
     for rows in draws:
         columns = {key: ObsColumn(np.asarray(c.codes)[rows], c.categories) for key, c in whole.items()}
-        embeddings, kinds = _embeddings(store, config, rows)
+        embeddings, kinds = _embeddings(store, holder, config, rows)
         codes = {key: column.codes for key, column in columns.items()}
         scored = {n: Scored(p, codes, k=config.neighbors, seed=config.seed) for n, p in embeddings.items()}
         tables.append(_score(scored, config))
@@ -191,35 +189,10 @@ def _evaluate_and_tell(config: EvaluateConfig) -> None:
         print(f"wrote {path}")
 
 
-def _store_of(name: str, data: Store | anndata.AnnData | mudata.MuData | None) -> Store:
-    if data is None and Path(name).suffix in _IN_MEMORY:
-        data = read_in_memory(Path(name))
-    if isinstance(data, anndata.AnnData | mudata.MuData):
-        return _in_memory(data)
-    return open_store(name) if data is None else data
-
-
-def read_in_memory(path: Path) -> anndata.AnnData | mudata.MuData:
-    """A whole AnnData Zarr, h5ad or h5mu file."""
-    if path.suffix == ".h5mu":
-        with plain_mudata():
-            return mudata.read_h5mu(path)
-    return anndata.read_h5ad(path) if path.suffix == ".h5ad" else anndata.read_zarr(path)
-
-
-def _in_memory(data: anndata.AnnData | mudata.MuData) -> Store:
-    """A store over the data in memory, counts or no counts."""
-    if isinstance(data, anndata.AnnData) and data.X is None:
-        nothing = scipy.sparse.csr_matrix((data.n_obs, 0), dtype=np.float32)
-        data = anndata.AnnData(nothing, obs=data.obs, obsm=dict(data.obsm))
-    return open_store(data)
-
-
 def _embeddings(
-    store: Store, config: EvaluateConfig, rows: npt.NDArray[np.int64]
+    store: Store, holder: Store, config: EvaluateConfig, rows: npt.NDArray[np.int64]
 ) -> tuple[dict[str, npt.NDArray[np.float32]], ObsColumn]:
     """The embedding, before it the baseline, and which modalities the cells have."""
-    holder = store if config.embedding_file is None else _embedding_file(config.embedding_file, store)
     wanted = {config.embedding: read_embedding(holder, config.embedding, rows)}
     held = {name: modality.num_features for name, modality in store.schema.modalities.items()}
     places = {name: modality_places(store, name, rows) for name, num_features in held.items() if num_features}
@@ -234,24 +207,22 @@ def _embeddings(
 
 
 def _embedding_file(name: str, store: Store) -> Store:
-    data = read_in_memory(Path(name))
-    if data.n_obs != store.schema.num_cells:
+    holder = open_store(name)
+    if holder.schema.num_cells != store.schema.num_cells:
         raise ValueError(
-            f"--embedding-file: got {data.n_obs:,} cells in {name}, but {store.uri} has {store.schema.num_cells:,};"
-            " name the file that was embedded from this store"
+            f"--embedding-file: got {holder.schema.num_cells:,} cells in {name}, but {store.uri} has"
+            f" {store.schema.num_cells:,}; name the file that was embedded from this store"
         )
-    return _in_memory(data)
+    return holder
 
 
-def _check_maker(config: EvaluateConfig, run: Path, store: Store) -> None:
+def _check_maker(config: EvaluateConfig, run: Path, holder: Store) -> None:
     """Refuse losses of one run beside the embedding of another."""
-    file = config.embedding_file or (config.store if Path(config.store).suffix in _IN_MEMORY else None)
-    held = attributes_in_file(Path(file), config.embedding) if file else store.embedding_attributes(config.embedding)
     directory = RunDirectory(run)
     check_maker(
-        held,
+        holder.embedding_attributes(config.embedding),
         directory.record().id if directory.is_run else None,
-        what=f"--run: obsm[{config.embedding!r}] of {file or store.uri}",
+        what=f"--run: obsm[{config.embedding!r}] of {holder.uri}",
         cure="name the run that made it, or embed the cells with this one",
     )
 

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
-
-import anndata
-import h5py
-import zarr
 
 _log = logging.getLogger(__name__)
 
@@ -19,24 +14,6 @@ RUN_ATTRIBUTE = "liam_scale_run"
 def attributes_of(run: str | None) -> dict[str, str]:
     """What an embedding of a run of this id carries; nothing for a run made before runs had ids."""
     return {} if run is None else {RUN_ATTRIBUTE: run}
-
-
-def attributes_in_file(path: Path, key: str) -> list[dict[str, Any]]:
-    """Attributes of obsm[key] in an h5ad, h5mu or Zarr; none where there is no such array.
-
-    Where an object was written that had the embedding in memory, they stand in uns[key].
-    """
-    if path.is_file():
-        with h5py.File(path, "r") as file:
-            return _attributes_in(file, key)
-    return _attributes_in(zarr.open_group(path, mode="r"), key)
-
-
-def _attributes_in(root: Any, key: str) -> list[dict[str, Any]]:
-    if key not in root.get("obsm", {}):
-        return []
-    made = anndata.io.read_elem(root["uns"][key]) if key in root.get("uns", {}) else None
-    return [{**(made if isinstance(made, Mapping) else {}), **root["obsm"][key].attrs}]
 
 
 def check_maker(held: Sequence[Mapping[str, Any]], run: str | None, *, what: str, cure: str) -> None:

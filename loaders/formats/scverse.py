@@ -38,14 +38,19 @@ class HeldGroup(dict[str, Any]):
             self["raw"] = {"X": data.raw.X, "var": data.raw.var}
 
 
+def _layers_of(group: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the layers, and of all matrices besides X: "raw" also means AnnData's raw."""
+    layers = tuple(group["layers"].keys()) if "layers" in group else ()
+    # anndata writes a raw that is None too.
+    has_raw = "raw" in group and hasattr(group["raw"], "keys") and "raw" not in layers
+    return layers, (*layers, "raw") if has_raw else layers
+
+
 def _counts_of(
     label: str, group: Any, at: str, layer: str | None, cells: npt.NDArray[np.int64] | None = None
 ) -> tuple[StoredMatrix, Frame, tuple[str, ...]]:
     """The matrix that holds the counts, its var, and the names of the others."""
-    layers = tuple(group["layers"].keys()) if "layers" in group else ()
-    # anndata writes a raw that is None too.
-    has_raw = "raw" in group and hasattr(group["raw"], "keys") and "raw" not in layers
-    known = (*layers, "raw") if has_raw else layers
+    layers, known = _layers_of(group)
     var = Frame(group["var"])
     if layer is None or layer == "X":
         if "X" not in group:
@@ -81,9 +86,11 @@ def _cell_index(where: str, frame: Frame) -> npt.NDArray[Any]:
 
 
 def open_anndata(label: str, path: Path, root: Any, *, modality: str | None, layer: str | None, say: Say) -> Source:
-    """An AnnData: one modality, or several where var["feature_types"] says so."""
+    """An AnnData: one modality, several where var["feature_types"] says so, or none where it holds no matrix at all."""
     obs = Frame(root["obs"])
     ids = _cell_index(label, obs)
+    if modality is None and layer is None and "X" not in root and not _layers_of(root)[1]:
+        return Source(label, (path,), ids, {}, ObsTable(View(obs, None), {}))
     matrix, var_frame, layers = _counts_of(label, root, "", layer)
     var = var_frame.whole()
     _check_shape(matrix, len(ids), len(var))

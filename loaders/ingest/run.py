@@ -94,6 +94,9 @@ def ingest(
     say = _Remarks(is_shown=progress)
     with ExitStack() as files, explain_disk_errors(out):
         opened = [open_source(text, layer=layer, files=files, say=say) for text in texts]
+        for source in opened:
+            if not source.parts:
+                raise ValueError(f"{source.label}: got no counts, neither X nor layers; give a file that has them")
         cells = gather_cells(opened, sample_key, say, sample_from_file=sample_from_file)
         joined = _join_all(opened, join, say)
         _look(opened)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import mudata
 import numpy as np
 import numpy.typing as npt
@@ -132,11 +133,14 @@ def read(root: Mapping[str, Any] | zarr.Group, uri: str, name: str, start: int, 
     )
 
 
-def attributes(root: zarr.Group, uri: str, name: str) -> list[dict[str, Any]]:
-    """Attributes of obsm[name]; none where there is no such array."""
+def attributes(root: zarr.Group | h5py.File, uri: str, name: str) -> list[dict[str, Any]]:
+    """Attributes of obsm[name], in uns[name] where it was written from memory; none where there is no such array."""
     with _naming(uri, name):
-        held = root.get("obsm", {})
-        return [dict(held[name].attrs)] if name in held else []
+        held, of_memory = root.get("obsm", {}), root.get("uns", {})
+        if name not in held:
+            return []
+        made = anndata.io.read_elem(of_memory[name]) if name in of_memory else None
+        return [{**(made if isinstance(made, Mapping) else {}), **held[name].attrs}]
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class SourceStore:
     ) -> None:
         self.uri, self.schema = uri, schema
         self._modalities, self._obs, self._embeddings, self._close = modalities, obs, embeddings, close
-        self.row_alignment = max(held.matrix.row_alignment for held in modalities.values())
+        self.row_alignment = max((held.matrix.row_alignment for held in modalities.values()), default=1)
 
     __repr__ = describe_store
 

@@ -18,7 +18,6 @@ from liam_scale import embed as module
 from liam_scale.embed import EmbedConfig, compute, embed, main
 from liam_scale.evaluate import EvaluateConfig, evaluate
 from liam_scale.model import logistic_normal_mean
-from liam_scale.provenance import attributes_in_file
 from loaders import Loader, LoaderConfig, open_store
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -149,7 +148,7 @@ def test_an_h5ad_is_a_file_of_that_format(trained: Path, tmp_path: Path, capsys:
     assert f'read it with anndata.read_h5ad("{file}")' in capsys.readouterr().out
     result = anndata.read_h5ad(file)
     np.testing.assert_allclose(result.obsm["X_liam"], compute(EmbedConfig(run=trained)), atol=1e-7)
-    (attributes,) = attributes_in_file(file, "X_liam")
+    (attributes,) = open_store(file).embedding_attributes("X_liam")
     assert attributes["liam_scale_run"] == liam_scale.load_run(trained).record.id
     assert os.listdir(tmp_path) == ["embedding.h5ad"]
 

@@ -16,14 +16,14 @@ import pytest
 import scipy.sparse
 
 import liam_scale
-from liam_scale.evaluate import BASELINE, EvaluateConfig, describe, evaluate, main, read_in_memory
+from liam_scale.evaluate import BASELINE, EvaluateConfig, describe, evaluate, main
 from liam_scale.evaluation import plots
 from liam_scale.evaluation.baseline import normalised, principal_components
 from liam_scale.evaluation.cells import draw_rows, modalities_of_cells, modality_places, read_counts
 from liam_scale.evaluation.measures import score
 from liam_scale.evaluation.published import asw_label
 from liam_scale.evaluation.scored import Scored
-from loaders.ecosystem import quiet_anndata
+from loaders.ecosystem import plain_mudata, quiet_anndata
 from loaders.stores import ObsColumn, open_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,8 @@ SHARED = Path(os.environ.get("LIAM_SHARED", ROOT.parent / "shared")) / "data"
 @pytest.fixture(scope="module")
 def pbmc() -> mudata.MuData:
     """The shipped mosaic with an embedding: its baseline, every donor centred."""
-    data = read_in_memory(PBMC)
+    with plain_mudata():
+        data = mudata.read_h5mu(PBMC)
     counts = {m: data.mod[m].to_df().reindex(data.obs_names).fillna(0) for m in ("rna", "adt")}
     blocks = [normalised(m, scipy.sparse.csr_matrix(values, dtype=np.float32)) for m, values in counts.items()]
     points = principal_components(blocks)
@@ -279,7 +280,8 @@ class TestEvaluate:
 
     @pytest.mark.skipif(not (SHARED / "pbmc_wnn_mosaic.h5mu").exists(), reason="no shared/data beside the checkout")
     def test_shipped_mosaic_is_the_shared_one(self, pbmc):
-        shared = read_in_memory(SHARED / "pbmc_wnn_mosaic.h5mu")
+        with plain_mudata():
+            shared = mudata.read_h5mu(SHARED / "pbmc_wnn_mosaic.h5mu")
         for modality in ("rna", "adt"):
             ours, theirs = pbmc.mod[modality], shared.mod[modality]
             assert (ours.X != theirs.X).nnz == 0

@@ -17,7 +17,7 @@ from liam_scale.embed import EmbedConfig, embed_store
 from liam_scale.embed import main as embed_main
 from liam_scale.evaluate import main as evaluate_main
 from liam_scale.map import main as map_main
-from liam_scale.provenance import RUN_ATTRIBUTE, attributes_in_file
+from liam_scale.provenance import RUN_ATTRIBUTE
 from liam_scale.run import RunDirectory
 from loaders import open_store
 
@@ -69,7 +69,9 @@ def test_the_embedding_says_which_run_made_it_in_store_and_file(trained: Path, e
     expected = [id_of(trained)]
     assert [entry[RUN_ATTRIBUTE] for entry in open_store(embedded).embedding_attributes("X_liam")] == expected
     liam_scale.load_run(trained).embed(embedded, out=tmp_path / "apart.zarr", key="X_apart")
-    assert [entry[RUN_ATTRIBUTE] for entry in attributes_in_file(tmp_path / "apart.zarr", "X_apart")] == expected
+    assert [
+        entry[RUN_ATTRIBUTE] for entry in open_store(tmp_path / "apart.zarr").embedding_attributes("X_apart")
+    ] == expected
     assert open_store(embedded).embedding_attributes("X_apart") == []
 
 

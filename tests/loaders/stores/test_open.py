@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anndata
+import numpy as np
+import pandas as pd
 import pytest
 import zarr
 
+from loaders.ecosystem import quiet_anndata
+from loaders.ingest import ingest
 from loaders.stores import open_store
 
 pytestmark = [
@@ -55,3 +60,23 @@ def test_zarr_array_is_no_store(tmp_path: Path) -> None:
     zarr.create_array(tmp_path / "a.zarr", shape=(3,), dtype="f4")
     with pytest.raises(ValueError, match=r"got nothing that Zarr can open as a group"):
         open_store(tmp_path / "a.zarr")
+
+
+@pytest.mark.parametrize("name", ["a.h5ad", "a.zarr", None])
+def test_an_anndata_without_counts_is_a_store_without_modalities_that_no_ingest_takes(
+    tmp_path: Path, name: str | None
+) -> None:
+    data = anndata.AnnData(obs=pd.DataFrame({"donor": ["a", "b"]}, index=["c0", "c1"]))
+    data.obsm["X_liam"] = np.arange(6, dtype=np.float32).reshape(2, 3)
+    data.uns["X_liam"] = {"made_by": "run"}
+    if name is not None:
+        with quiet_anndata():
+            data.write_zarr(tmp_path / name) if name == "a.zarr" else data.write(tmp_path / name)
+    store = open_store(data if name is None else tmp_path / name)
+    assert store.schema.modalities == {}
+    assert store.obs_column("donor").categories == ("a", "b")
+    np.testing.assert_array_equal(store.read_embedding("X_liam", 1, 2), [[3, 4, 5]])
+    assert store.embedding_attributes("X_liam")[0]["made_by"] == "run"
+    if name is not None:
+        with pytest.raises(ValueError, match="got no counts, neither X nor layers; give a file that has them"):
+            ingest(tmp_path / name, out=tmp_path / "out.zarr", progress=False)
