@@ -30,13 +30,12 @@ from liam_scale.kernels.precision import Precision
 from liam_scale.map import MapConfig, map_store
 from liam_scale.model import Liam, ModelConfig
 from liam_scale.model.config import ModelName
-from liam_scale.provenance import attributes_of
-from liam_scale.run import IN_MEMORY, RunDirectory, RunRecord, open_stores
+from liam_scale.run import IN_MEMORY, RunDirectory, RunRecord, attributes_of, open_stores
 from liam_scale.train import train as train_run
 from liam_scale.training.distributed import Device
 from liam_scale.training.optim import OptimConfig
 from liam_scale.training.options import TrainingConfig
-from loaders.addresses import addresses
+from loaders.formats.root import addresses
 from loaders.ingest import ingest
 from loaders.options import LoaderConfig
 from loaders.stores import Store, open_store, read_store

@@ -16,11 +16,10 @@ import numpy.typing as npt
 import pandas as pd
 import zarr
 
-from liam_scale.provenance import check_maker
+from liam_scale.run import check_maker
 from loaders.durable import replacing
-from loaders.formats.foreign import reading
 from loaders.formats.frame import Frame
-from loaders.formats.root import open_root
+from loaders.formats.root import open_root, reading
 from loaders.schema import BARCODE_COLUMNS
 from loaders.stores import Store, embeddings
 

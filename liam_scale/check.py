@@ -12,7 +12,7 @@ import tyro
 
 from liam_scale.command import Command
 from loaders.check import Report, check_store
-from loaders.option_checks import Range, check_options
+from loaders.options import Range, check_options
 
 
 @dataclass(frozen=True)

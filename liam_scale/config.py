@@ -12,8 +12,7 @@ from liam_scale.model import ModelConfig
 from liam_scale.training.distributed import Device, check_device
 from liam_scale.training.optim import OptimConfig
 from liam_scale.training.options import TrainingConfig
-from loaders.option_checks import Range, check_options
-from loaders.options import LoaderConfig
+from loaders.options import LoaderConfig, Range, check_options
 
 LOCKED = (
     "seed",

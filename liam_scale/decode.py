@@ -18,14 +18,13 @@ from torch import Tensor
 from liam_scale.command import Command
 from liam_scale.model import Liam
 from liam_scale.model.decoders import NegativeMultinomialDecoder
-from liam_scale.provenance import check_maker
-from liam_scale.run import RunDirectory, RunRecord, open_stores
+from liam_scale.run import RunDirectory, RunRecord, check_maker, open_stores
 from liam_scale.samples import sample_codes
 from loaders.durable import replacing
+from loaders.ecosystem import add_dense_matrix, write_anndata
 from loaders.formats.root import HDF5_SUFFIXES
-from loaders.option_checks import Range, check_options
+from loaders.options import Range, check_options
 from loaders.stores import Store
-from loaders.stores.anndata_zarr import add_dense_matrix, write_anndata
 from loaders.stores.base import check_finite
 
 CELLS_PER_CHUNK = 4_096

@@ -16,7 +16,7 @@ import tyro
 
 from liam_scale import launching
 from liam_scale.command import Command
-from loaders.option_checks import Range, check_options
+from loaders.options import Range, check_options
 
 SIMULATION = (
     "num_cells=3000, num_genes=2000, num_peaks=8000, num_samples=3, num_types=12, genes_per_cell=120, "

@@ -23,20 +23,19 @@ from liam_scale.command import Command
 from liam_scale.model import Liam, logistic_normal_mean
 from liam_scale.model.layers import Gaussian
 from liam_scale.model.noise import Noise
-from liam_scale.provenance import attributes_of, check_maker
-from liam_scale.run import RunDirectory, check_features, open_stores
+from liam_scale.run import RunDirectory, attributes_of, check_features, check_maker, open_stores
 from liam_scale.samples import sample_codes
 from liam_scale.training.distributed import Device, World, check_device, join_world, launched_ranks
 from loaders.durable import holding, replacing, sha256_of
+from loaders.ecosystem import write_anndata
 from loaders.formats.root import HDF5_SUFFIXES, open_root
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch
-from loaders.option_checks import Range, check_options
+from loaders.options import Range, check_options
 from loaders.progress import Progress
 from loaders.schema import SCHEMA_KEY
 from loaders.sizing import parse_memory
 from loaders.stores import Store, embeddings
-from loaders.stores.anndata_zarr import write_anndata
 from loaders.stores.base import check_finite
 
 CELLS_PER_STEP = 1_024

@@ -18,21 +18,23 @@ import tyro
 import liam_scale.evaluation.published  # noqa: F401  (enters its measures into the table)
 from liam_scale.command import Command
 from liam_scale.evaluation import plots, report
-from liam_scale.evaluation.baseline import NUM_COMPONENTS, TARGET_SUM, normalised, principal_components
 from liam_scale.evaluation.cells import (
+    NUM_COMPONENTS,
+    TARGET_SUM,
     draw_cells,
     modalities_of_cells,
     modality_places,
+    normalised,
+    principal_components,
     read_column,
     read_counts,
     read_embedding,
 )
 from liam_scale.evaluation.measures import MEASURES, require_extra, score
 from liam_scale.evaluation.scored import NUM_NEIGHBORS, Scored
-from liam_scale.provenance import check_maker
-from liam_scale.run import RunDirectory
+from liam_scale.run import RunDirectory, check_maker
 from liam_scale.tables import to_toml
-from loaders.option_checks import Range, check_options
+from loaders.options import Range, check_options
 from loaders.stores import ObsColumn, Store, open_store
 
 BASELINE = "PCA"

@@ -14,7 +14,7 @@ import zarr
 from anndata.io import read_elem
 
 from liam_scale.command import Command
-from liam_scale.provenance import RUN_ATTRIBUTE
+from liam_scale.run import RUN_ATTRIBUTE
 from loaders.formats.root import local_path, open_root
 from loaders.schema import SCHEMA_KEY, ObsColumn
 from loaders.sizing import describe_memory

@@ -31,7 +31,7 @@ from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer
 from liam_scale.training.options import TrainingConfig
 from liam_scale.training.trainer import Trainer
 from loaders.durable import holding
-from loaders.option_checks import Range, check_options
+from loaders.options import Range, check_options
 from loaders.sizing import parse_memory
 from loaders.stores import MatchedStore, Store
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 WEIGHTS_FILE = "model.safetensors"
+RUN_ATTRIBUTE = "liam_scale_run"
+"""Attribute of an embedding in obsm: the id of the run that made it."""
+
 IN_MEMORY = " in memory"
 """How a run calls the store that it was trained on where that is an AnnData or MuData: "MuData in memory"."""
 
@@ -302,3 +305,33 @@ def record_of(
         contents=contents,
         parts=parts,
     )
+
+
+def attributes_of(run: str | None) -> dict[str, str]:
+    """What an embedding of a run of this id carries; nothing for a run made before runs had ids."""
+    return {} if run is None else {RUN_ATTRIBUTE: run}
+
+
+def check_maker(held: Sequence[Mapping[str, Any]], run: str | None, *, what: str, cure: str) -> None:
+    """Refuse an embedding that another run made; remark where nothing says whether it did.
+
+    Parameters
+    ----------
+    held
+        Attributes of the embedding, one entry for each store that holds it; none: there is no embedding yet.
+    run
+        Id of the run that is to read or to replace it; None where an older version made that run.
+    what, cure
+        How the message begins and ends.
+
+    Raises
+    ------
+    ValueError
+        Another run made it.
+    """
+    makers = {entry.get(RUN_ATTRIBUTE) for entry in held}
+    others = sorted(str(maker) for maker in makers - {run, None})
+    if others and run is not None:
+        raise ValueError(f"{what}: got an embedding that run {' and '.join(others)} made, not run {run}; {cure}")
+    if makers and (None in makers or run is None):
+        logger.info("%s: it or the run has no id, so that nothing says whether this run made it", what)

@@ -33,8 +33,8 @@ from liam_scale.model.config import ModelName
 from liam_scale.run import RunDirectory, open_stores
 from liam_scale.tables import to_toml
 from loaders.durable import holding, write_text
-from loaders.machine import num_cores
-from loaders.option_checks import Range, check_options
+from loaders.options import Range, check_options
+from loaders.sizing import num_cores
 from loaders.stores import Store
 
 

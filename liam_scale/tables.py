@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli_w
 
-from loaders.option_checks import checked
+from loaders.options import checked
 
 
 def to_table(value: Any) -> Any:

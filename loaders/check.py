@@ -27,9 +27,9 @@ from loaders.formats.frame import Frame
 from loaders.formats.root import Address, describe_address, is_soma, open_root
 from loaders.formats.sealed import open_sealed, verify_array
 from loaders.formats.sharded import Damaged, DamagedChunk
-from loaders.machine import default_threads
 from loaders.prefetch import Prefetch, Task, Workers
 from loaders.schema import SCHEMA_KEY, ModalitySchema, Schema, sha256_of_names
+from loaders.sizing import default_threads
 from loaders.stores import Store, open_store
 from loaders.stores.store import Modality, own_modality, own_schema
 

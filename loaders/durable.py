@@ -25,7 +25,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from loaders.machine import HAS_FILE_LOCKS, lock
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+HAS_FILE_LOCKS = fcntl is not None
 
 SUFFIX = ".partial"
 _LOCK = "lock"
@@ -276,3 +281,15 @@ def _free(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB free in {folder}"
     except OSError:
         return f"unknown space in {folder}"
+
+
+def lock(descriptor: int, *, wait: bool = True) -> None:
+    """Lock a file or folder for this process until it is closed; nothing where the system has no such locks.
+
+    Raises
+    ------
+    BlockingIOError
+        Another process holds it, and `wait` is not set.
+    """
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,14 +1,17 @@
-"""What differs between the versions of anndata and mudata that this package runs with; nothing else asks for one."""
+"""anndata and mudata as this package uses them: what differs between versions, and an AnnData written in Zarr v3."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
 
 import anndata
 import mudata
+import numpy as np
+import zarr
 
 
 @contextmanager
@@ -36,3 +39,26 @@ def plain_mudata() -> Iterator[None]:
     options = mudata.set_options if hasattr(mudata, "set_options") else mudata.settings.override
     with options(pull_on_update=False):
         yield
+
+
+def write_anndata(data: anndata.AnnData, path: Path) -> None:
+    """Write an AnnData that fits in memory."""
+    with quiet_anndata():
+        data.write_zarr(path)
+
+
+def add_dense_matrix(path: Path, num_columns: int, *, cells_per_chunk: int) -> zarr.Array:
+    """An empty float32 X, (cells, columns), in an AnnData that was written without one."""
+    with quiet_anndata():
+        root = zarr.open_group(path, mode="r+", use_consolidated=False)
+        num_cells = anndata.io.read_elem(root["obs"]).shape[0]
+        array = root.create_array(
+            "X",
+            shape=(num_cells, num_columns),
+            chunks=(min(cells_per_chunk, num_cells), min(num_columns, 1_024)),
+            dtype=np.float32,
+            overwrite=True,
+            attributes={"encoding-type": "array", "encoding-version": "0.2.0"},
+        )
+        zarr.consolidate_metadata(root.store)
+    return array

@@ -21,13 +21,12 @@ import numpy.typing as npt
 import torch.utils.data
 
 from loaders.assemble import Group, Slice, assemble, output_bytes, output_formats, plan_group
-from loaders.machine import default_threads
 from loaders.minibatch import Minibatch
 from loaders.options import LoaderConfig
 from loaders.plan import Epoch, Plan, Window
 from loaders.prefetch import Prefetch, Task, Workers, result_of
 from loaders.selection import encode_column, ids_of, sample_codes, select_rows, weights_of
-from loaders.sizing import Sizes, choose_sizes, parse_memory
+from loaders.sizing import Sizes, choose_sizes, default_threads, parse_memory
 from loaders.stores.base import Store
 from loaders.windows import ModalityInput, WindowCells, WindowRows, open_inputs, order_window, read_window
 

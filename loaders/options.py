@@ -1,14 +1,104 @@
-"""What a user chooses about loading."""
+"""Options: types and ranges are checked in one way, whoever fills them; and what a user chooses about loading."""
 
 from __future__ import annotations
 
+import math
+import numbers
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import tyro
 
-from loaders.option_checks import Range, check_options
 from loaders.sizing import parse_memory
+
+_KINDS: Mapping[type, tuple[type | tuple[type, ...], str]] = {
+    bool: ((bool, np.bool_), "true or false"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a finite number"),
+    str: (str, "a text in quotes"),
+    Path: ((str, os.PathLike), "a path in quotes"),
+}
+"""What is taken for a declared type (numpy's numbers too), and its name in messages."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that an option takes, as in `lr: Annotated[float, Range(above=0)]`."""
+
+    least: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    most: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        return self.least <= value <= self.most and self.above < value < self.below
+
+    def __str__(self) -> str:
+        ends = {"at least": self.least, "above": self.above, "below": self.below, "at most": self.most}
+        return " and ".join(f"{word} {end:g}" for word, end in ends.items() if math.isfinite(end))
+
+
+def check_options(options: Any, prefix: str = "") -> None:
+    """Check every field of a dataclass against its annotation; called in `__post_init__`.
+
+    Values of another but fitting type become the declared one: a numpy number, a list for a tuple, a text for a path.
+
+    Parameters
+    ----------
+    prefix
+        How messages begin the name of an option of a command line; without it they name the field.
+
+    Raises
+    ------
+    ValueError
+        A value has another type, is not among the choices or outside the range.
+    """
+    kind: Any = type(options)
+    for name, hint in _hints(kind).items():
+        option = prefix + name.replace("_", "-") if prefix else name
+        object.__setattr__(options, name, checked(option, getattr(options, name), hint))
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def checked(option: str, value: Any, hint: Any) -> Any:
+    """A value as an annotation takes it; ValueError with the option's name where it does not."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        value = checked(option, value, arguments[0])
+        for rule in arguments[1:]:
+            if isinstance(rule, Range) and value is not None and not rule.holds(value):
+                raise ValueError(f"{option}: got {value}; give {rule}")
+        return value
+    if origin in (Union, UnionType):
+        (other,) = (argument for argument in arguments if argument is not NoneType)
+        return None if value is None else checked(option, value, other)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{option}: got {value!r}; choose one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{option}: got {value!r}; give a list")
+        return tuple(checked(option, item, arguments[0]) for item in value)
+    return _settled(option, value, hint) if hint in _KINDS else value
+
+
+def _settled(option: str, value: Any, kind: Any) -> Any:
+    taken, name = _KINDS[kind]
+    is_taken = isinstance(value, taken) and (kind is bool or not isinstance(value, bool))
+    if not is_taken or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{option}: got {value!r}; give {name}")
+    return kind(value)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""From one amount of memory to the sizes of blocks, windows and read-ahead."""
+"""What the machine gives: from one amount of memory to the sizes of blocks, windows and read-ahead; and its cores."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -119,3 +120,13 @@ def choose_sizes(
     window = max(smallest, min(held, wanted) // streams)
     block = window if is_shuffled else max(min_block, min(window, UNSHUFFLED_BLOCK))
     return Sizes(block, window, max(share, group), ahead, is_small=held < wanted)
+
+
+def num_cores() -> int:
+    """Cores this process may use; those of the machine where the system does not tell (macOS, Windows)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """Threads of a pool whose user chose no number: the cores, at most 4, beyond which readers and writers idle."""
+    return min(4, num_cores())

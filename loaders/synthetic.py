@@ -26,8 +26,8 @@ import scipy.sparse
 from loaders.csr import SparseRows, index_dtype, offsets_of
 from loaders.ecosystem import plain_mudata
 from loaders.ingest.writer import ModalityLayout, StoreWriter
-from loaders.machine import default_threads
 from loaders.schema import MODALITIES, Schema
+from loaders.sizing import default_threads
 
 _BLOCK = 256
 """Cells drawn by one task, from generators keyed (seed, purpose, block): a cell does not depend on how many follow."""

@@ -1,14 +1,15 @@
-"""The cells that are evaluated, and what is read of them: a seeded draw from a store."""
+"""The cells that are evaluated: a seeded draw from a store, what is read of them, and the baseline of their counts."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse
 
+from loaders.csr import centred_log_ratio
 from loaders.stores import ObsColumn, Store
 
 _log = logging.getLogger(__name__)
@@ -147,3 +148,47 @@ def modalities_of_cells(places: Mapping[str, npt.NDArray[np.int64]], num_cells: 
 def _blocks(rows: npt.NDArray[np.int64], size: int) -> list[npt.NDArray[np.int64]]:
     """Ascending rows by the block of `size` in which they lie."""
     return np.split(rows, np.flatnonzero(np.diff(rows // size)) + 1) if len(rows) else []
+
+
+NUM_COMPONENTS = 20
+"""As many as liam's latent dimensions by default."""
+
+TARGET_SUM = 1_000.0
+"""Counts that every cell is scaled to in a modality before the logarithm."""
+
+
+def normalised(
+    modality: str, counts: scipy.sparse.csr_matrix, *, target_sum: float = TARGET_SUM
+) -> scipy.sparse.csr_matrix:
+    """The centred log-ratio of ADT, log(1 + target_sum * share) of RNA and ATAC; absent counts stay zeros. float32."""
+    from sklearn.preprocessing import normalize
+
+    if modality == "adt":
+        ratios = scipy.sparse.csr_matrix(counts, dtype=np.float32, copy=True)
+        centred_log_ratio(ratios.indptr, ratios.data, counts.shape[1])
+        return ratios
+    shares = normalize(scipy.sparse.csr_matrix(counts, dtype=np.float32), norm="l1")
+    shares.data = np.log1p(target_sum * shares.data, dtype=np.float32)
+    return shares
+
+
+def principal_components(
+    blocks: Sequence[scipy.sparse.csr_matrix], *, num_components: int = NUM_COMPONENTS
+) -> npt.NDArray[np.float32]:
+    """(n, d) scores of the centred matrix whose columns are those of all blocks, largest variance first.
+
+    Raises
+    ------
+    ValueError
+        Fewer than two cells or features.
+    """
+    from sklearn.decomposition import PCA
+
+    together = scipy.sparse.hstack(blocks, format="csr")
+    width = min(num_components, *(size - 1 for size in together.shape))
+    if width < 1:
+        raise ValueError(
+            f"baseline: got {together.shape[0]} cells x {together.shape[1]} features; give at least 2 of each"
+        )
+    # ARPACK centres a sparse matrix without making it dense.
+    return PCA(width, svd_solver="arpack", random_state=0).fit_transform(together).astype(np.float32)

@@ -10,7 +10,7 @@ import tyro
 
 from liam_scale.kernels.options import Impl
 from liam_scale.kernels.precision import Precision
-from loaders.option_checks import Range, check_options
+from loaders.options import Range, check_options
 from loaders.schema import MODALITIES
 
 ModelName = Literal[

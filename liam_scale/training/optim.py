@@ -10,7 +10,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from loaders.option_checks import Range, check_options
+from loaders.options import Range, check_options
 
 STEPS_OF_PUBLISHED_EPOCH = 464
 """Steps of an epoch of the published data: 0.95 x 62,501 training cells in minibatches of 128."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from loaders.option_checks import Range, check_options
+from loaders.options import Range, check_options
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from liam_scale.training.checkpoint import Checkpoint, save_checkpoint
 from liam_scale.training.distributed import World
-from liam_scale.training.history import History, Row, summarise
-from liam_scale.training.meter import Meter
+from liam_scale.training.history import History, Meter, Row, summarise
 from liam_scale.training.optim import KLSchedule, load_optimizer_tensors, optimizer_tensors
 from liam_scale.training.options import TrainingConfig
 from liam_scale.training.progress import LossProgress

@@ -1,10 +1,10 @@
-"""AnnData and MuData in HDF5, Zarr or memory: their cells, modalities, layers. The one rule for all who ask."""
+"""AnnData, MuData and the 10x matrix, in HDF5, Zarr or memory, told apart by what they contain: one rule for all."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import anndata
 import mudata
@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from loaders.formats.compressed import CompressedRows
 from loaders.formats.elements import open_matrix
-from loaders.formats.frame import Frame, ObsTable, View
+from loaders.formats.frame import Frame, ObsTable, View, read_strings
 from loaders.formats.matrix import StoredMatrix
+from loaders.formats.root import check_foreign, not_a_store, reading
 from loaders.formats.source import Part, Say, Source, split_by_type
 from loaders.schema import MODALITIES, check_modality, check_unique, modality_of
 
@@ -195,3 +197,115 @@ def _rows_by_cell(
             "MuData and save it again"
         )
     return rows
+
+
+def is_tenx(root: Any) -> bool:
+    """Whether an open HDF5 file is a 10x matrix, of whatever version."""
+    return "matrix" in root or any("barcodes" in root[key] for key in root if hasattr(root[key], "keys"))
+
+
+def open_tenx(label: str, path: Path, root: Any, *, say: Say) -> Source:
+    """The cells and modalities of a 10x file; feature names repeated in it get -1, -2, ... as scanpy gives them."""
+    if "matrix" not in root or "features" not in root["matrix"]:
+        raise ValueError(
+            f"{label}: a 10x matrix of Cell Ranger 2 or older (no matrix/features); read it with scanpy.read_10x_h5 "
+            "and save an .h5ad"
+        )
+    group = root["matrix"]
+    features = group["features"]
+    ids = read_strings(group["barcodes"])
+    check_unique(
+        f"{label}: barcodes", pd.Index(ids.astype(object)), "the file is damaged: write it again with Cell Ranger"
+    )
+    names = _make_unique(label, read_strings(features["name"]).astype(object), say)
+    columns = {"gene_ids": read_strings(features["id"]).astype(object)}
+    for key in ("feature_type", "genome", "interval"):
+        if key in features and features[key].shape == features["name"].shape:
+            columns["feature_types" if key == "feature_type" else key] = read_strings(features[key]).astype(object)
+    num_features, num_cells = (int(n) for n in group["shape"][:])
+    if (num_features, num_cells) != (len(names), len(ids)):
+        raise ValueError(
+            f"{label}: matrix/shape is {num_features} x {num_cells}, the file names {len(names)} features and "
+            f"{len(ids)} barcodes; it is damaged: write it again with Cell Ranger"
+        )
+    var = pd.DataFrame(columns, index=names)
+    # Compressed by barcode: read as cells x features it is CSR.
+    matrix = CompressedRows(f"{label}: matrix", (num_cells, num_features), group)
+    types = var["feature_types"].to_numpy() if "feature_types" in var else np.full(len(var), "Gene Expression", object)
+    parts = split_by_type(label, matrix, var, types, (), say)
+    return Source(label, (path,), ids, parts, ObsTable(View(Frame(pd.DataFrame(index=ids.astype(object))), None), {}))
+
+
+def _make_unique(label: str, names: np.ndarray, say: Say) -> pd.Index:
+    index = pd.Index(names)
+    repeated = index.duplicated()
+    if not repeated.any():
+        return index
+    taken, unique = set(names.tolist()), names.copy()
+    count: dict[str, int] = {}
+    for place in np.flatnonzero(repeated):
+        name = names[place]
+        while True:
+            count[name] = count.get(name, 0) + 1
+            new = f"{name}-{count[name]}"
+            if new not in taken:
+                break
+        taken.add(new)
+        unique[place] = new
+    first = int(np.flatnonzero(repeated)[0])
+    say(
+        f"{label}: {int(repeated.sum())} feature names repeat another and got a number ({names[first]!r}: "
+        f"{unique[first]!r})"
+    )
+    return pd.Index(unique)
+
+
+Held: TypeAlias = anndata.AnnData | mudata.MuData
+"""Data in memory."""
+
+
+def open_held(data: Held, *, modality: str | None, layer: str | None, say: Say) -> Source:
+    """The cells and modalities of an AnnData or MuData in memory."""
+    kind = type(data).__name__
+    return open_group(HeldGroup(data), f"{kind} in memory", Path(kind), modality=modality, layer=layer, say=say)
+
+
+def open_group(root: Any, label: str, path: Path, *, modality: str | None, layer: str | None, say: Say) -> Source:
+    """The cells and modalities that an open group holds.
+
+    Parameters
+    ----------
+    label, path
+        What messages call it, and the path whose end names it.
+    modality
+        Modality to take; it also names the features of an AnnData that does not.
+    layer
+        Layer that holds the counts ("raw" also means `.raw`); None: X.
+    say
+        Takes remarks on what was assumed.
+
+    Raises
+    ------
+    ValueError
+        It is neither AnnData nor MuData nor a 10x matrix, or says contradictory things.
+    """
+    modality = None if modality is None else check_modality(modality)
+    with reading(label):
+        check_foreign(root, label)
+        return _open(root, label, path, modality=modality, layer=layer, say=say)
+
+
+def _open(root: Any, label: str, path: Path, *, modality: str | None, layer: str | None, say: Say) -> Source:
+    if "obs" in root and "var" in root and "mod" not in root:
+        return open_anndata(label, path, root, modality=modality, layer=layer, say=say)
+    if "mod" in root:
+        source = open_mudata(label, path, root, layer=layer, say=say)
+    elif is_tenx(root):
+        if layer is not None:
+            raise ValueError(f"layer: got {layer!r} for {label}, a 10x file, which has no layers; leave it out")
+        source = open_tenx(label, path, root, say=say)
+    else:
+        kind = root.attrs.get("encoding-type")
+        inside = ", ".join(sorted(root)) or "nothing"
+        raise not_a_store(label, f"a group of encoding {kind!r}" if kind else f"a group that holds {inside} at its top")
+    return source if modality is None else source.only(modality)

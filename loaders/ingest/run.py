@@ -15,20 +15,18 @@ import numpy.typing as npt
 import pandas as pd
 from tqdm import tqdm
 
-from loaders.addresses import addresses
 from loaders.csr import narrowest_dtype
 from loaders.formats.features import Join, Joined, join_features
+from loaders.formats.root import addresses
 from loaders.formats.source import Part, Say, Source
 from loaders.ingest.cells import Cells, gather_cells, modality_columns, obs_columns
 from loaders.ingest.checks import Counted, Place, check_and_map
 from loaders.ingest.shuffle import Shuffle, destinations
 from loaders.ingest.sources import open_source
-from loaders.ingest.staging import Staging, check_out, explain_disk_errors
-from loaders.ingest.writer import ModalityLayout, StoreWriter
-from loaders.machine import default_threads
+from loaders.ingest.writer import ModalityLayout, Staging, StoreWriter, check_out, explain_disk_errors
 from loaders.progress import Progress
 from loaders.schema import MODALITIES, Schema
-from loaders.sizing import parse_memory
+from loaders.sizing import default_threads, parse_memory
 
 _LEAST_MEMORY = 2**25
 """32 MiB: below it chunks are so small that the passes crawl."""

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from loaders.formats.frame import Frame, ObsTable, View
-from loaders.formats.group import open_group
 from loaders.formats.root import is_soma, open_root
+from loaders.formats.scverse import open_group
 from loaders.formats.soma import SomaExperiment
 from loaders.formats.source import Part, Say, Source
 from loaders.schema import MODALITIES, modality_of

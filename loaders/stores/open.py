@@ -1,8 +1,9 @@
-"""Opening a store of any format."""
+"""Opening a store of any format, to stream or whole."""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,20 +11,25 @@ from typing import Any, Literal
 import anndata
 import h5py
 import mudata
+import numpy as np
+import scipy.sparse
 import zarr
 from zarr.storage import LocalStore
 
+from loaders.ecosystem import plain_mudata
 from loaders.formats.elements import CompressedColumns
-from loaders.formats.group import Held, open_group, open_held
 from loaders.formats.root import Address, describe_address, is_soma, not_a_store, open_root
+from loaders.formats.scverse import Held, open_group, open_held
+from loaders.formats.sealed import open_sealed
+from loaders.formats.sharded import Damaged
 from loaders.formats.soma import SomaExperiment
 from loaders.formats.source import Source
 from loaders.schema import SCHEMA_KEY
 from loaders.stores.base import Store
-from loaders.stores.chained_store import ChainedStore
 from loaders.stores.embeddings import HeldEmbeddings, ZarrEmbeddings
 from loaders.stores.soma_embeddings import SomaEmbeddings
 from loaders.stores.store import own_store, store_of
+from loaders.stores.views import ChainedStore
 
 _log = logging.getLogger(__name__)
 
@@ -140,3 +146,51 @@ def _datasets(root: zarr.Group) -> list[zarr.Group]:
     if not datasets:
         raise not_a_store(describe_address(root), "an annbatch collection without a dataset")
     return datasets
+
+
+def read_store(store: Address) -> mudata.MuData:
+    """Read a store made by `ingest` into memory, ready for scanpy.
+
+    The store keeps counts in the narrowest type that holds them, with which scanpy overflows or fails; here they are
+    float32. Cells stand in the store's order, in the modalities those that have it.
+
+    Parameters
+    ----------
+    store
+        Its path, or what else Zarr opens.
+
+    Returns
+    -------
+    A MuData whose every modality has all obs columns and embeddings (`obsm["X_liam"]`) of its cells, so that it can be
+    used alone.
+
+    Raises
+    ------
+    ValueError
+        Not a store made by ingest.
+    """
+    root, uri = open_root(store), describe_address(store)
+    if SCHEMA_KEY not in root.attrs or isinstance(root, h5py.File):
+        raise ValueError(
+            f"read_store: got {uri}, which no ingest made; read it with mudata.read_zarr or anndata.read_zarr"
+        )
+    with plain_mudata(), warnings.catch_warnings():
+        # SciPy's remark on unsigned indices.
+        warnings.filterwarnings("ignore", message="indices array has non-integer dtype")
+        try:
+            data = mudata.read_zarr(open_sealed(root, uri, root.attrs[SCHEMA_KEY].get("metadata") or {}).store)
+        except Damaged:
+            raise
+        except Exception as error:  # those of codecs are of every kind
+            raise Damaged(uri, "", f"{type(error).__name__}: {error}") from error
+        embeddings = {name: values for name, values in data.obsm.items() if name not in data.mod}
+        for modality in data.mod.values():
+            counts = modality.X
+            parts = (counts.data.astype(np.float32), counts.indices.astype(np.int32), counts.indptr)
+            modality.X = scipy.sparse.csr_matrix(parts, counts.shape)
+            rows = data.obs_names.get_indexer(modality.obs_names)
+            common = data.obs.columns.difference(modality.obs.columns, sort=False)
+            modality.obs = data.obs.iloc[rows][common].join(modality.obs)
+            for name, values in embeddings.items():
+                modality.obsm[name] = values[rows]
+    return data

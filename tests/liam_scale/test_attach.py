@@ -19,7 +19,7 @@ import zarr
 
 import liam_scale
 from liam_scale.api import Run
-from liam_scale.provenance import RUN_ATTRIBUTE
+from liam_scale.run import RUN_ATTRIBUTE
 from loaders import open_store
 from loaders.ecosystem import quiet_anndata
 

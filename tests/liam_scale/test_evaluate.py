@@ -18,8 +18,14 @@ import scipy.sparse
 import liam_scale
 from liam_scale.evaluate import BASELINE, EvaluateConfig, describe, evaluate, main
 from liam_scale.evaluation import plots
-from liam_scale.evaluation.baseline import normalised, principal_components
-from liam_scale.evaluation.cells import draw_rows, modalities_of_cells, modality_places, read_counts
+from liam_scale.evaluation.cells import (
+    draw_rows,
+    modalities_of_cells,
+    modality_places,
+    normalised,
+    principal_components,
+    read_counts,
+)
 from liam_scale.evaluation.measures import score
 from liam_scale.evaluation.published import asw_label
 from liam_scale.evaluation.scored import Scored

@@ -17,8 +17,7 @@ from liam_scale.embed import EmbedConfig, embed_store
 from liam_scale.embed import main as embed_main
 from liam_scale.evaluate import main as evaluate_main
 from liam_scale.map import main as map_main
-from liam_scale.provenance import RUN_ATTRIBUTE
-from liam_scale.run import RunDirectory
+from liam_scale.run import RUN_ATTRIBUTE, RunDirectory
 from loaders import open_store
 
 

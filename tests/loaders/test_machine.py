@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from identifying import identifying_store
 
-from loaders.machine import default_threads, lock, num_cores
+from loaders.durable import lock
+from loaders.sizing import default_threads, num_cores
 
 WINDOWS = """
 import os, sys

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from liam_scale.kernels.cpu import threads
-from liam_scale.kernels.cpu.log_gamma import count_terms
 from liam_scale.kernels.cpu.softmax_tiles import (
     Cache,
     TiledLayer,
@@ -32,7 +31,7 @@ from liam_scale.kernels.cpu.softmax_tiles import (
     tile_features,
 )
 from liam_scale.kernels.cpu.sparse import by_feature
-from liam_scale.kernels.cpu.vector_math import FAST_MATH, log
+from liam_scale.kernels.cpu.vector_math import FAST_MATH, count_terms, log
 from liam_scale.kernels.gradients import Targets
 from liam_scale.kernels.options import OutputLayer
 from liam_scale.kernels.reference import NB_EPSILON, THETA_FLOOR

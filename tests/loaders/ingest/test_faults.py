@@ -14,7 +14,7 @@ import pytest
 
 from loaders import durable
 from loaders.ingest import ingest
-from loaders.ingest.staging import Staging
+from loaders.ingest.writer import Staging
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -1,7 +1,7 @@
 import numpy as np
 import scipy.special
 
-from liam_scale.kernels.cpu.log_gamma import count_terms, log_gamma_and_digamma
+from liam_scale.kernels.cpu.vector_math import count_terms, log_gamma_and_digamma
 
 
 def test_differences_of_log_gamma():

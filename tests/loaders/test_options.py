@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pytest
 
-from loaders.option_checks import Range, check_options
-from loaders.options import LoaderConfig
+from loaders.options import LoaderConfig, Range, check_options
 
 
 @dataclass(frozen=True)
