@@ -55,6 +55,8 @@ class EvaluateConfig:
     """Obs columns whose mixing is scored: the sample of each cell first, then site, donor, ..."""
     label_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
     """Obs columns with labels, such as cell types: first the one within which mixing is scored, then others."""
+    pairs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
+    """Obs columns in which exactly two cells have the same value: the halves of a cell whose modalities were split."""
     out: Path | None = None
     """Folder for report.html, metrics.csv, umap.png and loss.png. Default: print the table, write nothing."""
     run: Path | None = None
@@ -82,7 +84,7 @@ class EvaluateConfig:
     """Draw pictures into `out`."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_key", "label_key"):
+        for name in ("batch_key", "label_key", "pairs"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
         check_options(self, "--")
@@ -146,13 +148,15 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
         _check_maker(config, config.run, holder)
     options = {"--batch-key": config.batch_key, "--label-key": config.label_key}
     whole = {key: read_column(store, key, option=option) for option, keys in options.items() for key in keys}
+    pairs = {key: _pairs(store, key) for key in config.pairs}
     limits = {"max_cells": config.max_cells, "num_draws": config.draws, "seed": config.seed}
     draws = draw_cells(store, whole, **limits)
     tables, kept = [], None
     for rows in draws:
         columns = {key: ObsColumn(np.asarray(c.codes)[rows], c.categories) for key, c in whole.items()}
+        partners = {key: np.asarray(column.codes)[rows] for key, column in pairs.items()}
         embeddings, kinds = _embeddings(store, holder, config, rows)
-        codes = {key: column.codes for key, column in columns.items()}
+        codes = {**{key: column.codes for key, column in columns.items()}, **partners}
         scored = {n: Scored(p, codes, k=config.neighbors, seed=config.seed) for n, p in embeddings.items()}
         tables.append(_score(scored, config))
         kept = kept or (_by_modalities(scored, config, kinds), embeddings, {**columns, "modalities": kinds})
@@ -160,6 +164,16 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
     assert kept is not None
     found = Evaluation(table, interval, *kept, draws[0], store.schema.num_cells)
     return found if config.out is None else _write(found, config, config.out)
+
+
+def _pairs(store: Store, key: str) -> ObsColumn:
+    column = read_column(store, key, option="--pairs")
+    if not (np.bincount(column.codes[column.codes >= 0]) == 2).any():
+        raise ValueError(
+            f"--pairs: got {key!r}, of which no value stands in exactly two cells; name the column in which both halves"
+            " of a cell have the same value"
+        )
+    return column
 
 
 def describe(found: Evaluation) -> str:
@@ -236,6 +250,7 @@ def _score(scored: dict[str, Scored], config: EvaluateConfig) -> pd.DataFrame:
                 one,
                 covariates=config.batch_key,
                 labels=config.label_key,
+                pairs=config.pairs,
                 most_cost=("none", "quick", "all").index(config.scib),
                 with_published=config.published,
             )

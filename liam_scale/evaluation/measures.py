@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from liam_scale.evaluation.scored import GRAPH_NEIGHBORS, KBET_NEIGHBORS, LISI_NEIGHBORS, Scored, as_graph
 
 Compute = Callable[[Scored, str, str], float]
-"""From the embedding, the name of a covariate and that of a label."""
+"""From the embedding, the name of a covariate (of a measure of pairs: of the column of pairs) and that of a label."""
 
 _PACKAGES = {
     "sklearn": "scikit-learn",
@@ -38,14 +39,15 @@ _FEWEST_CELLS = 10
 class Measure:
     """One measure: its key in tables, what it says, which direction is better, and how it is computed.
 
-    `of` is what it is computed for, each covariate or each label; `needs` the columns of which at least two values must
-    be there; `cost` 0: scikit-learn alone, 1: seconds, most of them JAX, 2: minutes for 20,000 cells.
+    `of` is what it is computed for, each covariate, each label, or each column of pairs; `needs` the columns of which
+    at least two values must be there; `cost` 0: scikit-learn alone, 1: seconds, most of them JAX, 2: minutes for 20,000
+    cells.
     """
 
     key: str
     title: str
     better: str
-    of: Literal["covariate", "label"]
+    of: Literal["covariate", "label", "pair"]
     needs: tuple[str, ...]
     cost: int
     is_published: bool
@@ -68,13 +70,14 @@ def score(
     *,
     covariates: Sequence[str] = (),
     labels: Sequence[str] = (),
+    pairs: Sequence[str] = (),
     most_cost: int = 2,
     with_published: bool = False,
 ) -> dict[tuple[str, str], float]:
     """By key and column every measure of at most this cost that the columns allow."""
     columns = {
         kind: [name for name in names if len(np.unique(scored.codes[name])) > 1]
-        for kind, names in (("covariate", covariates), ("label", labels))
+        for kind, names in (("covariate", covariates), ("label", labels), ("pair", pairs))
     }
     first = {kind: (names[0] if names else "") for kind, names in columns.items()}
     found = {}
@@ -85,7 +88,8 @@ def score(
             for name in columns[measure.of]:
                 asked = {**first, measure.of: name}
                 if all(asked[kind] for kind in measure.needs):
-                    found[measure.key, name] = float(measure.compute(scored, asked["covariate"], asked["label"]))
+                    covariate = name if measure.of == "pair" else asked["covariate"]
+                    found[measure.key, name] = float(measure.compute(scored, covariate, asked["label"]))
     return found
 
 
@@ -93,7 +97,7 @@ def measure(
     title: str,
     better: str,
     *,
-    of: Literal["covariate", "label"],
+    of: Literal["covariate", "label", "pair"],
     needs: str = "",
     cost: int = 0,
     is_published: bool = False,
@@ -232,6 +236,39 @@ def pcr(scored: Scored, covariate: str, label: str) -> float:
     from scib_metrics.utils import principal_component_regression
 
     return principal_component_regression(scored.centred.astype(np.float32), scored.codes[covariate], categorical=True)
+
+
+@measure("cells of the other half nearer than the partner (FOSCTTM)", "lower", of="pair")
+def foscttm(scored: Scored, pair: str, label: str) -> float:
+    """Fraction of samples closer than the true match (Liu 2019), both ways; 0.5 where halves lie by chance."""
+    one, other = (scored.centred[rows] for rows in scored.halves(pair))
+    return (_nearer(one, other) + _nearer(other, one)) / 2
+
+
+@measure("nearest cell of the other half has the label", "higher", of="pair", needs="label")
+def partner_label(scored: Scored, pair: str, label: str) -> float:
+    """Share over the cells of both halves."""
+    from sklearn.neighbors import NearestNeighbors
+
+    halves, codes = scored.halves(pair), scored.codes[label]
+    found = []
+    for own, other in (halves, halves[::-1]):
+        finder = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(scored.centred[other])
+        nearest = finder.kneighbors(scored.centred[own], return_distance=False)[:, 0]
+        found.append(codes[other][nearest] == codes[own])
+    return np.concatenate(found).mean()
+
+
+def _nearer(own: npt.NDArray[np.float64], other: npt.NDArray[np.float64]) -> float:
+    """Mean share of the other cells that are nearer to a cell than that of its own row; 1,024 cells at a time."""
+    from sklearn.metrics import pairwise_distances
+
+    shares = []
+    for start in range(0, len(own), 1024):
+        distances = pairwise_distances(own[start : start + 1024], other)
+        rows = np.arange(len(distances))
+        shares.append((distances < distances[rows, start + rows][:, None]).sum(axis=1) / max(1, len(other) - 1))
+    return float(np.concatenate(shares).mean())
 
 
 def _can_import(module: str) -> bool:

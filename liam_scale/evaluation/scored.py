@@ -128,6 +128,14 @@ class Scored:
 
         return self.once(("predicted", covariate, label), compute)
 
+    def halves(self, pair: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(m,) cells and (m,) their partners: the codes that exactly two cells have; a negative code has no partner."""
+        codes = self.codes[pair]
+        order = np.argsort(codes, kind="stable")
+        values, first, counts = np.unique(codes[order], return_index=True, return_counts=True)
+        first = first[(counts == 2) & (values >= 0)]
+        return order[first], order[first + 1]
+
     def share_alike(self, column: str) -> float:
         """Mean share of a cell's k nearest neighbours that have its own code."""
         codes = self.codes[column]

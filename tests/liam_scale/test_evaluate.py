@@ -134,6 +134,30 @@ class TestMeasures:
         ones += [f"{clusters}_{kind}" for clusters in ("leiden", "kmeans") for kind in ("nmi", "ami", "ari")]
         assert {key: found[key] for key in ones} == pytest.approx(dict.fromkeys(ones, 1.0), abs=0.01)
 
+    def test_halves_of_cells_that_lie_together_and_by_chance(self):
+        rng = np.random.default_rng(0)
+        label = rng.integers(0, 4, 300)
+        points = rng.normal(size=(300, 5)) + 8 * np.eye(4, 5)[label]
+        halves = np.concatenate([points, points + 1e-3 * rng.normal(size=points.shape)])
+        codes = {"cell": np.tile(np.arange(300), 2), "type": np.tile(label, 2)}
+        codes["cell"][0] = -1  # a cell without a partner
+        together = score(Scored(halves, codes), labels=["type"], pairs=["cell"], most_cost=0)
+        assert together["foscttm", "cell"] < 0.01
+        assert together["partner_label", "cell"] == 1
+        codes["cell"][300:] = rng.permutation(codes["cell"][300:])
+        by_chance = score(Scored(rng.normal(size=(600, 5)), codes), labels=["type"], pairs=["cell"], most_cost=0)
+        assert by_chance["foscttm", "cell"] == pytest.approx(0.5, abs=0.05)
+        assert by_chance["partner_label", "cell"] == pytest.approx(0.25, abs=0.08)
+
+    def test_foscttm_is_that_of_its_definition(self):
+        rng = np.random.default_rng(1)
+        one, other = rng.normal(size=(2, 40, 3))
+        distances = np.linalg.norm(one[:, None] - other, axis=2)
+        own = np.diag(distances)
+        expected = ((distances < own[:, None]).mean() + (distances < own).mean()) / 2 * 40 / 39
+        scored = Scored(np.concatenate([one, other]), {"cell": np.tile(np.arange(40), 2)})
+        assert score(scored, pairs=["cell"])["foscttm", "cell"] == pytest.approx(expected)
+
     def test_noise_for_labels(self, truths):
         found = truths["noise"]
         zeros = ["leiden_ami", "leiden_ari", "kmeans_ami", "kmeans_ari"]
@@ -332,6 +356,10 @@ class TestEvaluate:
         key = "label_purity"
         shown = f"{found.table.loc[key, 'X_liam']:.3f} ± {found.interval.loc[key, 'X_liam']:.3f}"
         assert shown in describe(found)
+
+    def test_pairs_that_are_none_are_refused(self, pbmc):
+        with pytest.raises(ValueError, match="--pairs: got 'donor', of which no value stands in exactly two cells"):
+            liam_scale.evaluate(pbmc, label_key="cell_type", pairs="donor", scib="none", baseline=False)
 
     def test_from_python_with_several_columns(self, pbmc):
         options = {"scib": "none", "baseline": False, "max_cells": 400, "draws": 2}
