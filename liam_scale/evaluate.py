@@ -15,7 +15,6 @@ import pandas as pd
 import scipy.stats
 import tyro
 
-import liam_scale.evaluation.published  # noqa: F401  (enters its measures into the table)
 from liam_scale.command import Command
 from liam_scale.evaluation import plots, report
 from liam_scale.evaluation.cells import (

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from liam_scale.model import ModelConfig, ModelData, library_priors
+from loaders.selection import encode_column
 from loaders.stores import Store, cell_totals
 
 _log = logging.getLogger(__name__)
@@ -68,18 +69,10 @@ def sample_column(store: Store, batch_key: str | None) -> tuple[np.ndarray, tupl
     """
     if batch_key is None:
         return np.zeros(store.schema.num_cells, dtype=np.int32), ("all",)
-    if batch_key not in store.schema.obs_columns:
-        raise ValueError(
-            f"--batch-key: got {batch_key}, but obs of {store.uri} has no such column; "
-            f"choose one of {', '.join(store.schema.obs_columns) or 'none'}"
-        )
-    column = store.obs_column(batch_key)
-    missing = int((column.codes < 0).sum())
-    if missing:
-        raise ValueError(
-            f"--batch-key: {batch_key} has no value for {missing:,} of {len(column.codes):,} cells of {store.uri}; "
-            "fill the column or drop these cells before ingest"
-        )
+    try:
+        column = encode_column(store, batch_key, allow_missing=False)
+    except ValueError as error:
+        raise ValueError(f"--batch-key: {error}") from None
     return column.codes, column.categories
 
 

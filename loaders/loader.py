@@ -115,7 +115,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         self._sources = open_inputs(store, modalities)
         self._outputs = output_formats(self._sources, config.transforms, transpose=transpose, values=values)
         self._sample = None if sample is None else sample_codes(store, sample)
-        self._obs = {name: encode_column(store, name, allow_missing=True) for name in obs}
+        self._obs = {name: encode_column(store, name, allow_missing=True).codes for name in obs}
         rows = select_rows(store, self._sample, subset=subset, share=config.validation_share, seed=seed, drop=drop)
         sizes = choose_sizes(
             memory=parse_memory(config.memory),

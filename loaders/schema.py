@@ -87,12 +87,12 @@ class ObsColumn:
     Attributes
     ----------
     codes
-        (n,) int32 position in `categories`, -1 where the value is missing.
+        (n,) position in `categories`, -1 where the value is missing.
     categories
         Distinct values as strings, in their order.
     """
 
-    codes: npt.NDArray[np.int32]
+    codes: npt.NDArray[np.signedinteger]
     categories: tuple[str, ...]
 
 

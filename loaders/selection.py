@@ -9,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from loaders.plan import Rows, split
-from loaders.schema import hash_names
+from loaders.schema import ObsColumn, hash_names
 from loaders.stores.base import Store
 
 IDS_PER_READ = 1 << 16
 """Cell ids held at a time."""
 
 
-def encode_column(store: Store, name: str, *, allow_missing: bool) -> npt.NDArray[np.integer]:
-    """(n,) codes of an obs column in the narrowest signed type.
+def encode_column(store: Store, name: str, *, allow_missing: bool) -> ObsColumn:
+    """An obs column, its codes in the narrowest signed type.
 
     Raises
     ------
@@ -28,17 +28,17 @@ def encode_column(store: Store, name: str, *, allow_missing: bool) -> npt.NDArra
     missing = int(np.count_nonzero(column.codes < 0))
     if missing and not allow_missing:
         raise ValueError(
-            f"obs column {name!r}: got {missing} of {len(column.codes)} cells without a value in {store.uri};"
+            f"obs column {name!r}: got {missing:,} of {len(column.codes):,} cells without a value in {store.uri};"
             f" every cell needs one: fill them in before ingest, leave these cells out, or name another column"
             f" ({', '.join(store.schema.obs_columns)})"
         )
-    return column.codes.astype(np.min_scalar_type(-len(column.categories) - 1))
+    return ObsColumn(column.codes.astype(np.min_scalar_type(-len(column.categories) - 1)), column.categories)
 
 
 def sample_codes(store: Store, sample: str | npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
     """(n,) code of each cell's sample, of a column or as given, in the narrowest signed type."""
     if isinstance(sample, str):
-        return encode_column(store, sample, allow_missing=False)
+        return encode_column(store, sample, allow_missing=False).codes
     if sample.shape != (store.schema.num_cells,) or sample.dtype.kind not in "iu" or sample.min(initial=0) < 0:
         raise ValueError(
             f"sample: got {sample.dtype} of shape {sample.shape}; give one code from 0 on for each of"

@@ -77,14 +77,11 @@ def draw_rows(
 
 
 def read_column(store: Store, name: str, *, option: str) -> ObsColumn:
-    """An obs column as codes; ValueError that names the option where there is none."""
+    """An obs column as codes; ValueError that names the option where it cannot be."""
     try:
         return store.obs_column(name)
-    except ValueError:
-        columns = ", ".join(store.schema.obs_columns) or "none"
-        raise ValueError(
-            f"{option}: got {name!r}, which {store.uri} does not have; its columns are: {columns}"
-        ) from None
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def read_embedding(store: Store, name: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

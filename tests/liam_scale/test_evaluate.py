@@ -26,8 +26,7 @@ from liam_scale.evaluation.cells import (
     principal_components,
     read_counts,
 )
-from liam_scale.evaluation.measures import score
-from liam_scale.evaluation.published import asw_label
+from liam_scale.evaluation.measures import asw_label, score
 from liam_scale.evaluation.scored import Scored
 from loaders.ecosystem import plain_mudata, quiet_anndata
 from loaders.stores import ObsColumn, open_store
@@ -378,8 +377,11 @@ class TestEvaluate:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"batch_key": "doner"}, r"--batch-key: got 'doner', which .* does not have; its columns are: .*donor"),
-            ({"label_key": "type"}, r"--label-key: got 'type'"),
+            (
+                {"batch_key": "doner"},
+                r"--batch-key: obs column: got 'doner', which .* does not have; columns are: .*donor",
+            ),
+            ({"label_key": "type"}, r"--label-key: obs column: got 'type'"),
             (
                 {"embedding": "X_lima"},
                 r"--embedding: obsm of .*: got 'X_lima', it holds .*X_liam",
@@ -505,7 +507,7 @@ class TestCommand:
 
     def test_an_error_is_one_block(self, store, capsys):
         assert main([str(store), "--batch-key", "doner"]) == 2
-        assert capsys.readouterr().err.startswith("error: --batch-key: got 'doner'")
+        assert capsys.readouterr().err.startswith("error: --batch-key: obs column: got 'doner'")
 
     def test_without_the_extra_the_cure_is_named(self, store, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "scib_metrics", None)

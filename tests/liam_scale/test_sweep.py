@@ -41,7 +41,7 @@ def test_every_run_is_a_training_command_that_the_parser_takes(tmp_path: Path) -
 
 def test_what_cannot_be_swept_is_refused_before_anything_is_trained(multiome: Path, tmp_path: Path) -> None:
     out = tmp_path / "s"
-    with pytest.raises(ValueError, match=r"--label-key: got 'celltype', which .* columns are: .*cell_type"):
+    with pytest.raises(ValueError, match=r"--label-key: obs column: got 'celltype', which .* columns are: .*cell_type"):
         sweep(config_of(multiome, out, label_key=("celltype",)))
     with pytest.raises(ValueError, match="--batch-key: got none"):
         config_of(multiome, out, batch_key=())

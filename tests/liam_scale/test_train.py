@@ -225,7 +225,7 @@ def test_a_missing_batch_key_lists_the_columns(
     multiome: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(capsys, multiome, "--batch-key", "donr", "--out", tmp_path / "run")
-    assert "--batch-key: got donr" in said
+    assert "--batch-key: obs column: got 'donr'" in said
     assert "sample" in said
     assert not (tmp_path / "run").exists()
 
@@ -240,7 +240,7 @@ def test_a_batch_key_with_missing_values_counts_them(
     changed[[3, 8]] = -1
     codes[:] = changed
     said = refused(capsys, store, "--batch-key", "sample", "--out", tmp_path / "run")
-    assert "no value for 2 of 600 cells" in said
+    assert "got 2 of 600 cells without a value" in said
 
 
 def test_a_modality_that_the_store_lacks_is_named(
