@@ -32,7 +32,7 @@ from liam_scale.model import Liam, ModelConfig
 from liam_scale.model.config import ModelName
 from liam_scale.run import IN_MEMORY, RunDirectory, RunRecord, attributes_of, open_stores
 from liam_scale.train import train as train_run
-from liam_scale.training.distributed import Device
+from liam_scale.training.devices import Device
 from liam_scale.training.optim import OptimConfig
 from liam_scale.training.options import TrainingConfig
 from loaders.formats.root import addresses

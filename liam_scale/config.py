@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from liam_scale.model import ModelConfig
-from liam_scale.training.distributed import Device, check_device
+from liam_scale.training.devices import Device, check_device
 from liam_scale.training.optim import OptimConfig
 from liam_scale.training.options import TrainingConfig
 from loaders.options import LoaderConfig, Range, check_options

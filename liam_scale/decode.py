@@ -20,6 +20,7 @@ from liam_scale.model import Liam
 from liam_scale.model.decoders import NegativeMultinomialDecoder
 from liam_scale.run import RunDirectory, RunRecord, check_maker, open_stores
 from liam_scale.samples import sample_codes
+from liam_scale.training.devices import Device, check_device, device_of
 from loaders.durable import replacing
 from loaders.ecosystem import add_dense_matrix, write_anndata
 from loaders.formats.root import HDF5_SUFFIXES
@@ -54,9 +55,12 @@ class DecodeConfig:
     """Name of the embedding in obsm."""
     library_size: Annotated[float, Range(above=0)] = 1.0
     """Total of each cell and modality; 1 gives shares, 1e4 counts per ten thousand."""
+    device: Device = "auto"
+    """auto: CUDA where there is one, else CPU."""
 
     def __post_init__(self) -> None:
         check_options(self, "--")
+        check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def decode(config: DecodeConfig) -> Path:
     if config.out.exists():
         raise ValueError(f"--out: {config.out} exists; name a new folder")
     chosen = choose_features(directory.features(), config.features, config.modality)
-    model = directory.load_model()
+    model = directory.load_model().to(device_of(config.device))
     store = open_stores(config.store or record.stores)
     what = f"obsm[{config.key!r}] of {store.uri}"
     embed = " ".join(
@@ -117,7 +121,7 @@ def decode(config: DecodeConfig) -> Path:
                 )
             check_finite(store, embedding, start, what=what, cure=f"write it again with: {embed} --key {config.key}")
             decoded = _decode_chunk(model, torch.from_numpy(embedding), [t[start:stop] for t in targets], chosen)
-            values[start:stop] = decoded.numpy() * np.float32(config.library_size)
+            values[start:stop] = decoded.cpu().numpy() * np.float32(config.library_size)
     return config.out
 
 
@@ -174,14 +178,15 @@ def _empty(store: Store, chosen: list[Chosen]) -> anndata.AnnData:
 @torch.no_grad()
 def _decode_chunk(model: Liam, z_BL: Tensor, targets: list[np.ndarray], chosen: list[Chosen]) -> Tensor:
     """(B, chosen features) shares, averaged over the targets."""
-    parts = []
+    parts, device = [], next(model.parameters()).device
     for part in chosen:
-        columns = torch.from_numpy(part.columns)
+        columns = torch.from_numpy(part.columns).to(device)
         step = max(1, LOGIT_BYTES // (4 * model.data.num_features[part.modality]))
         pieces = []
         for start in range(0, len(z_BL), step):
             own = slice(start, start + step)
-            decoded = [_shares(model, part.modality, z_BL[own], torch.from_numpy(t[own]).long()) for t in targets]
+            z, codes = z_BL[own].to(device), [torch.from_numpy(t[own]).long().to(device) for t in targets]
+            decoded = [_shares(model, part.modality, z, sample) for sample in codes]
             pieces.append(torch.stack([shares[:, columns] for shares in decoded]).mean(dim=0))
         parts.append(torch.cat(pieces))
     return torch.cat(parts, dim=1)

@@ -13,6 +13,7 @@ from liam_scale.model import Liam
 from liam_scale.model.noise import Noise
 from liam_scale.run import RunDirectory, check_features, open_stores
 from liam_scale.samples import sample_codes
+from liam_scale.training.devices import Device, device_of
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch
 
@@ -20,7 +21,13 @@ CELLS_PER_STEP = 512
 
 
 def elbo(
-    directory: RunDirectory, *, store: Sequence[str] = (), draws: int = 1, seed: int = 0, memory: str = "512MiB"
+    directory: RunDirectory,
+    *,
+    store: Sequence[str] = (),
+    draws: int = 1,
+    seed: int = 0,
+    memory: str = "512MiB",
+    device: Device = "auto",
 ) -> pd.DataFrame:
     """Loss terms of every cell, averaged over draws of the posterior.
 
@@ -35,6 +42,8 @@ def elbo(
         Posterior draws that are averaged.
     seed
         Of the draws: the same seed gives the same numbers.
+    device
+        auto: CUDA where there is one, else CPU.
 
     Returns
     -------
@@ -53,7 +62,8 @@ def elbo(
             f"run: {directory.path} holds {len(record.parts)} models side by side, which have no common ELBO; "
             f"name one of {', '.join(str(directory.path / part) for part in record.parts)}"
         )
-    model = directory.load_model()
+    used = device_of(device)
+    model = directory.load_model().to(used)
     opened = open_stores(store or record.stores)
     check_features(opened, record)
     frames = []
@@ -68,7 +78,7 @@ def elbo(
     )
     with loader, torch.no_grad():
         for minibatch in loader:
-            frames.append(_terms(model, minibatch, draws=draws, seed=seed))
+            frames.append(_terms(model, minibatch.to(used), draws=draws, seed=seed))
     frame = pd.concat(frames).sort_index()
     frame.index = pd.Index(opened.cell_ids(0, opened.schema.num_cells), name="cell")
     return frame
@@ -88,5 +98,5 @@ def _terms(model: Liam, minibatch: Minibatch, *, draws: int, seed: int) -> pd.Da
                 columns[f"kl_divergence_l_{name}"] = terms.kl_library[name] + absent
         columns["kl_divergence_z"] = terms.kl_z
         for name, value in columns.items():
-            total[name] = total.get(name, 0.0) + value.numpy() / draws
-    return pd.DataFrame(total, index=minibatch.rows.numpy())
+            total[name] = total.get(name, 0.0) + value.cpu().numpy() / draws
+    return pd.DataFrame(total, index=minibatch.rows.cpu().numpy())

@@ -25,7 +25,8 @@ from liam_scale.model.layers import Gaussian
 from liam_scale.model.noise import Noise
 from liam_scale.run import RunDirectory, attributes_of, check_features, check_maker, open_stores
 from liam_scale.samples import sample_codes
-from liam_scale.training.distributed import Device, World, check_device, join_world, launched_ranks
+from liam_scale.training.devices import Device, check_device, device_of
+from liam_scale.training.distributed import World, join_world, launched_ranks
 from loaders.durable import holding, replacing, sha256_of
 from loaders.ecosystem import write_anndata
 from loaders.formats.root import HDF5_SUFFIXES, open_root
@@ -165,15 +166,15 @@ def compute(config: EmbedConfig, store: Store | None = None) -> np.ndarray:
     """The embedding in memory, (cells, latent) float32 in the order of the store's cells; writes nothing."""
     directory = RunDirectory(config.run)
     store = store or open_stores(config.store or directory.record().stores)
-    columns = []
+    columns, world = [], World(device=device_of(config.device))
     for part in directory.parts():
         check_features(store, part.record())
-        model = part.load_model()
+        model = part.load_model().to(world.device)
         whole = np.empty((store.schema.num_cells, model.num_latent), dtype=np.float32)
-        loader = _loader(config, part, store, World())
+        loader = _loader(config, part, store, world)
         with torch.no_grad():
             for minibatch in loader:
-                rows, values = _embed_minibatch(config, model, minibatch)
+                rows, values = _embed_minibatch(config, model, minibatch.to(world.device))
                 whole[rows] = values
         columns.append(whole)
     return np.concatenate(columns, axis=1)

@@ -13,7 +13,8 @@ from liam_scale.model import Liam, ModelConfig, ModelData
 from liam_scale.run import RunDirectory, record_of
 from liam_scale.samples import sample_column
 from liam_scale.tables import to_toml
-from liam_scale.training.distributed import World, device_of, launched_ranks
+from liam_scale.training.devices import device_of
+from liam_scale.training.distributed import World, launched_ranks
 from liam_scale.training.optim import default_max_epochs
 from loaders.sizing import describe_memory, parse_memory
 from loaders.stores import Store

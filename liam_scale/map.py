@@ -25,6 +25,7 @@ from liam_scale.model import Liam, ModelData
 from liam_scale.run import RunDirectory, RunRecord, open_stores
 from liam_scale.samples import model_data
 from liam_scale.tables import to_toml
+from liam_scale.training.devices import Device, check_device, device_of
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History
 from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer
@@ -58,9 +59,12 @@ class MapConfig:
     """Memory of the loader."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of the order of cells and of the noise."""
+    device: Device = "auto"
+    """auto: CUDA where there is one, else CPU."""
 
     def __post_init__(self) -> None:
         check_options(self, "--")
+        check_device(self.device)
         parse_memory(self.memory)
 
 
@@ -127,9 +131,10 @@ def map_store(config: MapConfig) -> RunDirectory:
         elif directory.record() != directory.identified(new_record, options):
             raise ValueError(f"--out: {out} holds a run of other options or data; name a new folder")
         if masks:
-            _train(extended, masks, training, store, new_record, directory)
+            _train(extended, masks, training, store, new_record, directory, World(device=device_of(config.device)))
         directory.save_weights(extended.state_dict())
-        embed_store(EmbedConfig(run=out, key=config.key, overwrite=config.overwrite, memory=config.memory), store)
+        shared = {name: getattr(config, name) for name in ("key", "overwrite", "memory", "device")}
+        embed_store(EmbedConfig(run=out, **shared), store)
     return directory
 
 
@@ -188,19 +193,22 @@ def _train(
     store: Store,
     record: RunRecord,
     directory: RunDirectory,
+    world: World,
 ) -> None:
     """Train what is new. Adam without weight decay leaves a parameter whose gradient is always zero as it is."""
+    model.to(world.device)
     for name, parameter in model.named_parameters():
         if name in masks:
-            parameter.register_hook(lambda gradient, mask=masks[name]: gradient * mask)
-    with training_loaders(store, config, record.data, World()) as (train_loader, validation_loader):
+            mask = masks[name].to(world.device)
+            parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+    with training_loaders(store, config, record.data, world) as (train_loader, validation_loader):
         assert config.training.max_epochs is not None
         trainer = Trainer(
             model,
             build_optimizer(model, config.optim),
             train=train_loader,
             validation=validation_loader,
-            world=World(),
+            world=world,
             config=config.training,
             kl=KLSchedule("epochs", 0.0, 1.0),
             max_epochs=config.training.max_epochs,

@@ -119,6 +119,7 @@ FOREIGN_OPTIONS = {
 } | {
     "--standalone",
     "--nproc-per-node",
+    "--index-url",
 }
 LAUNCH = r"(?:liam-scale |(?:python|torchrun)[^`\n]*? -m liam_scale\.)"
 COMMAND = re.compile(rf"(?:(?<=`)|(?<=: )){LAUNCH}([a-z_]+)([^`\n;)]*)")

@@ -31,9 +31,9 @@ def memory_of_tiles(device: torch.device) -> int:
     Of the whole card and not of what happens to be free, so that tiles, and with them the last bits of sums, are the
     same from run to run.
     """
-    if device.type != "cuda":
+    if device.type == "cpu":
         return TILE_BYTES
-    return min(GPU_TILE_BYTES, torch.cuda.get_device_properties(device).total_memory // 16)
+    return min(GPU_TILE_BYTES, torch.get_device_module(device).get_device_properties(device).total_memory // 16)
 
 
 def check_choice(name: str, value: str, choices: object) -> None:
@@ -65,6 +65,8 @@ def check_output_layer(counts: SparseCounts, hidden: Tensor, weight: Tensor, bia
 
 def is_for_cpu(impl: Impl, device: torch.device) -> bool:
     """Whether the kernels made for the CPU are to be used."""
+    if device.type == "mps":
+        raise ValueError("device: got mps, which has no float64, in which losses are summed; move the model to the cpu")
     return device.type == "cpu" and impl == "auto"
 
 

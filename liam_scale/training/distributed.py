@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Device = Literal["auto", "cpu", "cuda"]
+from liam_scale.training.devices import Device, device_of
+
 T = TypeVar("T")
 
 
@@ -65,32 +66,9 @@ def launched_ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_device(device: Device) -> None:
-    """Refuse a device that is not there.
-
-    Raises
-    ------
-    ValueError
-        `device="cuda"` on a machine without a CUDA device.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: got cuda, but torch sees no CUDA device here; use --device cpu or auto")
-
-
-def device_of(device: Device) -> torch.device:
-    """The device of this rank.
-
-    Raises
-    ------
-    ValueError
-        `device="cuda"` on a machine without a CUDA device.
-    """
-    check_device(device)
-    if device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(chosen)
-    return chosen
+def backend_of(device: torch.device) -> str:
+    """What collectives go through."""
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 @contextmanager
@@ -107,8 +85,7 @@ def join_world(device: Device = "auto") -> Iterator[World]:
     if size == 1:
         yield World(device=chosen)
         return
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    dist.init_process_group(backend_of(chosen), timeout=timedelta(minutes=30))
     try:
         yield World(rank, size, chosen)
     finally:
