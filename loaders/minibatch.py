@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,11 @@ class SparseCounts:
         return len(self.indptr) - 1
 
     def totals(self) -> Tensor:
-        """(B,) sum of the values of each cell, float32 or the values' wider dtype."""
+        """(B,) sum of the values of each cell, float32 or the values' wider dtype; computed once."""
+        return self._totals
+
+    @cached_property
+    def _totals(self) -> Tensor:
         values = self._floating_values()
         if self.num_cells == 0:
             return values.new_zeros(0)
@@ -166,7 +171,7 @@ class Minibatch:
 
     def to(self, device: torch.device | str) -> Minibatch:
         """Copy every tensor to a device; to a GPU from page-locked memory, so that the copies overlap with compute."""
-        if torch.device(device).type != "cuda":
+        if torch.device(device).type in ("cpu", "mps"):
             return self._map(lambda tensor: tensor.to(device))
         return self._map(lambda tensor: _pinned(tensor).to(device, non_blocking=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -119,24 +120,23 @@ class _Attached(torch.autograd.Function):
             raise RuntimeError("backward: called twice; call it with retain_graph=True the first time")
         if not is_kept:
             ctx.formed = None  # autograd takes a gradient over without copying it only if nobody else holds it
-        results: list[Tensor | None] = []
-        for entry, parameter, version in zip(formed, ctx.inputs, ctx.versions, strict=True):
-            if entry is None or not parameter.requires_grad:
-                results.append(None)
-                continue
+        taken = [p.requires_grad and f is not None for f, p in zip(formed, ctx.inputs, strict=True)]
+        for entry, version in compress(zip(formed, ctx.versions, strict=True), taken):
             if version is not None and entry.gradient._version != version:
                 raise RuntimeError(
                     "grad_buffers: a buffer was written again between forward and backward; "
                     "call backward before the next forward pass, or leave grad_buffers out"
                 )
-            if is_kept:
-                results.append(entry.gradient * upstream)
-                continue
-            gradient = entry.gradient if is_one else entry.gradient.mul_(upstream)
+        if is_kept:
+            scaled = (f.gradient * upstream if is_taken else None for f, is_taken in zip(formed, taken, strict=True))
+            return None, None, *scaled
+        if not is_one:
+            torch._foreach_mul_([entry.gradient for entry in compress(formed, taken)], upstream)
+        for entry, parameter in compress(zip(formed, ctx.inputs, strict=True), taken):
             if entry.is_buffer:
-                adopt(parameter, gradient)
-            results.append(None if entry.is_buffer else gradient)
-        return None, None, *results
+                adopt(parameter, entry.gradient)
+        handed = (is_taken and not f.is_buffer for f, is_taken in zip(formed, taken, strict=True))
+        return None, None, *(f.gradient if is_handed else None for f, is_handed in zip(formed, handed, strict=True))
 
 
 def _keeps_graph() -> bool:

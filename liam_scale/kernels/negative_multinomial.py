@@ -38,7 +38,7 @@ def negative_multinomial(
     library: Tensor | None = None,
     library_weight: Tensor | None = None,
     likelihood: Likelihood = "per-cell",
-    num_global_with: int | None = None,
+    num_global_with: int | Tensor | None = None,
     num_global: int | None = None,
     cell_scale: float | None = None,
     impl: Impl = "auto",
@@ -130,10 +130,14 @@ def _layer(layer: OutputLayer, library: Tensor | None, library_weight: Tensor | 
     return SizedLayer(**vars(layer), library=library, library_weight=library_weight)
 
 
-def _coupling_weight(cell_weight: Tensor, num_global_with: int | None, cell_scale: float | None) -> Tensor | float:
+def _coupling_weight(
+    cell_weight: Tensor, num_global_with: int | Tensor | None, cell_scale: float | None
+) -> Tensor | float:
     """Sum of the weights of all cells of the global minibatch: the weight of the original's coupled terms."""
     if num_global_with is None:
         return cell_weight.sum()
+    if isinstance(num_global_with, Tensor):
+        num_global_with = num_global_with.double()
     if cell_scale is not None:
         return num_global_with * cell_scale
     return num_global_with * cell_weight.amax() if len(cell_weight) else cell_weight.sum()

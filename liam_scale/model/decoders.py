@@ -192,7 +192,7 @@ class NegativeMultinomialDecoder(Decoder):
         sample_B: Tensor,
         *,
         cell_weight_B: Tensor,
-        num_global_with: int | None = None,
+        num_global_with: int | Tensor | None = None,
         num_global: int | None = None,
         cell_scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:

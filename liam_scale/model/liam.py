@@ -6,11 +6,13 @@ Shapes: B cells, F features, H hidden units, L latent dimensions, S samples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from liam_scale.kernels.device.sparse import entries, with_transpose
+from liam_scale.kernels.options import is_for_cpu
 from liam_scale.model.config import ModelConfig, ModelData, resolve
 from liam_scale.model.decoders import Adversary, NegativeBinomialDecoder, NegativeMultinomialDecoder
 from liam_scale.model.encoders import Encoded, LatentEncoder, ModalityEncoder
@@ -179,7 +181,7 @@ class Liam(nn.Module):
         inference: Inference,
         *,
         cell_weight: float = 1.0,
-        num_global_with: Mapping[str, int] | None = None,
+        num_global_with: Mapping[str, int | Tensor] | None = None,
     ) -> CellTerms:
         """Every term of the objective for every cell; see `objective.CellTerms`."""
         sample = minibatch.sample
@@ -221,7 +223,7 @@ class Liam(nn.Module):
         seed: int,
         kl_weight: float,
         cell_weight: float,
-        num_global_with: Mapping[str, int] | None = None,
+        num_global_with: Mapping[str, int | Tensor] | None = None,
         noise: Mapping[str, Tensor] | None = None,
     ) -> Objective:
         """Objective of the local cells of a minibatch.
@@ -247,20 +249,25 @@ class Liam(nn.Module):
         Objective
             Differentiable loss and detached terms, both over local cells.
         """
+        if torch.is_grad_enabled() and not is_for_cpu(self.config.impl, minibatch.sample.device):
+            # A sort for each modality, which all its products share; a loss without gradients needs none.
+            dtype = next(self.parameters()).dtype
+            counts = {name: with_transpose(entries(c, dtype)) for name, c in minibatch.counts.items()}
+            minibatch = replace(minibatch, counts=counts)
         source = Noise(seed=seed, step=step, place=minibatch.place, given=noise or {})
         inference = self.infer(minibatch, source)
         terms = self.cell_terms(minibatch, inference, cell_weight=cell_weight, num_global_with=num_global_with)
         assert self.config.alpha is not None
         return terms.objective(kl_weight=kl_weight, alpha=self.config.alpha, cell_weight=cell_weight)
 
-    def num_cells_with(self, minibatch: Minibatch) -> dict[str, int]:
-        """Local cells in the mask of each modality; summed over ranks it is `num_global_with`."""
+    def num_cells_with(self, minibatch: Minibatch) -> dict[str, Tensor]:
+        """() local cells in the mask of each modality; summed over ranks it is `num_global_with`."""
         masks = modality_masks(minibatch, self.modalities)
-        return {name: int(mask.sum()) for name, mask in masks.items()}
+        return {name: mask.sum() for name, mask in masks.items()}
 
     @torch.no_grad()
     def terms_by_cell(
-        self, minibatch: Minibatch, *, step: int, seed: int, num_global_with: Mapping[str, int] | None = None
+        self, minibatch: Minibatch, *, step: int, seed: int, num_global_with: Mapping[str, int | Tensor] | None = None
     ) -> dict[str, Tensor]:
         """(B,) terms of the objective, by name, with the noise of a step."""
         inference = self.infer(minibatch, Noise(seed=seed, step=step, place=minibatch.place))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from liam_scale.training.distributed import World
 from loaders.durable import write_text
@@ -22,25 +23,28 @@ class Meter:
         self._world = world
         self.cells = cells
         """Cells of all ranks since the last evaluation."""
-        self.sums: dict[str, Tensor] = {
-            name: torch.tensor(value, dtype=torch.float64, device=world.device) for name, value in (sums or {}).items()
-        }
+        self._names = tuple(sums or ())
+        self._sums = torch.tensor(list((sums or {}).values()), dtype=torch.float64).to(world.device)
 
     def add(self, terms: Mapping[str, Tensor], *, cells: int = 0) -> None:
+        """All terms at once: three launches, whatever their number."""
         self.cells += cells
-        for name, value in terms.items():
-            self.sums[name] = self.sums[name] + value.double() if name in self.sums else value.double()
+        known, fresh = self._names, tuple(name for name in terms if name not in self._names)
+        zero = torch.zeros_like(next(iter(terms.values())))
+        values = torch.stack([terms.get(name, zero) for name in (*known, *fresh)]).double()
+        self._sums = values + functional.pad(self._sums, (0, len(fresh))) if known else values
+        self._names = (*known, *fresh)
+
+    def own(self) -> dict[str, float]:
+        """Sums over this rank's cells. Waits for the device, once."""
+        return dict(zip(self._names, self._sums.tolist(), strict=True))
 
     def totals(self) -> dict[str, float]:
         """Sums over all ranks; every rank calls it."""
-        names = self._names()
-        zero = torch.zeros((), dtype=torch.float64, device=self._world.device)
-        stacked = torch.stack([self.sums.get(name, zero) for name in names]) if names else zero[None][:0]
-        return dict(zip(names, self._world.sum(stacked.clone()).tolist(), strict=True))
-
-    def _names(self) -> list[str]:
-        """All terms, in an order that all ranks share: a rank that has just resumed has none of its own."""
-        return sorted({name for names in self._world.gather(list(self.sums)) for name in names})
+        # In an order that all ranks share: a rank that has just resumed has no terms of its own.
+        names, own = sorted({name for part in self._world.gather(self._names) for name in part}), self.own()
+        sums = torch.tensor([own.get(name, 0.0) for name in names], dtype=torch.float64).to(self._world.device)
+        return dict(zip(names, self._world.sum(sums).tolist(), strict=True))
 
 
 Row = dict[str, float]

@@ -32,8 +32,8 @@ class MinibatchSource(Protocol):
 class ByCell(Protocol):
     """A model that says how many cells enter the terms of each modality, and what each cell gives to each term."""
 
-    def num_cells_with(self, minibatch: Minibatch) -> dict[str, int]: ...
+    def num_cells_with(self, minibatch: Minibatch) -> dict[str, Tensor]: ...
 
     def terms_by_cell(
-        self, minibatch: Minibatch, *, step: int, seed: int, num_global_with: Mapping[str, int] | None
+        self, minibatch: Minibatch, *, step: int, seed: int, num_global_with: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]: ...

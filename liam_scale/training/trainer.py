@@ -229,13 +229,13 @@ class Trainer:
         """The run's own seed until the first roll-back, another one after each."""
         return self.seed + (sum(first <= step for first in self.other_noise_from) << 48)
 
-    def _cells_with(self, minibatch: Minibatch) -> dict[str, int] | None:
+    def _cells_with(self, minibatch: Minibatch) -> dict[str, Tensor] | None:
         """Cells of the global minibatch that enter the terms of each modality, where the loss needs to know."""
         if not self.couples_cells:
             return None
         own = cast(ByCell, self.model).num_cells_with(minibatch)
-        counts = torch.tensor(list(own.values()), device=self.world.device)
-        return dict(zip(own, self.world.sum(counts).tolist(), strict=True))
+        counts = self.world.sum(torch.stack(list(own.values())))
+        return dict(zip(own, counts.double().unbind(), strict=True))
 
     def _wants_evaluation(self) -> bool:
         every = self.config.validate_every or self.train_source.steps_per_epoch
@@ -305,10 +305,10 @@ class Trainer:
 
     def _show_losses(self) -> None:
         """Means over this rank's cells since the last evaluation: a glance, not the history."""
-        own_cells, sums = max(1.0, self._meter.cells / self.world.size), self._meter.sums
-        losses = {"loss": float(sums["train_loss"]) / own_cells}
+        own_cells, sums = max(1.0, self._meter.cells / self.world.size), self._meter.own()
+        losses = {"loss": sums["train_loss"] / own_cells}
         losses |= {
-            name.removeprefix("reconstruction_loss_"): float(value) / own_cells
+            name.removeprefix("reconstruction_loss_"): value / own_cells
             for name, value in sums.items()
             if name.startswith("reconstruction_loss_")
         }

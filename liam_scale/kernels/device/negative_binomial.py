@@ -37,10 +37,12 @@ def _log_likelihood(
     counts = layer.counts
     owner = cell_of_entries(counts)
     features, x = counts.indices.long(), counts.values
-    if mean.shape[0] < counts.num_cells:
-        # the number of entries of a group is not known without asking the device; a minibatch is one group as a rule
+    is_part = len(mean) < counts.num_cells
+    if is_part:
+        # Which entries are a group's the host does not know: all are looked at, and the others count nothing. A
+        # minibatch is one group as a rule.
         inside = (owner >= cells.start) & (owner < cells.stop)
-        owner, features, x = owner[inside] - cells.start, features[inside], x[inside]
+        owner = (owner - cells.start).clamp_(0, len(mean) - 1)
     # float64: in float32 the two lgamma of a theta of 10^5 leave no digit to their difference
     mean_N, x = mean[owner, features].double(), x.double()
     theta_N = (theta[features] if theta.dim() == 1 else theta[owner, features]).double()
@@ -50,7 +52,7 @@ def _log_likelihood(
         - torch.lgamma(theta_N)
         - torch.lgamma(x + 1)
     )
-    return dense.double().index_add(0, owner, entry)
+    return dense.double().index_add(0, owner, torch.where(inside, entry, 0.0) if is_part else entry)
 
 
 def evaluate(

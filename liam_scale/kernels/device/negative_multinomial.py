@@ -135,7 +135,7 @@ def _second_walk(
         # sums and not products: tf32 would be off by the size of the cell times 2^-11
         library_weight_gradient[features] = (slope * layer.library[:, None]).sum(dim=0)
         library_gradient += (slope * layer.library_weight[features]).sum(dim=1)
-    weights, slopes = layer.cell_weight[:, None], with_transpose(slopes)
+    weights = layer.cell_weight[:, None]
     subtract_transposed_product(weight_gradient, slopes, weights * layer.hidden, walker.tile_bytes)
     factors = torch.cat([weights, weights * layer.library[:, None]], dim=1)
     bias, library_weight = transposed_product(slopes, factors).unbind(dim=1)
@@ -157,7 +157,7 @@ def evaluate(
     """Terms of all cells, and the gradients of the inputs; fills the targets."""
     counts = entries(layer.counts, layer.weight.dtype)
     walker = Walker(replace(layer, counts=counts), tile_bytes, is_bf16)
-    cells = Cells(counts.totals().double(), r.double(), layer.cell_weight.double())
+    cells = Cells(layer.counts.totals().double(), r.double(), layer.cell_weight.double())
     normalizer = _normalizer(walker)
     if coupling is None:
         terms = per_cell_terms(cells, _linear_fit(walker), normalizer)

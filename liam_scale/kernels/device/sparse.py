@@ -1,7 +1,7 @@
 """Sparse products in plain torch, for devices without kernels of their own (CUDA).
 
-`embedding_bag` sums weighted rows per bag: a bag per cell is counts @ table, a bag per feature is counts^T @ table.
-Every device has it, and it uses no atomics in its forward direction, so that sums are the same from run to run.
+On a GPU torch's CSR products (cuSPARSE) split long rows among many threads; `embedding_bag`, whose bag per cell walks
+thousands of rows one after another, serves on the CPU and where torch was told to be deterministic: it has no atomics.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def entries(counts: SparseCounts, dtype: torch.dtype, *, log1p: bool = False) ->
 
 def product(counts: SparseCounts, table: Tensor) -> Tensor:
     """(B, O) = counts table, with a table of shape (F, O)."""
-    return _bags(counts.indptr, counts.indices, counts.values, table)
+    return _multiply(counts.indptr, counts.indices, counts.values, table)
 
 
 def transposed_product(counts: SparseCounts, table: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def transposed_product(counts: SparseCounts, table: Tensor) -> Tensor:
     assert counts.feature_indptr is not None
     assert counts.cells is not None
     assert counts.feature_values is not None
-    return _bags(counts.feature_indptr, counts.cells, counts.feature_values, table)
+    return _multiply(counts.feature_indptr, counts.cells, counts.feature_values, table)
 
 
 def write_gradient(counts: SparseCounts, upstream: Tensor, gradient: Tensor) -> None:
@@ -61,9 +61,10 @@ def with_transpose(counts: SparseCounts) -> SparseCounts:
     """The counts with their transpose, made here (a sort) where the loader has not brought it."""
     if counts.feature_values is not None:
         return counts
-    order = torch.argsort(counts.indices, stable=True)
-    sizes = torch.bincount(counts.indices, minlength=counts.num_features)
-    feature_indptr = functional.pad(torch.cumsum(sizes, 0), (1, 0)).to(torch.int32)
+    indices, order = torch.sort(counts.indices, stable=True)
+    features = torch.arange(counts.num_features + 1, dtype=indices.dtype, device=indices.device)
+    # A bincount would wait for the device.
+    feature_indptr = torch.searchsorted(indices, features, out_int32=True)
     cells = cell_of_entries(counts).to(torch.int32)
     return replace(counts, feature_indptr=feature_indptr, cells=cells[order], feature_values=counts.values[order])
 
@@ -78,6 +79,14 @@ def _owners(indptr: Tensor, num_entries: int) -> Tensor:
     """(N,) row of each entry; the number of entries is given, since asking for it would wait for the device."""
     rows = torch.arange(len(indptr) - 1, device=indptr.device)
     return torch.repeat_interleave(rows, (indptr[1:] - indptr[:-1]).long(), output_size=num_entries)
+
+
+def _multiply(indptr: Tensor, indices: Tensor, values: Tensor, table: Tensor) -> Tensor:
+    """(R, O) = the sparse (R, C) matrix of these entries times a table (C, O)."""
+    if table.device.type == "cpu" or torch.are_deterministic_algorithms_enabled() or len(indices) == 0:
+        return _bags(indptr, indices, values, table)
+    shape = (len(indptr) - 1, len(table))
+    return torch.sparse_csr_tensor(indptr, indices, values, size=shape, check_invariants=False) @ table
 
 
 def _bags(indptr: Tensor, indices: Tensor, values: Tensor, table: Tensor) -> Tensor:
