@@ -66,8 +66,7 @@ def attach(
         raise ValueError(f"missing: got {missing!r}; choose refuse or nan")
     if isinstance(target, anndata.AnnData | mudata.MuData):
         what, ids = f"{type(target).__name__} in memory", target.obs_names
-        made = target.uns.get(key, {})
-        held = [dict(made) if isinstance(made, Mapping) else {}] if key in target.obsm else []
+        held = embeddings.HeldEmbeddings(target).attributes(key)
     else:
         target = Path(target)
         what, (ids, held) = str(target), _look(target, key)
@@ -78,8 +77,7 @@ def attach(
     values = np.full((len(rows), known.shape[1]), np.nan, dtype=np.float32)
     values[rows >= 0] = known[rows[rows >= 0]]
     if not isinstance(target, Path):
-        target.obsm[key] = values
-        target.uns[key] = dict(attributes)
+        embeddings.HeldEmbeddings(target).write(key, values, attributes)
     elif target.is_dir():
         embeddings.write(zarr.open_group(target, mode="r+", use_consolidated=False), key, values, attributes)
     else:

@@ -15,6 +15,7 @@ from anndata.io import read_elem
 
 from liam_scale.command import Command
 from liam_scale.run import RUN_ATTRIBUTE
+from loaders.check import bytes_of
 from loaders.formats.root import local_path, open_root
 from loaders.schema import SCHEMA_KEY, ObsColumn
 from loaders.sizing import describe_memory
@@ -52,26 +53,20 @@ def info(store: Store) -> dict[str, Any]:
     found, counts = np.unique(bits, return_counts=True)
     kinds = [" + ".join(name for i, name in enumerate(rows) if code >> i & 1) or "none" for code in found.tolist()]
     modalities = {
-        name: {**asdict(held), "bytes": None if path is None else _bytes_below(path / "mod" / name)}
+        name: {**asdict(held), "bytes": None if path is None else bytes_of(path / "mod" / name)}
         for name, held in schema.modalities.items()
     }
     return {
         "uri": store.uri,
         "cells": schema.num_cells,
         "is_shuffled": schema.is_shuffled,
-        "bytes": None if path is None else _bytes_below(path),
+        "bytes": None if path is None else bytes_of(path),
         "modalities": modalities,
         "cells_with": dict(zip(kinds, counts.tolist(), strict=True)),
         "obs": {name: _values(store, name) for name in schema.obs_columns},
         "embeddings": {name: _embedding(store, name) for name in store.embedding_names()},
         "made_by": _made_by(store.uri),
     }
-
-
-def _bytes_below(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _values(store: Store, name: str) -> dict[str, int] | None:

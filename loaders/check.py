@@ -96,7 +96,7 @@ def check_store(address: Address, *, threads: int | None = None) -> Report:
         There is no store.
     """
     report = Report(describe_address(address))
-    report.bytes = _bytes_of(Path(report.store))
+    report.bytes = bytes_of(Path(report.store))
     workers = Workers(threads or default_threads(), name="check")
     try:
         root = None if is_soma(address) else open_root(address)
@@ -112,7 +112,8 @@ def check_store(address: Address, *, threads: int | None = None) -> Report:
     return report
 
 
-def _bytes_of(path: Path) -> int:
+def bytes_of(path: Path) -> int:
+    """Of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse
 
-from loaders.csr import centred_log_ratio
+from loaders.csr import centred_log_ratio, offsets_of
 from loaders.stores import ObsColumn, Store
 
 _log = logging.getLogger(__name__)
@@ -129,8 +129,8 @@ def read_counts(store: Store, modality: str, places: npt.NDArray[np.int64]) -> s
     together = scipy.sparse.vstack(picked, format="csr")
     lengths = np.zeros(len(places), np.int64)
     lengths[present] = np.diff(together.indptr)
-    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    return scipy.sparse.csr_matrix((together.data, together.indices, indptr), shape=(len(places), num_features))
+    parts = (together.data, together.indices, offsets_of(lengths))
+    return scipy.sparse.csr_matrix(parts, shape=(len(places), num_features))
 
 
 def modalities_of_cells(places: Mapping[str, npt.NDArray[np.int64]], num_cells: int) -> ObsColumn:
