@@ -22,6 +22,7 @@ COMMANDS = {
     "map": "cells of new samples -> the embedding of a trained model",
     "evaluate": "embedding -> table of metrics and pictures",
     "sweep": "several alphas, covariates and seeds -> curves, ranks, a recommendation",
+    "subset": "store -> a store of some of its cells or features",
     "info": "store -> one screen of what it holds",
     "check": "store -> all that is damaged in it",
     "demo": "all of it on a small data set that comes with the package",

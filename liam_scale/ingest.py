@@ -13,6 +13,7 @@ import tyro
 from liam_scale.command import Command
 from liam_scale.samples import is_unusual, possible_keys
 from loaders.ingest import ingest
+from loaders.schema import Schema
 from loaders.stores import open_store
 
 
@@ -33,6 +34,10 @@ class IngestConfig:
     """Features kept when several sources differ: those of all, or those of any."""
     layer: str | None = None
     """Layer that holds the counts; default: X."""
+    where: Annotated[str | None, tyro.conf.arg(metavar="EXPRESSION")] = None
+    """Cells to keep, an expression over obs columns as pandas takes it: "tissue == 'blood' and n_counts > 500"."""
+    features: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Text file with the features to keep, a name on each line; a modality of which none is named keeps all."""
     memory: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "1GiB"
     """Memory for chunks and shuffling; the peak does not grow with the number of cells."""
     seed: int = 0
@@ -44,15 +49,31 @@ class IngestConfig:
 def _ingest_and_tell(config: IngestConfig) -> None:
     if not config.sources:
         raise ValueError("sources: got none; name at least one file, e.g. a.h5mu")
-    schema = ingest(**vars(config))
-    print(f"wrote {config.out}: {schema.num_cells:,} cells")
+    features = None if config.features is None else names_in(config.features)
+    describe_written(config.out, ingest(**{**vars(config), "features": features}))
+    print(_next_command(config.out))
+
+
+def names_in(file: Path) -> list[str]:
+    """The names in a text file, one a line."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--features: {file} is no text that can be read ({error}); give one name a line") from None
+    if not any(names):
+        raise ValueError(f"--features: {file} is empty; give one name a line")
+    return [name for name in names if name]
+
+
+def describe_written(out: Path, schema: Schema) -> None:
+    """Print what was written."""
+    print(f"wrote {out}: {schema.num_cells:,} cells")
     for m in schema.modalities.values():
         print(
             f"  {m.name}: {m.num_cells:,} cells x {m.num_features:,} features, "
             f"{m.nonzeros_per_cell:,.0f} non-zeros a cell, {m.value_dtype}"
         )
     print(f"  obs: {', '.join(schema.obs_columns)}")
-    print(_next_command(config.out))
 
 
 def _next_command(out: Path) -> str:

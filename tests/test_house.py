@@ -49,7 +49,10 @@ def test_train_reads_as_a_table_of_contents() -> None:
 
 @pytest.mark.parametrize(
     ("function", "kind", "wider"),
-    [(api.train, TrainConfig, {"store", "out", "modalities"}), (ingest, IngestConfig, {"sources", "out", "memory"})],
+    [
+        (api.train, TrainConfig, {"store", "out", "modalities"}),
+        (ingest, IngestConfig, {"sources", "out", "features", "memory"}),
+    ],
 )
 def test_a_function_of_python_takes_the_options_of_its_command(
     function: Callable[..., object], kind: type, wider: set[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,9 @@ class View:
         values = self.frame.column(name)
         return values if self.rows is None else take(values, self.rows)
 
+    def at(self, cells: npt.NDArray[np.int64]) -> View:
+        return View(self.frame, cells if self.rows is None else self.rows[cells])
+
 
 def take(values: pd.Series, rows: npt.NDArray[np.int64]) -> pd.Series:
     """values[rows], missing where a row is -1."""
@@ -201,6 +205,14 @@ class ObsTable:
         """Ids of the cells [start, stop) as compact strings."""
         assert self._root is not None
         return self._root.frame.index(start, stop)
+
+    def at(self, cells: npt.NDArray[np.int64]) -> ObsTable:
+        """The table of these of the cells."""
+        own = copy.copy(self)
+        own._root = None if self._root is None else self._root.at(cells)
+        own._parts = {name: view.at(cells) for name, view in self._parts.items()}
+        own._disagreeing = None
+        return own
 
     def modality_column(self, modality: str, name: str) -> pd.Series | None:
         """(n,) values of one column in a modality's own table, by cell."""

@@ -62,6 +62,14 @@ class Source:
     sample: str | None = None
     """The sample of all its cells, where the user named it."""
 
+    def at(self, cells: npt.NDArray[np.int64]) -> Source:
+        """The source with these of its cells, ascending; rows of its matrices that belong to none of them stay."""
+        parts = {
+            name: replace(part, rows=cells if part.rows is None else part.rows[cells])
+            for name, part in self.parts.items()
+        }
+        return replace(self, cell_ids=self.cell_ids[cells], parts=parts, obs=self.obs.at(cells))
+
     def only(self, modality: str) -> Source:
         """The source without its other modalities; its cells stay."""
         if modality not in self.parts:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loaders.csr import OUT_OF_RANGE, SparseRows, compiled, index_dtype, inspect_columns, narrowest_dtype
+from loaders.csr import OUT_OF_RANGE, SparseRows, compiled, index_dtype, inspect_columns, narrowest_dtype, offsets_of
 
 _LARGEST = 2**32 - 1
 
@@ -28,6 +28,14 @@ class Counted:
     num_empty: int
     num_duplicates: int
     """Entries that named a column a second time in their row; their values were added."""
+
+    def only(self, kept: npt.NDArray[np.bool_]) -> Counted:
+        """What was seen in these of the rows (duplicates excepted, which are counted over all)."""
+        lengths = np.diff(self.rows.indptr)
+        entries = np.repeat(kept, lengths)
+        values = self.rows.values[entries]
+        rows = SparseRows(offsets_of(lengths[kept]), self.rows.indices[entries], values, self.rows.num_features)
+        return Counted(rows, int(values.max(initial=0)), int((lengths[kept] == 0).sum()), self.num_duplicates)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from loaders.formats.root import addresses
 from loaders.formats.source import Part, Say, Source
 from loaders.ingest.cells import Cells, gather_cells, modality_columns, obs_columns
 from loaders.ingest.checks import Counted, Place, check_and_map
+from loaders.ingest.choice import chosen_cells, chosen_features, without_unused
 from loaders.ingest.shuffle import Shuffle, destinations
 from loaders.ingest.sources import open_source
 from loaders.ingest.writer import ModalityLayout, Staging, StoreWriter, check_out, explain_disk_errors
@@ -40,6 +41,8 @@ def ingest(
     sample_from_file: bool = False,
     join: Join = "inner",
     layer: str | None = None,
+    where: str | None = None,
+    features: Sequence[str] | None = None,
     memory: str | int = "1GiB",
     seed: int = 0,
     overwrite: bool = False,
@@ -64,6 +67,11 @@ def ingest(
         Features kept where sources differ: "inner" those of all, "outer" those of any (zero where a source lacks one).
     layer
         Layer that holds the counts ("raw" also means `.raw`); default X.
+    where
+        Keep the cells for which this is true, an expression over obs columns as `pandas.DataFrame.query` takes it:
+        "tissue == 'blood' and n_counts > 500".
+    features
+        Names of the features to keep; a modality of which none is named keeps all.
     memory
         Bytes or a text such as "512MiB" for chunks and shuffling. Beside it the process needs its base (0.3 GB), a
         table of the features and about 150 bytes a cell for ids and one obs column at a time.
@@ -95,16 +103,24 @@ def ingest(
         for source in opened:
             if not source.parts:
                 raise ValueError(f"{source.label}: got no counts, neither X nor layers; give a file that has them")
+        if where is not None:
+            opened = chosen_cells(opened, where, say)
         cells = gather_cells(opened, sample_key, say, sample_from_file=sample_from_file)
         joined = _join_all(opened, join, say)
+        if features is not None:
+            joined = chosen_features(joined, features, say)
         _look(opened)
         staging = Staging(out, overwrite=overwrite)
         files.callback(staging.discard)
+        if where is not None:
+            have = {name for source in opened for name, part in source.parts.items() if _has_cells(part)}
+            joined = {name: one for name, one in joined.items() if name in have}
         order = np.argsort(destinations(cells.num_cells, seed))
         provenance = {"sources": texts, "seed": seed, "join": join, "layer": layer or "X"}
+        provenance |= {"where": where or ""} if where else {}
         with StoreWriter(out, modalities={}, staging=staging) as writer:
             job = _Job(opened, cells, joined, order, budget, staging, say)
-            for modality in joined:
+            for modality in job.joined:
                 _shuffle_modality(job, modality, writer)
             return _finish(job, writer, provenance)
 
@@ -175,6 +191,10 @@ def _join_all(sources: Sequence[Source], join: Join, say: Say) -> dict[str, Join
     return joined
 
 
+def _has_cells(part: Part) -> bool:
+    return part.rows is None or bool((part.rows >= 0).any())
+
+
 def _listed(names: pd.Index) -> str:
     return ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
 
@@ -191,8 +211,8 @@ def _look(sources: Sequence[Source]) -> None:
 
 def _place(source: Source, part: Part) -> Place:
     def cell_name(row: int) -> str:
-        cell = row if part.rows is None else int(np.flatnonzero(part.rows == row)[0])
-        return str(source.cell_ids[cell])
+        cells = [row] if part.rows is None else np.flatnonzero(part.rows == row)
+        return str(source.cell_ids[cells[0]]) if len(cells) else f"of row {row}, which is not kept"
 
     def feature_name(column: int) -> str:
         place = column if part.columns is None else int(part.columns[column])
@@ -234,6 +254,8 @@ def _scatter(job: _Job, modality: str, shuffle: Shuffle, progress: Progress) -> 
         cell_of_row = _cell_of_row(source, part)
         for first, counted in _checked(job, source, part, columns, len(joined.var)):
             of_rows = cell_of_row[first : first + counted.rows.num_rows]
+            if (of_rows < 0).any():
+                counted, of_rows = counted.only(of_rows >= 0), of_rows[of_rows >= 0]
             shuffle.add(row_of_cell[start + of_rows], counted.rows)
             seen.add(counted)
             progress.advance(counted.rows.num_rows)
@@ -241,13 +263,12 @@ def _scatter(job: _Job, modality: str, shuffle: Shuffle, progress: Progress) -> 
 
 
 def _cell_of_row(source: Source, part: Part) -> npt.NDArray[np.int64]:
-    """(rows of the matrix,) cell of the source each row belongs to."""
+    """(rows of the matrix,) cell of the source each row belongs to, -1 where it is none that is kept."""
     if part.rows is None:
         return np.arange(len(source.cell_ids))
     cells = np.full(part.matrix.num_rows, -1, np.int64)
     has = np.flatnonzero(part.rows >= 0)
     cells[part.rows[has]] = has
-    assert (cells >= 0).all(), "a row without a cell"
     return cells
 
 
@@ -298,9 +319,10 @@ def _finish(job: _Job, writer: StoreWriter, provenance: dict[str, object]) -> Sc
     nowhere = int((~np.any(list(masks.values()), axis=0)).sum())
     if nowhere:
         job.say(f"{nowhere} cells have none of the modalities {', '.join(masks)}; they stay, empty")
+    columns = obs_columns(job.sources, job.cells, job.order, job.say)
     return writer.finish(
         cell_ids=job.cells.ids[job.order],
-        obs=obs_columns(job.sources, job.cells, job.order, job.say),
+        obs=without_unused(columns) if "where" in provenance else columns,
         present={name: mask for name, mask in masks.items() if not mask.all()},
         modality_obs={name: modality_columns(job.sources, name, job.order[mask]) for name, mask in masks.items()},
         is_shuffled=True,

@@ -14,6 +14,7 @@ from liam_scale.cli import command
 from liam_scale.ingest import main
 from liam_scale.train import main as train
 from loaders.ingest import ingest
+from loaders.stores import open_store
 
 
 def write_source(path: Path, **columns: object) -> Path:
@@ -94,3 +95,24 @@ def test_errors_are_one_line_and_a_run_says_what_it_took(tmp_path: Path, capsys:
 def test_a_store_is_never_called_like_a_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(write_source(tmp_path / "a.h5ad")), "--out", str(tmp_path / name)]) == 2
     assert f"a store is a Zarr folder; name {tmp_path / 'atlas.zarr'}\n" in capsys.readouterr().err
+
+
+def test_a_subset_is_a_store_of_the_cells_and_features_named(
+    multiome: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names, out = tmp_path / "hvg.txt", tmp_path / "s.zarr"
+    names.write_text("gene3\n\ngene1 \n")
+    assert (
+        command("subset")([str(multiome), "--where", "donor == 'donor1'", "--features", str(names), "--out", str(out)])
+        == 0
+    )
+    assert f"wrote {out}: " in capsys.readouterr().out
+    store = open_store(out)
+    assert store.feature_names("rna").tolist() == ["gene1", "gene3"]
+    assert store.schema.modalities["atac"].num_features == 150
+    assert store.obs_column("donor").categories == ("donor1",)
+    assert command("subset")([str(multiome), "--out", str(out)]) == 2
+    assert "--where, --features: got neither" in capsys.readouterr().err
+    names.write_text(" \n")
+    assert command("ingest")([str(multiome), "--features", str(names), "--out", str(tmp_path / "t.zarr")]) == 2
+    assert f"--features: {names} is empty" in capsys.readouterr().err
