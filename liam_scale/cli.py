@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "embedding -> table of metrics and pictures",
     "sweep": "several alphas, covariates and seeds -> curves, ranks, a recommendation",
     "subset": "store -> a store of some of its cells or features",
+    "export": "store -> one h5mu or h5ad, embeddings included",
     "info": "store -> one screen of what it holds",
     "check": "store -> all that is damaged in it",
     "demo": "all of it on a small data set that comes with the package",
