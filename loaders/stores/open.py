@@ -26,8 +26,7 @@ from loaders.formats.soma import SomaExperiment
 from loaders.formats.source import Source
 from loaders.schema import SCHEMA_KEY
 from loaders.stores.base import Store
-from loaders.stores.embeddings import HeldEmbeddings, ZarrEmbeddings
-from loaders.stores.soma_embeddings import SomaEmbeddings
+from loaders.stores.embeddings import HeldEmbeddings, SomaEmbeddings, ZarrEmbeddings
 from loaders.stores.store import own_store, store_of
 from loaders.stores.views import ChainedStore
 
