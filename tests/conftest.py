@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 from loaders.ecosystem import plain_mudata
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, which torch does now and then.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from liam_scale.kernels import reference
-from liam_scale.kernels.cpu import negative_binomial as cpu
-from liam_scale.kernels.device import negative_binomial as device
+from liam_scale.kernels.backends import backend_of
 from liam_scale.kernels.gradients import Formed, attach, checked_buffer, make_targets
 from liam_scale.kernels.options import (
     Impl,
@@ -17,7 +16,6 @@ from liam_scale.kernels.options import (
     check_choice,
     check_output_layer,
     check_shape,
-    is_for_cpu,
     memory_of_tiles,
 )
 from liam_scale.kernels.precision import Precision, precision_in_use, product_precision
@@ -94,12 +92,12 @@ def negative_binomial(
     named = {"weight": weight, "bias": bias, "log_theta": log_theta}
     buffers = [checked_buffer(grad_buffers, name, parameter) for name, parameter in named.items()]
     tile_bytes = memory_of_tiles(weight.device) if tile_bytes is None else tile_bytes
-    backend = cpu if is_for_cpu(impl, weight.device) else device
+    backend = backend_of("negative_binomial", impl, weight.device)
     with torch.no_grad(), product_precision(used, weight.device):
         targets = make_targets(buffers, tuple(named.values())) if with_gradients else None
         parts = (library.detach(), log_theta.detach(), sample)
         log_likelihood, hidden_gradient, library_gradient = backend.evaluate(
-            layer.detached(), *parts, used == "bf16", tile_bytes, targets
+            layer.detached(), *parts, used, tile_bytes, targets
         )
         loss = -(cell_weight.detach().double() * log_likelihood).sum().to(weight.dtype)
     if targets is None:

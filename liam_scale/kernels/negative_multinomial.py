@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from liam_scale.kernels import reference
-from liam_scale.kernels.cpu import negative_multinomial as cpu
-from liam_scale.kernels.device import negative_multinomial as device
+from liam_scale.kernels.backends import backend_of
 from liam_scale.kernels.gradients import Formed, attach, checked_buffer, make_targets
 from liam_scale.kernels.options import (
     Impl,
@@ -19,7 +18,6 @@ from liam_scale.kernels.options import (
     check_choice,
     check_output_layer,
     check_shape,
-    is_for_cpu,
     memory_of_tiles,
 )
 from liam_scale.kernels.precision import Precision, precision_in_use, product_precision
@@ -106,10 +104,10 @@ def negative_multinomial(
     named = {"weight": weight, "bias": bias, "library_weight": layer.library_weight}
     buffers = [checked_buffer(grad_buffers, name, parameter) for name, parameter in named.items()]
     tile_bytes = memory_of_tiles(weight.device) if tile_bytes is None else tile_bytes
-    backend = cpu if is_for_cpu(impl, weight.device) else device
+    backend = backend_of("negative_multinomial", impl, weight.device)
     with torch.no_grad(), product_precision(used, weight.device):
         targets = make_targets(buffers, tuple(named.values())) if with_gradients else None
-        terms, gradients = backend.evaluate(layer.detached(), r.detach(), coupling, used == "bf16", tile_bytes, targets)
+        terms, gradients = backend.evaluate(layer.detached(), r.detach(), coupling, used, tile_bytes, targets)
         loss, log_likelihood = terms.loss.to(weight.dtype), terms.log_likelihood.to(weight.dtype)
     if targets is None:
         return loss, log_likelihood

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from loaders.minibatch import SparseCounts
 
-Impl = Literal["auto", "plain", "reference"]
-"""`auto`: tiles and sparse walks, by kernels made for the device where there are any (the CPU), else plain. `plain`:
-the same tiles in plain torch on any device. `reference`: the formula on dense tensors."""
+Impl = Literal["auto", "plain", "triton", "reference"]
+"""`auto`: tiles and sparse walks, by kernels made for the device where there are any (the CPU, NVIDIA GPUs), else
+plain. `plain`: the same tiles in plain torch on any device. `triton`: the kernels for NVIDIA GPUs or an error, on CPU
+tensors by Triton's interpreter. `reference`: the formula on dense tensors."""
 
 Likelihood = Literal["per-cell", "original"]
 
@@ -61,13 +62,6 @@ def check_output_layer(counts: SparseCounts, hidden: Tensor, weight: Tensor, bia
         raise ValueError(
             f"weight: got {weight.dtype}; keep weights in float32 (or float64) and choose precision='bf16'"
         )
-
-
-def is_for_cpu(impl: Impl, device: torch.device) -> bool:
-    """Whether the kernels made for the CPU are to be used."""
-    if device.type == "mps":
-        raise ValueError("device: got mps, which has no float64, in which losses are summed; move the model to the cpu")
-    return device.type == "cpu" and impl == "auto"
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ def _lacks(precision: Precision, impl: Impl, device: torch.device, dtype: torch.
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
         return None if major >= 8 else f"{device} (capability {major}.{minor}) lacks it: A100 (8.0) and later have it"
+    if impl == "triton":
+        return None
     if precision == "tf32":
         return f"{device} lacks it: NVIDIA GPUs alone have it"
     if device.type == "cpu" and impl == "auto" and not has_bf16():

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from liam_scale.kernels import reference
-from liam_scale.kernels.cpu import sparse as cpu
-from liam_scale.kernels.device import sparse as device
+from liam_scale.kernels.backends import backend_of
 from liam_scale.kernels.gradients import adopt, checked_buffer, is_same_memory
-from liam_scale.kernels.options import Impl, check_choice, is_for_cpu
+from liam_scale.kernels.options import Impl, check_choice
 from loaders.minibatch import SparseCounts
 
 
@@ -71,7 +70,7 @@ def sparse_linear(
         pairs = zip(weights, log1p, strict=True)
         return tuple(reference.sparse_linear(dense.to(w.dtype), w, log1p=log) for w, log in pairs)
     buffers = [checked_buffer(grad_buffers, f"weight{k}", weight) for k, weight in enumerate(weights)]
-    backend = cpu if is_for_cpu(impl, counts.values.device) else device
+    backend = backend_of("sparse", impl, counts.values.device)
     entries = [backend.entries(counts, w.dtype, log1p=log) for w, log in zip(weights, log1p, strict=True)]
     return _Product.apply(backend, entries, buffers, *weights)
 

@@ -34,6 +34,7 @@ from liam_scale.kernels.cpu.sparse import by_feature
 from liam_scale.kernels.cpu.vector_math import FAST_MATH, count_terms, log
 from liam_scale.kernels.gradients import Targets
 from liam_scale.kernels.options import OutputLayer
+from liam_scale.kernels.precision import Precision
 from liam_scale.kernels.reference import NB_EPSILON, THETA_FLOOR
 from loaders.csr import compiled
 
@@ -334,7 +335,7 @@ def evaluate(
     library: Tensor,
     log_theta: Tensor,
     sample: Tensor,
-    is_bf16: bool,
+    precision: Precision,
     tile_bytes: int,
     targets: Targets | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -356,7 +357,7 @@ def evaluate(
     for first, cells in enumerate(chosen.split(at_once) if len(chosen) else ()):
         column = np.full(num_cells, -1, np.int32)
         column[cells.numpy()] = np.arange(len(cells), dtype=np.int32)
-        tiled = (entries, column, layer.hidden[cells], layer.weight, layer.bias, is_bf16)
+        tiled = (entries, column, layer.hidden[cells], layer.weight, layer.bias, precision == "bf16")
         group = Group(*tiled, slope_theta, sample[cells], library[cells], layer.cell_weight[cells])
         found = _softmax(group)
         sums = _likelihood(group, found, theta_gradient)

@@ -35,6 +35,7 @@ from liam_scale.kernels.cpu.sparse import by_feature
 from liam_scale.kernels.cpu.vector_math import FAST_MATH, load
 from liam_scale.kernels.gradients import Targets
 from liam_scale.kernels.options import SizedLayer
+from liam_scale.kernels.precision import Precision
 from liam_scale.kernels.reference import ORIGINAL_EPSILON
 from liam_scale.kernels.terms import Cells, Coupling, InputGradients, Terms, coupled_terms, per_cell_terms
 from loaders.csr import compiled
@@ -350,7 +351,7 @@ def evaluate(
     layer: SizedLayer,
     r: Tensor,
     coupling: Coupling | None,
-    is_bf16: bool,
+    precision: Precision,
     tile_bytes: int,
     targets: Targets | None,
 ) -> tuple[Terms, InputGradients]:
@@ -366,7 +367,7 @@ def evaluate(
         hidden=layer.hidden[chosen],
         weight=layer.weight,
         bias=layer.bias,
-        is_bf16=is_bf16,
+        is_bf16=precision == "bf16",
         library=layer.library[chosen],
         library_weight=layer.library_weight,
     )

@@ -15,6 +15,7 @@ from liam_scale.kernels.device.products import multiply
 from liam_scale.kernels.device.sparse import cell_of_entries, entries
 from liam_scale.kernels.gradients import Targets
 from liam_scale.kernels.options import OutputLayer
+from liam_scale.kernels.precision import Precision
 from liam_scale.kernels.reference import NB_EPSILON, theta_of
 
 TEMPORARIES = 10
@@ -60,7 +61,7 @@ def evaluate(
     library: Tensor,
     log_theta: Tensor,
     sample: Tensor,
-    is_bf16: bool,
+    precision: Precision,
     tile_bytes: int,
     targets: Targets | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +75,7 @@ def evaluate(
     for first in range(0, counts.num_cells, at_once):
         cells = slice(first, min(first + at_once, counts.num_cells))
         with torch.set_grad_enabled(targets is not None):
-            part = _log_likelihood(plain, leaves[3], leaves[4], sample, cells, is_bf16)
+            part = _log_likelihood(plain, leaves[3], leaves[4], sample, cells, precision == "bf16")
             loss = -(plain.cell_weight[cells] * part).sum()
         log_likelihood[cells] = torch.where(plain.cell_weight[cells] != 0, part.detach(), 0).double()
         if targets is not None:

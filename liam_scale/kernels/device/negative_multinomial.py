@@ -26,6 +26,7 @@ from liam_scale.kernels.device.sparse import (
 )
 from liam_scale.kernels.gradients import Targets
 from liam_scale.kernels.options import SizedLayer
+from liam_scale.kernels.precision import Precision
 from liam_scale.kernels.reference import ORIGINAL_EPSILON
 from liam_scale.kernels.terms import Cells, Coupling, InputGradients, Terms, coupled_terms, per_cell_terms
 from loaders.minibatch import SparseCounts
@@ -150,13 +151,13 @@ def evaluate(
     layer: SizedLayer,
     r: Tensor,
     coupling: Coupling | None,
-    is_bf16: bool,
+    precision: Precision,
     tile_bytes: int,
     targets: Targets | None,
 ) -> tuple[Terms, InputGradients]:
     """Terms of all cells, and the gradients of the inputs; fills the targets."""
     counts = entries(layer.counts, layer.weight.dtype)
-    walker = Walker(replace(layer, counts=counts), tile_bytes, is_bf16)
+    walker = Walker(replace(layer, counts=counts), tile_bytes, precision == "bf16")
     cells = Cells(layer.counts.totals().double(), r.double(), layer.cell_weight.double())
     normalizer = _normalizer(walker)
     if coupling is None:

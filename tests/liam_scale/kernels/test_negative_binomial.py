@@ -22,12 +22,6 @@ def _restore_threads():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["auto", "plain"])
-def impl(request):
-    """The kernels made for the CPU, and those for any device."""
-    return request.param
-
-
 def make_counts(cells, features, *, density=0.1, seed=0, top=5, fractions=False, transpose=True):
     rng = np.random.default_rng(seed)
     matrix = scipy.sparse.random(cells, features, density=density, random_state=rng, format="csr")
@@ -87,9 +81,9 @@ def assert_within_envelope(counts, inputs, sample, cell_weight, *, slack=1e-6, i
 @pytest.mark.parametrize(
     ("cells", "features", "hidden"), [(13, 301, 9), (128, 2500, 33), (5, 1, 3), (1, 77, 129), (3, 2049, 1)]
 )
-def test_shapes(impl, samples, cells, features, hidden):
+def test_shapes(fast_impl, samples, cells, features, hidden):
     assert_within_envelope(
-        make_counts(cells, features), *make_inputs(cells, features, hidden, samples=samples), impl=impl
+        make_counts(cells, features), *make_inputs(cells, features, hidden, samples=samples), impl=fast_impl
     )
 
 
@@ -182,12 +176,12 @@ def test_a_broken_weight_makes_the_loss_nan(impl):
         assert not torch.isfinite(loss)
 
 
-def test_bf16_errs_little(impl):
-    if impl == "auto" and not has_bf16():
+def test_bf16_errs_little(fast_impl):
+    if fast_impl == "auto" and not has_bf16():
         pytest.skip("this processor has no bfloat16 products")
     counts, arguments = make_counts(64, 3000), make_inputs(64, 3000, 33)
-    single = run(counts, *arguments, dtype=torch.float32, impl=impl)
-    half = run(counts, *arguments, dtype=torch.float32, precision="bf16", impl=impl)
+    single = run(counts, *arguments, dtype=torch.float32, impl=fast_impl)
+    half = run(counts, *arguments, dtype=torch.float32, precision="bf16", impl=fast_impl)
     for name, a, b in zip(NAMES, single, half, strict=True):
         assert (a - b).norm() <= {"loss": 1e-4, "log_likelihood": 1e-3}.get(name, 2**-7) * a.norm(), name
         assert not torch.equal(a, b), name
