@@ -28,7 +28,7 @@ def backend_of(operation: Operation, impl: Impl, device: torch.device) -> Module
     ValueError
         `impl="triton"` where it cannot run, and a device that nothing here can run on.
     """
-    return _module(operation, _room(impl, device))
+    return _module(operation, room_of(impl, device))
 
 
 @functools.cache
@@ -36,7 +36,8 @@ def _module(operation: Operation, room: str) -> ModuleType:
     return importlib.import_module(f"liam_scale.kernels.{room}.{operation}")
 
 
-def _room(impl: Impl, device: torch.device) -> str:
+def room_of(impl: Impl, device: torch.device) -> Literal["cpu", "cuda", "device"]:
+    """The folder of the kernels that serve such a device; plain torch is `device`."""
     if device.type == "mps":
         raise ValueError("device: got mps, which has no float64, in which losses are summed; move the model to the cpu")
     if impl == "triton":

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from liam_scale.kernels.backends import room_of
 from liam_scale.kernels.device.sparse import entries, with_transpose
-from liam_scale.kernels.options import is_for_cpu
 from liam_scale.model.config import ModelConfig, ModelData, resolve
 from liam_scale.model.decoders import Adversary, NegativeBinomialDecoder, NegativeMultinomialDecoder
 from liam_scale.model.encoders import Encoded, LatentEncoder, ModalityEncoder
@@ -249,7 +249,7 @@ class Liam(nn.Module):
         Objective
             Differentiable loss and detached terms, both over local cells.
         """
-        if torch.is_grad_enabled() and not is_for_cpu(self.config.impl, minibatch.sample.device):
+        if torch.is_grad_enabled() and room_of(self.config.impl, minibatch.sample.device) == "device":
             # A sort for each modality, which all its products share; a loss without gradients needs none.
             dtype = next(self.parameters()).dtype
             counts = {name: with_transpose(entries(c, dtype)) for name, c in minibatch.counts.items()}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from liam_scale.kernels.options import is_for_cpu
+from liam_scale.kernels.backends import backend_of
 from liam_scale.training import devices
 from liam_scale.training.devices import check_device, device_of
 
@@ -65,4 +65,4 @@ def test_a_gpu_that_was_hidden_on_purpose_is_not_missed(machine, monkeypatch):
 def test_a_device_without_float64_is_refused():
     """Apple's: likelihoods are summed in float64 everywhere."""
     with pytest.raises(ValueError, match="mps, which has no float64"):
-        is_for_cpu("auto", torch.device("mps"))
+        backend_of("sparse", "auto", torch.device("mps"))
