@@ -19,6 +19,7 @@ from liam_scale.evaluate import main as evaluate_main
 from liam_scale.map import main as map_main
 from liam_scale.run import RUN_ATTRIBUTE, RunDirectory
 from loaders import open_store
+from loaders.formats.sealed import SEAL
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,8 @@ def test_what_an_older_version_made_is_taken_with_a_remark(
     assert "it or the run has no id" in caplog.text
     caplog.clear()
     array = zarr.open_group(store, mode="r+", use_consolidated=False)["obsm"]["X_liam"]
-    del array.attrs[RUN_ATTRIBUTE]
+    for name in (RUN_ATTRIBUTE, SEAL):
+        del array.attrs[name]
     liam_scale.load_run(trained).embed(store)
     assert "it or the run has no id" in caplog.text
     caplog.clear()

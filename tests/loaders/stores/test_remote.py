@@ -90,7 +90,9 @@ def test_in_memory_store_reads_and_takes_an_embedding(
 def test_missing_file_of_a_remote_store_is_named(own_store: Path, toy: ModuleType) -> None:
     uri = copy_to_memory(own_store, "holed.zarr")
     fsspec.filesystem("memory").rm("/holed.zarr/mod/rna/X/data/c/1")
-    with pytest.raises(RuntimeError, match=r"holed.zarr/mod/rna/X/data: rows 0:50 cannot be read.*file c/1 is missing"):
+    with pytest.raises(
+        RuntimeError, match=r"holed.zarr/mod/rna/X/data: got damaged data: rows 0:50 .*file c/1 is missing"
+    ):
         open_store(uri).matrix("rna").read(0, toy.NUM_CELLS)
 
 
