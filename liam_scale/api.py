@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -33,6 +32,7 @@ from liam_scale.model.config import ModelName
 from liam_scale.run import IN_MEMORY, RunDirectory, RunRecord, attributes_of, open_stores
 from liam_scale.train import train as train_run
 from liam_scale.training.devices import Device
+from liam_scale.training.history import read_history
 from liam_scale.training.optim import OptimConfig
 from liam_scale.training.options import TrainingConfig
 from loaders.formats.root import addresses
@@ -61,9 +61,7 @@ class Run:
     @property
     def history(self) -> pd.DataFrame:
         """One row an evaluation, columns under scvi-tools' names (`elbo_validation`, ...)."""
-        with self.directory.parts()[0].history.open() as file:
-            rows = list(csv.DictReader(file))
-        return pd.DataFrame(rows).apply(pd.to_numeric)
+        return read_history(self.directory.parts()[0].history)
 
     def __repr__(self) -> str:
         if not self.directory.is_run:

@@ -144,7 +144,7 @@ def _look(path: Path, key: str) -> tuple[npt.NDArray[Any], list[dict[str, Any]]]
     root = open_root(path)
     try:
         with reading(str(path)):
-            return Frame(root["obs"]).index().astype(object), embeddings.attributes(root, str(path), key)
+            return Frame(root["obs"], str(path)).index().astype(object), embeddings.attributes(root, str(path), key)
     finally:
         if isinstance(root, h5py.File):
             root.close()

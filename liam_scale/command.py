@@ -25,7 +25,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from liam_scale.tables import from_table, to_toml
+from liam_scale.tables import from_table, read_toml, to_toml
 from liam_scale.training.distributed import AgreedError, launched_ranks
 from loaders.formats.sharded import Damaged
 
@@ -126,7 +126,7 @@ def _from_file(kind: type[T], arguments: Sequence[str]) -> T:
     finder.add_argument("--config", nargs="?")
     file = finder.parse_known_args(arguments)[0].config
     try:
-        table = {} if file is None else tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        table = {} if file is None else read_toml(Path(file))
         return from_table(kind, table, absent=tyro.MISSING)
     except OSError as error:
         inside = Path(file) / "config.toml"

@@ -17,7 +17,7 @@ import torch
 from liam_scale.config import TrainConfig
 from liam_scale.model import Liam, ModelData
 from liam_scale.resume import changed_options
-from liam_scale.run import RunDirectory, RunRecord
+from liam_scale.run import Ending, RunDirectory, RunRecord
 from liam_scale.samples import sample_codes
 from liam_scale.tables import to_toml
 from liam_scale.training.checkpoint import Checkpoint, newest_checkpoint, set_aside
@@ -86,8 +86,10 @@ def _fit(
     if outcome != "interrupted" and world.is_main:
         directory.save_weights(trainer.best_weights())
         at = trainer.at
-        where = {name: getattr(at, name) for name in ("epoch", "best_epoch", "best_step")}
-        directory.write_record(replace(record, ending={"outcome": outcome, "step": at.global_step, **where}))
+        ending = Ending(
+            outcome=outcome, epoch=at.epoch, step=at.global_step, best_epoch=at.best_epoch, best_step=at.best_step
+        )
+        directory.write_record(replace(record, ending=ending))
     return record, outcome
 
 
@@ -238,7 +240,7 @@ def _go_on(directory: RunDirectory, record: RunRecord, config: TrainConfig, trai
     return record
 
 
-def _describe(directory: RunDirectory, ending: dict[str, int | str]) -> str:
+def _describe(directory: RunDirectory, ending: Ending) -> str:
     best = f", best at epoch {ending['best_epoch']}, step {ending['best_step']:,}" if ending["best_step"] else ""
     return (
         f"{directory.path} has ended and stays as it is ({ending['outcome']} at epoch {ending['epoch']}, step "

@@ -11,20 +11,22 @@ import dataclasses
 import hashlib
 import json
 import logging
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
 from liam_scale.config import TrainConfig
 from liam_scale.model import Liam, ModelConfig, ModelData
+from liam_scale.tables import from_table, read_toml, to_table
 from liam_scale.training.checkpoint import Checkpoint, load_weights, newest_checkpoint, save_weights
+from liam_scale.training.trainer import Outcome
+from loaders.documents import read_table
 from loaders.durable import leftovers, remove_leftovers, replacing, write_text
-from loaders.options import LoaderConfig
-from loaders.schema import sha256_of_json, sha256_of_names
+from loaders.options import LoaderConfig, check_options
+from loaders.schema import is_folder_name, sha256_of_json, sha256_of_names
 from loaders.stores import Store, open_store
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,16 @@ RUN_ATTRIBUTE = "liam_scale_run"
 
 IN_MEMORY = " in memory"
 """How a run calls the store that it was trained on where that is an AnnData or MuData: "MuData in memory"."""
+
+
+class Ending(TypedDict):
+    """How training ended."""
+
+    outcome: Outcome
+    epoch: int
+    step: int
+    best_epoch: int
+    best_step: int
 
 
 @dataclass(frozen=True)
@@ -61,8 +73,11 @@ class RunRecord:
     """Options that were changed when training went on: `step`, `option`, `before`, `now`."""
     rollbacks: tuple[dict[str, Any], ...] = ()
     """Returns to a checkpoint from a number that was not finite: after `step`, `to` step, `terms` with ids of cells."""
-    ending: dict[str, Any] | None = None
-    """How training ended: `outcome`, `epoch`, `step`, `best_epoch`, `best_step`; None while it has not."""
+    ending: Ending | None = None
+    """None while training has not ended."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def to_json(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -116,7 +131,7 @@ class RunDirectory:
         """
         file = self.path / RUN_FILE
         try:
-            entry = json.loads(file.read_text())
+            entry = read_table(file)
             if entry.pop("sha256", None) not in (None, sha256_of_json(entry)):
                 raise ValueError("its sha256 differs")
             return RunRecord.from_json(entry)
@@ -133,24 +148,32 @@ class RunDirectory:
     def _inside(self, name: str) -> Path:
         """A folder of the run; one that a downloaded run places elsewhere would be written to."""
         path = self.path / name
-        if Path(name).name != name or path.resolve() != self.path.resolve() / name:
-            raise ValueError(
-                f"run: {self.path} has {name!r} outside of its folder ({path.resolve()}); put the folder itself there"
-            )
+        if not is_folder_name(name) or path.resolve() != self.path.resolve() / name:
+            raise ValueError(f"run: {self.path} has {name!r} outside of its folder; put the folder itself there")
         return path
 
     def saved_options(self) -> dict[str, Any]:
         """The effective options the run was made with, as nested tables."""
-        return tomllib.loads((self.path / "config.toml").read_text())
+        return to_table(self._saved_config())
 
     def loader_config(self) -> LoaderConfig:
-        return LoaderConfig(**self.saved_options()["loader"])
+        return self._saved_config().loader
+
+    def _saved_config(self) -> TrainConfig:
+        file = self.path / "config.toml"
+        try:
+            config = from_table(TrainConfig, read_toml(file), absent=None)
+            if dataclasses.replace(config.loader).streams is None:  # a copy, as making one checks the values
+                raise ValueError("it does not say loader.streams")
+            return config
+        except (OSError, ValueError) as error:
+            raise _damaged(file, str(error)) from error
 
     def features(self) -> dict[str, list[str]]:
         """Feature names per modality, in the order of the model's columns."""
         file = self.path / "features.json"
         try:
-            names = json.loads(file.read_text())
+            names = read_table(file)
             found = {name: sha256_of_names(own) for name, own in names.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise _damaged(file, str(error)) from error
@@ -243,8 +266,19 @@ class RunDirectory:
                 f"run: {self.path} has not finished training (no {WEIGHTS_FILE}); "
                 "run its training command again, it goes on where it stopped"
             )
-        model = Liam(record.model, record.data)
-        model.load_state_dict(load_weights(self.weights))
+        weights = load_weights(self.weights)
+        try:
+            # Looked at before a model of any size that a file may ask for takes the memory.
+            asked = {
+                f"encoders.{name}.layer.weight": (size, record.model.n_hidden)
+                for name, size in record.data.num_features.items()
+            }
+            if any(name not in weights or weights[name].shape != shape for name, shape in asked.items()):
+                raise RuntimeError("sizes differ")
+            model = Liam(record.model, record.data)
+            model.load_state_dict(weights)
+        except (RuntimeError, ValueError) as error:
+            raise _damaged(self.path / RUN_FILE, f"its model is not that of {WEIGHTS_FILE}: {error}") from error
         return model.eval()
 
 

@@ -276,7 +276,7 @@ def _scored(one: Member, config: SweepConfig, store: Store) -> dict[str, object]
         write_text(file, wanted)
     found = pd.read_csv(one.scores / "metrics.csv")
     scores = {f"{key}:{of}": value for key, of, value in found[["measure", "of", "X_liam"]].itertuples(index=False)}
-    ending = RunDirectory(one.folder).record().ending or {}
+    ending = dict(RunDirectory(one.folder).record().ending or {})
     row = {"model": one.model, "batch_key": one.batch_key, "alpha": one.alpha, "seed": one.seed}
     return row | {"best_epoch": ending.get("best_epoch")} | scores
 

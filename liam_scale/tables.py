@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import tomllib
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import tomli_w
 
+from loaders.documents import read_table
 from loaders.options import checked
 
 
@@ -28,6 +30,11 @@ def to_table(value: Any) -> Any:
 
 def to_toml(value: Any) -> str:
     return tomli_w.dumps(to_table(value))
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """The tables of a file of options; OSError or ValueError where it is none."""
+    return read_table(file, tomllib.loads, most=1 << 20)
 
 
 def from_table(kind: type, table: Mapping[str, Any], *, absent: Any, section: str = "") -> Any:

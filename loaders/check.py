@@ -175,7 +175,7 @@ def _paths(root: zarr.Group) -> Iterator[str]:
 
 def _check_cells(sealed: zarr.Group, schema: Schema, report: Report) -> None:
     with report.noting("obs"):
-        obs = Frame(sealed["obs"])
+        obs = Frame(sealed["obs"], report.store)
         with report.noting("obs/_index"):
             ids = obs.index()
             _check_unique("obs/_index", pd.Index(ids.astype(object)), report)

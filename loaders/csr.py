@@ -52,10 +52,22 @@ class SparseRows:
 
     @classmethod
     def from_scipy(cls, matrix: Any) -> SparseRows:
-        """Rows of any SciPy sparse matrix."""
-        rows = scipy.sparse.csr_matrix(matrix)
+        """Rows of any SciPy sparse matrix; ValueError where its arrays do not go together."""
+        rows = sound_csr(matrix)
         rows.sort_indices()
         return cls(rows.indptr.astype(np.int64), rows.indices.astype(np.int32), rows.data, rows.shape[1])
+
+
+def sound_csr(matrix: Any) -> scipy.sparse.csr_matrix:
+    """Any SciPy matrix as CSR; ValueError where its arrays do not go together, which SciPy's loops do not look at."""
+    if getattr(matrix, "format", None) in ("csr", "csc", "bsr"):
+        try:
+            matrix.check_format(full_check=True)
+        except ValueError as error:
+            raise ValueError(
+                f"matrix: got arrays that do not go together ({error}); make it anew from its source"
+            ) from None
+    return scipy.sparse.csr_matrix(matrix)
 
 
 def offsets_of(lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:

@@ -15,6 +15,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from loaders.csr import sound_csr
+
 
 @dataclass(frozen=True)
 class SparseCounts:
@@ -84,7 +86,7 @@ class SparseCounts:
     @classmethod
     def from_scipy(cls, matrix: scipy.sparse.spmatrix, *, transpose: bool = True) -> SparseCounts:
         """Counts from any SciPy sparse matrix (B, F), for tests and data already in memory."""
-        rows = scipy.sparse.csr_matrix(matrix)
+        rows = sound_csr(matrix)
         rows.sort_indices()
         by_feature = rows.tocsc()
         by_feature.sort_indices()

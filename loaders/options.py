@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import numbers
 import os
+from collections import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
 import tyro
@@ -90,6 +91,15 @@ def checked(option: str, value: Any, hint: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{option}: got {value!r}; give a list")
         return tuple(checked(option, item, arguments[0]) for item in value)
+    if origin in (dict, abc.Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{option}: got {value!r}; give a table")
+        kinds = arguments or (Any, Any)
+        return {checked(option, key, kinds[0]): checked(f"{option}.{key}", own, kinds[1]) for key, own in value.items()}
+    if is_typeddict(hint):
+        if lacking := _hints(hint).keys() - dict(value).keys():
+            raise ValueError(f"{option}: got a table without {', '.join(sorted(lacking))}")
+        return {key: checked(f"{option}.{key}", value[key], kind) for key, kind in _hints(hint).items()}
     return _settled(option, value, hint) if hint in _KINDS else value
 
 

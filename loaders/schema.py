@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+
+from loaders.options import Range, check_options
 
 FORMAT = 1
 """Version of the store's layout; a reader refuses a higher one."""
@@ -33,6 +35,10 @@ ALIASES = {
 """Names of the same thing in muon ("prot"), 10x Genomics ("Gene Expression", "Peaks") and TileDB-SOMA ("RNA")."""
 
 
+LONGEST_NAME = 255
+"""Bytes of a name of a file: every column of a store is a folder."""
+
+
 def modality_of(name: str) -> str | None:
     """The modality a name of another package means, or None where it means none of ours."""
     lowered = name.strip().lower()
@@ -45,6 +51,13 @@ def check_modality(name: str) -> str:
     if modality is None:
         raise ValueError(f"modality: got {name!r}; give one of {', '.join(MODALITIES)}")
     return modality
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a column can be a folder of a store."""
+    return (
+        not {"/", "\0"} & set(name) and name not in ("", ".", "..", "zarr.json") and len(name.encode()) <= LONGEST_NAME
+    )
 
 
 def check_unique(what: str, names: pd.Index, cure: str) -> None:
@@ -119,15 +132,18 @@ class ModalitySchema:
     """One CSR matrix of a store."""
 
     name: str
-    num_cells: int
+    num_cells: Annotated[int, Range(least=0)]
     """Cells that have this modality (rows of its matrix)."""
-    num_features: int
-    num_nonzeros: int
+    num_features: Annotated[int, Range(least=0)]
+    num_nonzeros: Annotated[int, Range(least=0)]
     value_dtype: str
     """NumPy name of the stored values, the narrowest that holds them: uint8, uint16, uint32 or float32."""
     features_sha256: str
     counts_crc32c: str | None = None
     """Of values, columns and row lengths in their order; None where an older version wrote the store."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     def nonzeros_per_cell(self) -> float:
@@ -142,7 +158,7 @@ class ModalitySchema:
 class Schema:
     """The whole store. Rows of the store are *cells*; a modality holds those cells that have it, in the same order."""
 
-    num_cells: int
+    num_cells: Annotated[int, Range(least=0)]
     modalities: dict[str, ModalitySchema]
     obs_columns: tuple[str, ...]
     is_shuffled: bool
@@ -152,6 +168,9 @@ class Schema:
     metadata: dict[str, str] | None = None
     """Hash of the metadata of each array and group, which says that all of them carry checksums; None where an older
     version wrote the store."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     def fingerprint(self) -> str:
@@ -184,4 +203,9 @@ class Schema:
             raise ValueError("its sha256 differs")
         del fields["format"]
         modalities = {name: ModalitySchema(**m) for name, m in fields.pop("modalities").items()}
-        return cls(modalities=modalities, obs_columns=tuple(fields.pop("obs_columns")), **fields)
+        if not modalities or any(name not in MODALITIES or m.name != name for name, m in modalities.items()):
+            raise ValueError(f"its modalities are {', '.join(modalities) or 'none'}")
+        schema = cls(modalities=modalities, **fields)
+        if wrong := [name for name in schema.obs_columns if not is_folder_name(name)]:
+            raise ValueError(f"its obs has a column {wrong[0]!r}")
+        return schema

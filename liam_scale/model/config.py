@@ -103,6 +103,7 @@ class ModelData:
     """Per modality and sample: population variance of the log total; empty: 1."""
 
     def __post_init__(self) -> None:
+        check_options(self)
         if not self.samples:
             raise ValueError("samples: got none; give one category for data without a sample covariate")
         for name, means in [*self.prior_mean.items(), *self.prior_variance.items()]:

@@ -11,18 +11,21 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from loaders.documents import read_table
 from loaders.durable import remove, remove_leftovers, replacing, sha256_of
+from loaders.options import checked
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,30 @@ class Checkpoint:
     """Groups `model`, `optimizer`, and `best` when there is one."""
     state: dict[str, Any]
     """Position in the run and of the loader, sums since the last evaluation, history: JSON values."""
+    path: Path | None = None
+    """Where it was read."""
+
+
+class State(TypedDict):
+    """What the trainer keeps besides tensors."""
+
+    at: dict[str, Any]
+    sums: dict[str, float]
+    cells_seen: int
+    history: tuple[dict[str, Any], ...]
+    loader: dict[str, Any]
+
+
+@contextmanager
+def taking_up(checkpoint: Checkpoint) -> Iterator[tuple[dict[str, dict[str, Tensor]], State]]:
+    """Tensors and state of a checkpoint for a trainer to take up; RuntimeError where they are not those of its run."""
+    try:
+        yield checkpoint.tensors, checked("state", checkpoint.state, State)
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise RuntimeError(
+            f"checkpoint {checkpoint.path}: is not one of this run ({type(error).__name__}: {error}); remove it to go"
+            f" on from the one before it, or start again with another --out"
+        ) from error
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, step: int, keep: int = 2) -> Path:
@@ -163,8 +190,8 @@ def verify(path: Path) -> None:
         A file is missing or its sha256 differs; the message names it.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        if not isinstance(manifest, dict) or not manifest.keys() >= _REQUIRED:
+        manifest = read_table(path / MANIFEST)
+        if not manifest.keys() >= _REQUIRED:
             raise ValueError(f"it must list {', '.join(sorted(_REQUIRED))}")
     except (OSError, ValueError) as error:
         raise RuntimeError(f"checkpoint {path}: {MANIFEST} cannot be used ({error})") from error
@@ -208,10 +235,8 @@ def _load(path: Path) -> Checkpoint:
     verify(path)
     try:
         tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-        state = json.loads((path / "state.json").read_text())
-        if not isinstance(state, dict):
-            raise ValueError("state.json holds no table")
+        state = read_table(path / "state.json")
         _sound[path] = _signature(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise RuntimeError(f"checkpoint {path}: cannot be read ({error})") from error
-    return Checkpoint(tensors, state)
+    return Checkpoint(tensors, state, path)

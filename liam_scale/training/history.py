@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from liam_scale.training.distributed import World
+from loaders.documents import check_size
 from loaders.durable import write_text
 
 
@@ -60,6 +62,27 @@ def summarise(terms: dict[str, float], num_cells: float, subset: str) -> Row:
     divergence = sum(v for name, v in means.items() if name.startswith("kl_divergence"))
     totals = {"elbo": reconstruction + divergence, "reconstruction_loss": reconstruction, "kl_local": divergence}
     return {f"{name}_{subset}": value for name, value in (totals | means).items()}
+
+
+def read_history(path: Path) -> pd.DataFrame:
+    """The rows of a `history.csv`.
+
+    Raises
+    ------
+    RuntimeError
+        It is not as it was written.
+    """
+    try:
+        check_size(path)
+        table = pd.read_csv(path, encoding_errors="strict", on_bad_lines="error", index_col=False)
+        if not all(pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes) or not len(table):
+            raise ValueError("not all of it is numbers")
+        return table
+    except (OSError, ValueError, OverflowError) as error:
+        raise RuntimeError(
+            f"run: {path} cannot be read ({error}); run the training command again, it is written anew from the"
+            " checkpoint, or restore a copy"
+        ) from error
 
 
 class History:

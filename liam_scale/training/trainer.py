@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from liam_scale.training.checkpoint import Checkpoint, save_checkpoint
+from liam_scale.training.checkpoint import Checkpoint, save_checkpoint, taking_up
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History, Meter, Row, summarise
 from liam_scale.training.optim import KLSchedule, load_optimizer_tensors, optimizer_tensors
@@ -45,6 +45,12 @@ class Progression:
     best_epoch: int = -1
     best_step: int = 0
     evaluations_since_best: int = 0
+
+    def __post_init__(self) -> None:
+        counts = self.epoch, self.global_step, self.best_step, self.evaluations_since_best
+        is_sound = all(type(count) is int and count >= 0 for count in counts) and type(self.best_epoch) is int
+        if not is_sound or type(self.best_metric) not in (int, float):
+            raise ValueError(f"got the position {vars(self)}")
 
 
 class Trainer:
@@ -108,18 +114,18 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint of this run; the next minibatch is the one after the last that was trained."""
-        self.model.load_state_dict(checkpoint.tensors["model"])
-        load_optimizer_tensors(self.model, self.optimizer, checkpoint.tensors["optimizer"])
-        best = checkpoint.tensors.get("best")
-        self._best = {name: value.clone() for name, value in best.items()} if best else None
-        state = checkpoint.state
-        self.at = Progression(**state["at"])
-        self._start_step = self._saved_step = self.at.global_step
-        self.history.rows = list(state["history"])
-        self.history.write()
-        self.train_source.load_state_dict(state["loader"])
-        # Sums were added up over all ranks; one rank carries them on.
-        self._meter = Meter(self.world, state["sums"] if self.world.is_main else None, cells=state["cells_seen"])
+        with taking_up(checkpoint) as (tensors, state):
+            self.model.load_state_dict(tensors["model"])
+            load_optimizer_tensors(self.model, self.optimizer, tensors["optimizer"])
+            best = tensors.get("best")
+            self._best = {name: value.clone() for name, value in best.items()} if best else None
+            self.at = Progression(**state["at"])
+            self._start_step = self._saved_step = self.at.global_step
+            self.history.rows = list(state["history"])
+            self.history.write()
+            self.train_source.load_state_dict(state["loader"])
+            # Sums were added up over all ranks; one rank carries them on.
+            self._meter = Meter(self.world, state["sums"] if self.world.is_main else None, cells=state["cells_seen"])
 
     def save(self) -> None:
         """Write a checkpoint of the position just trained. Every rank calls it, the main rank writes.

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse
 
-from loaders.csr import SparseRows, offsets_of, scatter_entries
+from loaders.csr import SparseRows, offsets_of, scatter_entries, sound_csr
 from loaders.formats.compressed import CompressedRows, RowOffsets, check_arrays, read_offsets
 from loaders.formats.frame import as_text
 from loaders.formats.matrix import ENTRY_BYTES, StoredMatrix
+from loaders.formats.root import reading
 
 
 def open_matrix(element: Any, where: str, *, cells: npt.NDArray[np.int64] | None = None) -> StoredMatrix:
@@ -28,7 +29,8 @@ def open_matrix(element: Any, where: str, *, cells: npt.NDArray[np.int64] | None
     if isinstance(element, anndata.abc.CSRDataset | anndata.abc.CSCDataset):
         element = element.group
     if scipy.sparse.issparse(element):
-        rows = element.tocsr()
+        with reading(where):
+            rows = element if element.format == "csr" else sound_csr(element)
         arrays = {"data": rows.data, "indices": rows.indices, "indptr": rows.indptr}
         return CompressedRows(where, rows.shape, arrays, cells=lambda: cells)
     attributes = dict(getattr(element, "attrs", {}))
@@ -68,7 +70,8 @@ class DenseRows(StoredMatrix):
         return int(1.2 * sum(counts) / rows * self.num_rows)
 
     def stored(self, start: int, stop: int) -> SparseRows:
-        block = np.asarray(self._array[start:stop])
+        with reading(self.where, f"rows {start}:{stop}"):
+            block = np.asarray(self._array[start:stop])
         rows, columns = np.nonzero(block)
         lengths = np.bincount(rows, minlength=len(block))
         return SparseRows(offsets_of(lengths), columns, block[rows, columns], self.num_features)
@@ -105,7 +108,7 @@ class CompressedColumns(StoredMatrix):
         step = max(1, memory // (2 * ENTRY_BYTES))
         counts = np.zeros(self.num_rows, np.int64)
         for first in range(0, self._data.shape[0], step):
-            rows = self._indices[first : first + step]
+            rows = self._read(self._indices, first, step)
             if len(rows) and (rows.min() < 0 or rows.max() >= self.num_rows):
                 raise ValueError(
                     f"{self.where}: got row {int(rows.max() if rows.max() >= self.num_rows else rows.min())} in a CSC "
@@ -130,7 +133,7 @@ class CompressedColumns(StoredMatrix):
         self, folder: Path, starts: npt.NDArray[np.int64], column_offsets: npt.NDArray[np.int64], step: int
     ) -> None:
         for first in range(0, self._data.shape[0], step):
-            rows, values = self._indices[first : first + step], self._data[first : first + step]
+            rows, values = (self._read(array, first, step) for array in (self._indices, self._data))
             positions = np.arange(first, first + len(rows))
             columns = (np.searchsorted(column_offsets, positions, side="right") - 1).astype(np.uint32)
             bucket = np.searchsorted(starts, rows, side="right") - 1
@@ -142,6 +145,10 @@ class CompressedColumns(StoredMatrix):
                 for name, part in (("rows", rows.astype(np.uint32)), ("columns", columns), ("values", values)):
                     with open(folder / f"{number}.{name}", "ab") as file:
                         part[chosen].tofile(file)
+
+    def _read(self, array: Any, first: int, count: int) -> npt.NDArray[Any]:
+        with reading(self.where, f"entries {first}:{first + count}"):
+            return array[first : first + count]
 
     def _collect(self, folder: Path, number: int, start: int, indptr: npt.NDArray[np.int64]) -> SparseRows:
         parts = {}

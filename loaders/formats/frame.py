@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 from anndata.io import read_elem
 
+from loaders.formats.root import reading
 from loaders.schema import ObsColumn
 
 Strings = np.dtypes.StringDType()
@@ -24,10 +25,15 @@ class Frame:
     """An anndata dataframe in an HDF5 or Zarr group, or in memory.
 
     The form of AnnData before 0.7 (one compound dataset) is read as a whole.
+
+    Parameters
+    ----------
+    where
+        The file, for messages.
     """
 
-    def __init__(self, element: Any) -> None:
-        self._element = element
+    def __init__(self, element: Any, where: str) -> None:
+        self._element, self._where = element, where
         self._whole: pd.DataFrame | None = element if isinstance(element, pd.DataFrame) else None
         if self._whole is None and (not hasattr(element, "keys") or "_index" not in element.attrs):
             self._whole = pd.DataFrame(read_elem(element))
@@ -41,6 +47,15 @@ class Frame:
 
     def index(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """Names of the rows [start, stop) as compact strings."""
+        with reading(self._where, "names"):
+            return self._index(start, stop)
+
+    def column(self, name: str) -> pd.Series:
+        """(n,) one column as a Series without index."""
+        with reading(self._where, f"a column {name!r}"):
+            return self._column(name)
+
+    def _index(self, start: int, stop: int | None) -> npt.NDArray[Any]:
         if self._whole is not None:
             return _compact(self._whole.index[start:stop])
         key = self._element.attrs["_index"]
@@ -49,8 +64,7 @@ class Frame:
             return _compact(pd.Index(read_elem(element))[start:stop])
         return read_strings(element, start, stop)
 
-    def column(self, name: str) -> pd.Series:
-        """(n,) one column as a Series without index."""
+    def _column(self, name: str) -> pd.Series:
         if self._whole is not None:
             return self._whole[name].reset_index(drop=True)
         element = self._element[name]
@@ -103,7 +117,10 @@ def encode(values: pd.Series) -> ObsColumn:
     is_text = pd.api.types.is_object_dtype(kind) or pd.api.types.is_string_dtype(kind)
     if not (is_text or pd.api.types.is_bool_dtype(kind) or pd.api.types.is_integer_dtype(kind)):
         raise ValueError(f"got values of type {kind}; name a categorical, string, boolean or integer column")
-    codes, distinct = pd.factorize(values, sort=True, use_na_sentinel=True)
+    try:
+        codes, distinct = pd.factorize(values, sort=True, use_na_sentinel=True)
+    except TypeError as error:  # objects of any kind, such as lists
+        raise ValueError(f"got values that are no labels ({error}); save the column as text") from None
     return ObsColumn(codes.astype(np.int32), tuple(str(value) for value in distinct))
 
 

@@ -14,6 +14,7 @@ import zarr.errors
 from zarr.abc.store import Store as ZarrBackend
 from zarr.storage import FsspecStore, LocalStore
 
+from loaders.documents import check_size
 from loaders.formats.sharded import Damaged
 
 Address: TypeAlias = str | Path | ZarrBackend | zarr.Group
@@ -91,7 +92,7 @@ def open_root(
         return zarr.open_group(backend, mode=mode, use_consolidated=None if mode == "r" else False)
     except (zarr.errors.GroupNotFoundError, FileNotFoundError, zarr.errors.ContainsArrayError) as error:
         raise not_a_store(describe_address(address), f"nothing that Zarr can open as a group ({error})") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # JSON that is none, or not of a group
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # no JSON, or not of a group
         what = f"its metadata cannot be read ({type(error).__name__}: {error})"
         raise Damaged(describe_address(address), "zarr.json", what) from error
 
@@ -125,6 +126,14 @@ def _check_path(path: Path) -> None:
         raise ValueError(f"{path}: got no such file or folder; check the path")
     if INGEST_MARK in str(path.absolute()):
         raise not_a_store(str(path), "an ingest that did not finish (run it again)")
+    for document in (path / name for name in (*ZARR_MARKS, ".zattrs")):
+        if document.is_file():
+            try:
+                check_size(document)
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}: got metadata that cannot be read ({error}); copy or write the store again"
+                ) from None
     if path.is_dir() and not any((path / name).exists() for name in ZARR_MARKS):
         inside = sorted(p.name for p in path.iterdir())
         shown = ", ".join(inside[:5]) + (", ..." if len(inside) > 5 else "")
@@ -153,7 +162,7 @@ _STRING_BYTES = 16
 
 
 @contextmanager
-def reading(label: str) -> Iterator[None]:
+def reading(label: str, what: str = "something") -> Iterator[None]:
     """Turn a failure whose message does not name the file, which is a library's, into one that does, with a cure."""
     try:
         yield
@@ -162,7 +171,7 @@ def reading(label: str) -> Iterator[None]:
         if is_ours or getattr(error, "errno", None) is not None:
             raise
         raise ValueError(
-            f"{label}: got something that cannot be read ({type(error).__name__}: {error}); the file is damaged or was"
+            f"{label}: got {what} that cannot be read ({type(error).__name__}: {error}); the file is damaged or was"
             f" written wrongly: copy it again, or write it again with a current anndata"
         ) from error
 

@@ -53,7 +53,7 @@ def _counts_of(
 ) -> tuple[StoredMatrix, Frame, tuple[str, ...]]:
     """The matrix that holds the counts, its var, and the names of the others."""
     layers, known = _layers_of(group)
-    var = Frame(group["var"])
+    var = Frame(group["var"], label)
     if layer is None or layer == "X":
         if "X" not in group:
             raise ValueError(
@@ -66,7 +66,7 @@ def _counts_of(
         return open_matrix(group["layers"][layer], f"{label}: {at}layers/{layer}", cells=cells), var, others
     if layer in known:
         raw = group["raw"]
-        return open_matrix(raw["X"], f"{label}: {at}raw/X", cells=cells), Frame(raw["var"]), ("X", *layers)
+        return open_matrix(raw["X"], f"{label}: {at}raw/X", cells=cells), Frame(raw["var"], label), ("X", *layers)
     raise ValueError(
         f"layer: {label} has no layer {layer!r}{f' in {at[4:-1]}' if at else ''}; it has {', '.join(('X', *known))}: "
         "name one of them"
@@ -89,7 +89,7 @@ def _cell_index(where: str, frame: Frame) -> npt.NDArray[Any]:
 
 def open_anndata(label: str, path: Path, root: Any, *, modality: str | None, layer: str | None, say: Say) -> Source:
     """An AnnData: one modality, several where var["feature_types"] says so, or none where it holds no matrix at all."""
-    obs = Frame(root["obs"])
+    obs = Frame(root["obs"], label)
     ids = _cell_index(label, obs)
     if modality is None and layer is None and "X" not in root and not _layers_of(root)[1]:
         return Source(label, (path,), ids, {}, ObsTable(View(obs, None), {}))
@@ -138,7 +138,7 @@ def open_mudata(label: str, path: Path, root: Any, *, layer: str | None, say: Sa
         raise ValueError(
             f"{label}: a MuData with axis {axis}, expected 0 (modalities share cells); split it by axis first"
         )
-    obs = Frame(root["obs"])
+    obs = Frame(root["obs"], label)
     ids = _cell_index(label, obs)
     found: dict[str, tuple[str, Part, View]] = {}
     for key in _modality_keys(root["mod"]):
@@ -151,7 +151,7 @@ def open_mudata(label: str, path: Path, root: Any, *, layer: str | None, say: Sa
                 f"{label}: modalities {found[modality][0]!r} and {key!r} both mean {modality}; remove one of them"
             )
         group = root["mod"][key]
-        frame = Frame(group["obs"])
+        frame = Frame(group["obs"], label)
         own = _cell_index(f"{label}: modality {key}", frame)
         rows = _rows_by_cell(label, key, ids, own, root["obsmap"][key][:] if key in root.get("obsmap", ()) else None)
         matrix, var, layers = _counts_of(label, group, f"mod/{key}/", layer, rows)
@@ -233,7 +233,8 @@ def open_tenx(label: str, path: Path, root: Any, *, say: Say) -> Source:
     matrix = CompressedRows(f"{label}: matrix", (num_cells, num_features), group)
     types = var["feature_types"].to_numpy() if "feature_types" in var else np.full(len(var), "Gene Expression", object)
     parts = split_by_type(label, matrix, var, types, (), say)
-    return Source(label, (path,), ids, parts, ObsTable(View(Frame(pd.DataFrame(index=ids.astype(object))), None), {}))
+    obs = Frame(pd.DataFrame(index=ids.astype(object)), label)
+    return Source(label, (path,), ids, parts, ObsTable(View(obs, None), {}))
 
 
 def _make_unique(label: str, names: np.ndarray, say: Say) -> pd.Index:

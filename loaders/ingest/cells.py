@@ -14,7 +14,7 @@ import pandas as pd
 
 from loaders.formats.frame import join_columns, take
 from loaders.formats.source import Say, Source
-from loaders.schema import BARCODE_COLUMNS, hash_names
+from loaders.schema import BARCODE_COLUMNS, LONGEST_NAME, hash_names, is_folder_name
 
 SAMPLE = "sample"
 """Obs column of the store that holds the sample."""
@@ -86,21 +86,16 @@ class Cells:
         return len(self.ids)
 
 
-_LONGEST_NAME = 255
-"""Bytes of a name of a file: every column of a store is a folder."""
-
-
 def _check_column_names(source: Source) -> None:
     """Refuse columns that cannot become folders before the first matrix is read, which may take hours."""
     tables = {"obs": source.obs.columns} | {f"{name}.var": part.var.columns for name, part in source.parts.items()}
     for table, columns in tables.items():
         for name in map(str, columns):
-            is_folder = "/" not in name and name not in ("", ".", "..", "zarr.json")
-            if not is_folder or len(name.encode()) > _LONGEST_NAME:
+            if not is_folder_name(name):
                 shown = name if len(name) <= 40 else f"{name[:40]}... ({len(name.encode())} bytes)"
                 raise ValueError(
                     f"{source.label}: the column {shown!r} of {table} cannot be a folder of a store (no '/', no '..', "
-                    f"not zarr.json, at most {_LONGEST_NAME} bytes); rename or drop it in the source"
+                    f"not zarr.json, at most {LONGEST_NAME} bytes); rename or drop it in the source"
                 )
 
 

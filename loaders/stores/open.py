@@ -18,7 +18,7 @@ from zarr.storage import LocalStore
 
 from loaders.ecosystem import plain_mudata
 from loaders.formats.elements import CompressedColumns
-from loaders.formats.root import Address, describe_address, is_soma, not_a_store, open_root
+from loaders.formats.root import Address, describe_address, is_soma, not_a_store, open_root, reading
 from loaders.formats.scverse import Held, open_group, open_held
 from loaders.formats.sealed import open_sealed
 from loaders.formats.sharded import Damaged
@@ -97,7 +97,9 @@ def _open_root(
     address: Address, storage_options: Mapping[str, Any] | None, *, modality: str | None, layer: str | None
 ) -> Store:
     root, label = open_root(address, storage_options=storage_options), describe_address(address)
-    if root.attrs.get("encoding-type") == ANNBATCH:
+    with reading(label):
+        attributes = dict(root.attrs)
+    if attributes.get("encoding-type") == ANNBATCH:
         parts = [_open_root(part, None, modality=modality, layer=layer) for part in _datasets(root)]
         return ChainedStore(parts, is_shuffled=True)
     if isinstance(root, zarr.Group) and not isinstance(root.store, LocalStore):
@@ -106,7 +108,7 @@ def _open_root(
             " request); copy it, or give the loader more memory so that reads are longer",
             label,
         )
-    if SCHEMA_KEY in root.attrs:
+    if SCHEMA_KEY in attributes:
         _refuse({"modality": modality, "layer": layer}, f"{label}, whose modalities and counts are fixed")
         return own_store(root, label, ZarrEmbeddings(address, storage_options))
     source = _streamable(open_group(root, label, Path(label), modality=modality, layer=layer, say=_log.info))

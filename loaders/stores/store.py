@@ -83,8 +83,9 @@ class SourceStore:
         if name not in self.schema.obs_columns:
             known = ", ".join(self.schema.obs_columns) or "none"
             raise ValueError(f"obs column: got {name!r}, which {self.uri} does not have; columns are: {known}")
+        values = self._obs.column(name)
         try:
-            return encode(self._obs.column(name))
+            return encode(values)
         except ValueError as error:
             raise ValueError(f"obs[{name!r}] of {self.uri}: {error}") from None
 
@@ -157,15 +158,16 @@ def own_store(root: zarr.Group, uri: str, embeddings: Embeddings) -> SourceStore
         told, found = schema.modalities[name].num_nonzeros, modality.matrix.num_nonzeros()
         if found != told:
             raise Damaged(uri, f"mod/{name}/X", f"it has {found} entries, ingest wrote {told}")
-    obs = ObsTable(View(Frame(root["obs"]), None), {})
+    obs = ObsTable(View(Frame(root["obs"], uri), None), {})
+    if lost := [name for name in schema.obs_columns if name not in obs.columns]:
+        raise Damaged(uri, "obs", f"it has no column {lost[0]!r}, which ingest wrote")
     return SourceStore(uri, schema, modalities=held, obs=obs, embeddings=embeddings)
 
 
 def own_schema(root: zarr.Group, uri: str) -> Schema:
     """The schema of a store that ingest made; Damaged where it is not what was written."""
-    entry = dict(root.attrs[SCHEMA_KEY])
     try:
-        return Schema.from_json(entry)
+        return Schema.from_json(dict(root.attrs[SCHEMA_KEY]))
     except NewerFormat as error:
         raise ValueError(f"{uri}: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -187,7 +189,7 @@ def own_modality(root: zarr.Group, name: str, uri: str, schema: Schema) -> Modal
         return held
 
     def names() -> npt.NDArray[np.str_]:
-        held = _names(Frame(group["var"]).index())
+        held = _names(Frame(group["var"], uri).index())
         if sha256_of_names(held) != told.features_sha256:
             raise Damaged(uri, f"mod/{name}/var", "the names of the features are not those that ingest wrote")
         return held
