@@ -100,8 +100,11 @@ def decode(config: DecodeConfig) -> Path:
     embed = " ".join(
         ["python -m liam_scale.embed", str(config.run), *(["--store", *config.store] if config.store else [])]
     )
+    held = store.embedding_attributes(config.key)
+    if not held:
+        raise ValueError(f"{what}: there is no such embedding; write it with: {embed} --key {config.key}")
     check_maker(
-        store.embedding_attributes(config.key),
+        held,
         record.id,
         what=what,
         cure=f"decode with that run, or write this one's first: {embed} --key {config.key} --overwrite",

@@ -55,7 +55,9 @@ def seal(array: zarr.Array) -> None:
     path = array.store_path / _METADATA
     text = sync(path.get())
     assert text is not None
-    array.update_attributes({SEAL: sha256_of_json(json.loads(text.to_bytes()))[:32]})
+    entry = json.loads(text.to_bytes())
+    entry["attributes"].pop(SEAL, None)  # of the embedding that its attributes were taken from
+    array.update_attributes({SEAL: sha256_of_json(entry)[:32]})
 
 
 def hash_all_metadata(root: Path) -> dict[str, str]:

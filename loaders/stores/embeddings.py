@@ -131,8 +131,7 @@ def read(root: Mapping[str, Any] | zarr.Group, uri: str, name: str, start: int, 
         if name in held:
             return np.asarray(held[name][start:stop], dtype=np.float32)
     raise ValueError(
-        f"obsm of {uri}: got {name!r}, it holds {', '.join(sorted(held)) or 'nothing'};"
-        " write the embedding first, or name one of these"
+        f"obsm of {uri}: got {name!r}, it holds {', '.join(sorted(held)) or 'nothing'}; write the embedding first"
     )
 
 
