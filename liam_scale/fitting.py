@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice, repeat
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from liam_scale.resume import changed_options
 from liam_scale.run import Ending, RunDirectory, RunRecord
 from liam_scale.samples import sample_codes
 from liam_scale.tables import to_toml
-from liam_scale.training.checkpoint import Checkpoint, newest_checkpoint, set_aside
+from liam_scale.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, set_aside
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History
 from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
@@ -47,15 +48,13 @@ RECORDED = ("device", "model", "optim", "loader", "training")
 
 def fit_part(directory: RunDirectory, config: TrainConfig, store: Store, world: World) -> Outcome:
     """Train the model of a folder to its end, or to a signal; a training that has ended stays ended."""
-    record = directory.record()
+    record = world.decided(directory.record)
     model = replace(record.model, precision=config.model.precision, impl=config.model.impl)
     config, record = replace(config, model=model), replace(record, model=model)
-    checkpoint = directory.newest_checkpoint()
-    ending = record.ending if checkpoint is not None and not changed_options(config, directory, END) else None
-    if ending is not None and directory.has_sound_weights:
-        if world.is_main:
-            print(_describe(directory, ending))
-        return ending["outcome"]
+    checkpoint = _agreed(directory.newest_checkpoint, directory, world)
+    if checkpoint is not None and world.decided(partial(_has_ended, directory, record, config)):
+        assert record.ending is not None
+        return record.ending["outcome"]
     tried: list[dict[str, Any]] = []
     while True:
         record, result = _fit(directory, record, config, store, world, checkpoint)
@@ -63,6 +62,28 @@ def fit_part(directory: RunDirectory, config: TrainConfig, store: Store, world: 
             world.barrier()
             return result
         record, checkpoint = _roll_back(directory, record, result, tried, config, store, world)
+
+
+def _has_ended(directory: RunDirectory, record: RunRecord, config: TrainConfig) -> bool:
+    """Whether the training has, with these options; if so, says how."""
+    if record.ending is None or changed_options(config, directory, END) or not directory.has_sound_weights:
+        return False
+    print(_describe(directory, record.ending))
+    return True
+
+
+def _agreed(find: Callable[[], Checkpoint | None], directory: RunDirectory, world: World) -> Checkpoint | None:
+    """The checkpoint that the main rank finds, on all ranks."""
+    found: list[Checkpoint] = []
+
+    def step_found() -> int | None:
+        found.extend(checkpoint for checkpoint in [find()] if checkpoint is not None)
+        return _step_of(found[0]) if found else None
+
+    step = world.decided(step_found)
+    if world.is_main:
+        return found[0] if found else None
+    return None if step is None else load_checkpoint(directory.checkpoints, step)
 
 
 def _fit(
@@ -108,7 +129,8 @@ def _roll_back(
     noise too, leads nowhere: it is set aside, and the one before takes its place.
     """
     gc.collect()  # DDP's cycles hold the weights of the trainer that has failed.
-    checkpoint, moved, most = newest_checkpoint(directory.checkpoints), None, config.training.max_rollbacks
+    newest, moved, most = partial(newest_checkpoint, directory.checkpoints), None, config.training.max_rollbacks
+    checkpoint = _agreed(newest, directory, world)
     if tried and _step_of(checkpoint) > tried[-1]["step"]:
         tried.clear()
     is_over, steps_tried = len(tried) >= most, [told["to"] for told in tried]
@@ -116,7 +138,7 @@ def _roll_back(
         world.barrier()
         moved = set_aside(directory.checkpoints, step=setback.step) if world.is_main else directory.checkpoints
         world.barrier()
-        checkpoint = newest_checkpoint(directory.checkpoints)
+        checkpoint = _agreed(newest, directory, world)
     what, step = _describe_setback(setback, store), _step_of(checkpoint)
     if is_over or (moved and checkpoint is None):
         helped = f", and {len(tried)} times other noise did not help" if tried else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 
 from liam_scale.command import Command
@@ -17,7 +17,7 @@ from liam_scale.resume import labels_of, resolved, settle
 from liam_scale.run import RunDirectory, open_stores, record_of
 from liam_scale.samples import model_data
 from liam_scale.tables import to_toml
-from liam_scale.training.distributed import join_world, launched_ranks
+from liam_scale.training.distributed import describe, join_world, launched_ranks
 from liam_scale.training.trainer import Outcome
 from loaders.durable import holding
 from loaders.stores import Store
@@ -46,21 +46,28 @@ def train(config: TrainConfig, store: Store | None = None) -> tuple[RunDirectory
     """
     store = store or open_stores(config.store)
     models = resolved(config, store)
-    config = settle(config, store, models, launched_ranks()[1])
     directory = RunDirectory(config.out)
     if config.dry_run:
+        settled = settle(config, store, models, launched_ranks()[1])
         if launched_ranks()[0] == 0:
-            print(describe_plan(config, store, models))
+            print(describe_plan(settled, store, models))
         return directory, None
-    is_main = launched_ranks()[0] == 0
-    with holding(directory.path) if is_main else nullcontext(), join_world(config.device) as world:
+    with join_world(config.device) as world, ExitStack() as stack:
         check_precision(config.model.precision, impl=config.model.impl, device=world.device)
         check_ranks(config.model, world.size)
-        if world.is_main and not directory.is_run:
-            _create(directory, config, store, models)
-        world.barrier()
-        for part in directory.parts():
-            outcome = fit_part(part, config, store, world)
+
+        def begin() -> TrainConfig:
+            """The effective options; the folder of the run is there, and locked until the stack ends."""
+            settled = settle(config, store, models, world.size)
+            stack.enter_context(holding(directory.path))
+            if not directory.is_run:
+                _create(directory, settled, store, models)
+            print(f"device {describe(world)}, precision {settled.model.precision}", flush=True)
+            return settled
+
+        settled = world.decided(begin)
+        for part in world.decided(directory.parts):
+            outcome = fit_part(part, settled, store, world)
             if outcome == "interrupted":
                 break
     return directory, outcome

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +31,9 @@ from loaders.options import checked
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+
+SEEN_WITHIN = 90.0
+"""Seconds within which NFS shows all machines what one wrote; a name once missed stays missing for up to 60."""
 
 _REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 
@@ -229,6 +233,24 @@ def newest_checkpoint(directory: Path) -> Checkpoint | None:
             "restore one from a copy, or start again with another --out"
         )
     return None
+
+
+def load_checkpoint(directory: Path, step: int) -> Checkpoint:
+    """The checkpoint of a step, which another process has seen whole: it is waited for.
+
+    Raises
+    ------
+    RuntimeError
+        It does not verify within `SEEN_WITHIN`.
+    """
+    end = time.monotonic() + SEEN_WITHIN
+    while True:
+        try:
+            return _load(directory / f"step-{step:09d}")
+        except RuntimeError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
 
 
 def _load(path: Path) -> Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from liam_scale.training.devices import Device, device_of
+from liam_scale.kernels.device.compiled import can_compile
+from liam_scale.training.devices import Device, device_of, name_of
 
 T = TypeVar("T")
 
@@ -56,6 +57,23 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def decided(self, decide: Callable[[], T]) -> T:
+        """What the main rank finds, on all ranks: they may see another file system. Its error ends them all."""
+        if self.size == 1:
+            return decide()
+        found: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                found[0] = decide()
+            except Exception as error:
+                dist.broadcast_object_list([None, (isinstance(error, ValueError), str(error))])
+                raise
+        dist.broadcast_object_list(found)
+        if found[1] is not None:
+            is_refused, message = found[1]
+            raise ValueError(message) if is_refused else AgreedError(message)
+        return found[0]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -64,6 +82,16 @@ class World:
 def launched_ranks() -> tuple[int, int]:
     """(rank, number of ranks) from torchrun's environment, (0, 1) without it. Touches no device and no network."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def describe(world: World) -> str:
+    """Device, ranks, what joins them, and whether kernels are compiled there: the first line of a training."""
+    backend = backend_of(world.device) if world.size > 1 else ""
+    if backend == "nccl":
+        backend += " " + ".".join(map(str, torch.cuda.nccl.version()))
+    ranks = f"{world.size} ranks over {backend}" if world.size > 1 else "1 rank"
+    kernels = "compiled" if world.device.type == "cpu" or can_compile(world.device.type) else "plain"
+    return f"{name_of(world.device)}, {ranks}, {kernels} kernels"
 
 
 def backend_of(device: torch.device) -> str:
@@ -85,8 +113,14 @@ def join_world(device: Device = "auto") -> Iterator[World]:
     if size == 1:
         yield World(device=chosen)
         return
-    dist.init_process_group(backend_of(chosen), timeout=timedelta(minutes=30))
+    # Naming the device has NCCL connect at once: a rank that is missing is found here and not in the first step.
+    at_once: dict[str, Any] = {"device_id": chosen} if chosen.type == "cuda" else {}
+    dist.init_process_group(backend_of(chosen), timeout=timedelta(minutes=30), **at_once)
     try:
         yield World(rank, size, chosen)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # Peers may stand in a collective, for which NCCL's farewell waits: the process ends without one.
+        if chosen.type == "cpu":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()

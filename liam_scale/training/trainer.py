@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from liam_scale.training.checkpoint import Checkpoint, save_checkpoint, taking_up
-from liam_scale.training.distributed import World
+from liam_scale.training.distributed import AgreedError, World
 from liam_scale.training.history import History, Meter, Row, summarise
 from liam_scale.training.optim import KLSchedule, load_optimizer_tensors, optimizer_tensors
 from liam_scale.training.options import TrainingConfig
@@ -126,6 +126,18 @@ class Trainer:
             self.train_source.load_state_dict(state["loader"])
             # Sums were added up over all ranks; one rank carries them on.
             self._meter = Meter(self.world, state["sums"] if self.world.is_main else None, cells=state["cells_seen"])
+        self._check_alike()
+
+    def _check_alike(self) -> None:
+        """Ranks that took up different weights would train on without notice."""
+        total = torch.stack([p.detach().double().sum() for p in self.model.parameters()]).sum()
+        steps, totals = zip(*self.world.gather((self.at.global_step, float(total))), strict=True)
+        # The last bits of a sum depend on the number of threads.
+        if len(set(steps)) > 1 or max(totals) - min(totals) > 1e-9 * max(1.0, abs(totals[0])):
+            raise AgreedError(
+                f"resume: ranks took up different checkpoints of {self.directory} (steps {steps}, sums of weights "
+                f"{totals}); see that all of them see the same --out, and start again"
+            )
 
     def save(self) -> None:
         """Write a checkpoint of the position just trained. Every rank calls it, the main rank writes.
