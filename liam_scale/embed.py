@@ -201,6 +201,7 @@ def _loader(config: EmbedConfig, part: RunDirectory, store: Store, world: World)
         subset="all",
         shuffle=False,
         transpose=False,
+        device=world.device,
     )
 
 

@@ -5,8 +5,9 @@ Shapes: S steps, B cells of this rank in all of them, V' streams of this rank, N
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from loaders.windows import ModalityInput, WindowRows
 TRANSFORMS = ("clr", "none")
 VALUES = ("float32", "stored")
 
+Wanted = dict[tuple[str, str], tuple[int, npt.DTypeLike]]
+"""Length and type of arrays, by modality and part."""
+
 
 @dataclass(frozen=True)
 class OutputFormat:
@@ -30,8 +34,6 @@ class OutputFormat:
     value_dtype: np.dtype[np.generic]
     transpose: bool
     is_clr: bool
-    pools: tuple[Pool, Pool, Pool]
-    """Memory of indices, values and feature offsets."""
 
 
 def output_formats(
@@ -47,7 +49,7 @@ def output_formats(
     for name, source in sources.items():
         is_clr = transforms.get(name) == "clr"
         dtype = source.matrix.window_dtypes[1] if values == "stored" and not is_clr else np.dtype(np.float32)
-        formats[name] = OutputFormat(source.matrix.num_features, dtype, transpose, is_clr, (Pool(), Pool(), Pool()))
+        formats[name] = OutputFormat(source.matrix.num_features, dtype, transpose, is_clr)
     return formats
 
 
@@ -119,107 +121,145 @@ def _step_views(array: npt.NDArray[np.generic], edges: npt.NDArray[np.int64]) ->
     return torch.from_numpy(array).split_with_sizes(np.diff(edges).tolist())
 
 
+def _spans(slices: Sequence[Slice], group: Group) -> Iterator[tuple[Slice, npt.NDArray[np.int64]]]:
+    """Each slice, and where its cells go."""
+    done = 0
+    for piece in slices:
+        yield piece, group.target[done : done + piece.stop - piece.start]
+        done += piece.stop - piece.start
+
+
+def _wanted(name: str, offsets: npt.NDArray[np.int64], group: Group, output: OutputFormat) -> Wanted:
+    """Lengths and types of the arrays of one modality."""
+    cells, entries, steps = len(group.target), int(offsets[-1]), group.stop - group.first
+    wanted: dict[str, tuple[int, npt.DTypeLike]] = {
+        "present": (cells, np.bool_),
+        "indptr": (cells + steps, np.int32),
+        "indices": (entries, np.int32),
+        "values": (entries, output.value_dtype),
+    }
+    if output.transpose:
+        wanted["features"] = (steps * (output.num_features + 1), np.int32)
+        wanted["cells"], wanted["feature_values"] = wanted["indices"], wanted["values"]
+    return {(name, part): form for part, form in wanted.items()}
+
+
+def _offsets(name: str, slices: Sequence[Slice], group: Group) -> npt.NDArray[np.int64]:
+    """(B + 1,) where the entries of each cell begin, step by step."""
+    lengths = np.zeros(len(group.target), np.int64)
+    for piece, where in _spans(slices, group):
+        lengths[where] = piece.parts[name].lengths[piece.start : piece.stop]
+    return offsets_of(lengths)
+
+
 def gather_counts(
-    name: str, slices: Sequence[Slice], group: Group, output: OutputFormat
+    name: str,
+    slices: Sequence[Slice],
+    group: Group,
+    output: OutputFormat,
+    offsets: npt.NDArray[np.int64],
+    memory: Mapping[tuple[str, str], npt.NDArray[Any]],
 ) -> tuple[list[SparseCounts], Sequence[torch.Tensor]]:
-    """Counts and presence of one modality in every step of a group."""
-    parts = [piece.parts[name] for piece in slices]
-    count, steps = len(group.target), group.stop - group.first
-    lengths = np.zeros(count, np.int64)
-    present = np.ones(count, np.bool_)
-    done = 0
-    for piece, part in zip(slices, parts, strict=True):
-        where = group.target[done : done + piece.stop - piece.start]
-        lengths[where] = part.lengths[piece.start : piece.stop]
+    """Counts and presence of one modality in every step of a group, written into the memory of its arrays."""
+    indices, values, present = (memory[name, part] for part in ("indices", "values", "present"))
+    present[:] = True
+    for piece, where in _spans(slices, group):
+        part, span = piece.parts[name], slice(piece.start, piece.stop)
         if part.present is not None:
-            present[where] = part.present[piece.start : piece.stop]
-        done += len(where)
-    offsets = offsets_of(lengths)
-    total = int(offsets[-1])
-    pool_indices, pool_values, pool_features = output.pools
-    indices, values = pool_indices.take(total, np.int32), pool_values.take(total, output.value_dtype)
-    done = 0
-    for piece, part in zip(slices, parts, strict=True):
-        where = group.target[done : done + piece.stop - piece.start]
-        span = slice(piece.start, piece.stop)
+            present[where] = part.present[span]
         gather_rows(part.indices, part.values, part.starts[span], part.lengths[span], offsets[where], indices, values)
-        done += len(where)
     if output.is_clr:
         centred_log_ratio(offsets, values, output.num_features)
-    entry_edges = offsets[group.cell_edges]
-    cells = np.diff(group.cell_edges) + 1
+    entry_edges, cells = offsets[group.cell_edges], np.diff(group.cell_edges) + 1
     if np.diff(entry_edges).max(initial=0) >= 1 << 31:
         raise ValueError(
             f"minibatch: got {int(cells.max()) - 1} cells with {int(np.diff(entry_edges).max())} {name} entries;"
             f" a minibatch holds at most 2^31: choose a smaller one"
         )
-    indptr_edges = offsets_of(cells)
-    step_of = np.repeat(np.arange(steps), cells)
-    indptr = (offsets[np.arange(indptr_edges[-1]) - step_of] - entry_edges[step_of]).astype(np.int32)
-    columns = [_step_views(indptr, indptr_edges), _step_views(indices, entry_edges), _step_views(values, entry_edges)]
+    indptr_edges, step_of = offsets_of(cells), np.repeat(np.arange(len(cells)), cells)
+    memory[name, "indptr"][:] = offsets[np.arange(indptr_edges[-1]) - step_of] - entry_edges[step_of]
+    edges = {"indptr": indptr_edges, "indices": entry_edges, "values": entry_edges}
     if output.transpose:
-        width = output.num_features + 1
-        features = pool_features.take(steps * width, np.int32)
-        by_feature = pool_indices.take(total, np.int32), pool_values.take(total, output.value_dtype)
-        for k in range(steps):
-            low, high = int(entry_edges[k]), int(entry_edges[k + 1])
-            transpose_rows(
-                indptr[indptr_edges[k] : indptr_edges[k + 1]],
-                indices[low:high],
-                values[low:high],
-                features[k * width : (k + 1) * width],
-                by_feature[0][low:high],
-                by_feature[1][low:high],
-            )
-        columns.append(_step_views(features, np.arange(steps + 1) * width))
-        columns += [_step_views(array, entry_edges) for array in by_feature]
-        counts = [
-            SparseCounts(i, x, v, output.num_features, f, c, w) for i, x, v, f, c, w in zip(*columns, strict=True)
-        ]
-    else:
-        counts = [SparseCounts(i, x, v, output.num_features) for i, x, v in zip(*columns, strict=True)]
+        _transpose(name, indptr_edges, entry_edges, output, memory)
+        by_step = np.arange(len(cells) + 1) * (output.num_features + 1)
+        edges |= {"features": by_step, "cells": entry_edges, "feature_values": entry_edges}
+    columns = [_step_views(memory[name, part], own) for part, own in edges.items()]
+    counts = [
+        SparseCounts(i, x, v, output.num_features, *by_feature) for i, x, v, *by_feature in zip(*columns, strict=True)
+    ]
     return counts, _step_views(present, group.cell_edges)
+
+
+def _transpose(
+    name: str,
+    indptr_edges: npt.NDArray[np.int64],
+    entry_edges: npt.NDArray[np.int64],
+    output: OutputFormat,
+    memory: Mapping[tuple[str, str], npt.NDArray[Any]],
+) -> None:
+    width = output.num_features + 1
+    for k in range(len(entry_edges) - 1):
+        own = slice(int(entry_edges[k]), int(entry_edges[k + 1]))
+        transpose_rows(
+            memory[name, "indptr"][indptr_edges[k] : indptr_edges[k + 1]],
+            memory[name, "indices"][own],
+            memory[name, "values"][own],
+            memory[name, "features"][k * width : (k + 1) * width],
+            memory[name, "cells"][own],
+            memory[name, "feature_values"][own],
+        )
 
 
 def assemble(
     slices: Sequence[Slice],
     group: Group,
     outputs: Mapping[str, OutputFormat],
+    pool: Pool,
     *,
     epoch: int,
     sample: npt.NDArray[np.integer] | None,
     obs: Mapping[str, npt.NDArray[np.integer]],
-) -> list[Minibatch]:
-    """Minibatches of a group's steps.
+) -> tuple[list[Minibatch], npt.NDArray[np.uint8]]:
+    """Minibatches of a group's steps, and the one block of memory in which all their arrays stand.
 
     Parameters
     ----------
     slices
         The windows' parts that hold the group's cells, stream by stream.
+    pool
+        Where that memory comes from.
     sample, obs
         (n,) codes of every cell of the store.
     """
-    rows = np.empty(len(group.target), np.int64)
-    if slices:
-        rows[group.target] = np.concatenate([piece.rows[piece.start : piece.stop] for piece in slices])
-    codes = np.zeros(len(rows), np.int64) if sample is None else sample[rows].astype(np.int64)
+    offsets = {name: _offsets(name, slices, group) for name in outputs}
+    columns = [("", part) for part in ("rows", "place", "sample")] + [("obs", name) for name in obs]
+    wanted: Wanted = {column: (len(group.target), np.int64) for column in columns}
+    for name, output in outputs.items():
+        wanted |= _wanted(name, offsets[name], group, output)
+    block, memory = pool.take_all(wanted)
+    rows = memory["", "rows"]
+    for piece, where in _spans(slices, group):
+        rows[where] = piece.rows[piece.start : piece.stop]
+    memory["", "place"][:] = group.place
+    memory["", "sample"][:] = 0 if sample is None else sample[rows]
+    for name, codes in obs.items():
+        memory["obs", name][:] = codes[rows]
     counts, present = {}, {}
     for name, output in outputs.items():
-        counts[name], present[name] = gather_counts(name, slices, group, output)
-    edges = group.cell_edges
-    samples, places, all_rows = (_step_views(array, edges) for array in (codes, group.place, rows))
-    columns = {name: _step_views(values[rows].astype(np.int64), edges) for name, values in obs.items()}
-    return [
+        counts[name], present[name] = gather_counts(name, slices, group, output, offsets[name], memory)
+    by_cell = {column: _step_views(memory[column], group.cell_edges) for column in columns}
+    minibatches = [
         Minibatch(
             counts={name: steps[k] for name, steps in counts.items()},
             present={name: steps[k] for name, steps in present.items()},
-            sample=samples[k],
-            place=places[k],
-            rows=all_rows[k],
+            sample=by_cell["", "sample"][k],
+            place=by_cell["", "place"][k],
+            rows=by_cell["", "rows"][k],
             num_global=int(group.num_global[k]),
             epoch=epoch,
             step=group.first + k,
-            obs={name: steps[k] for name, steps in columns.items()},
+            obs={name: by_cell["obs", name][k] for name in obs},
         )
         for k in range(group.stop - group.first)
     ]
+    return minibatches, block

@@ -21,16 +21,21 @@ import numpy.typing as npt
 import torch.utils.data
 
 from loaders.assemble import Group, Slice, assemble, output_bytes, output_formats, plan_group
+from loaders.buffers import Pool
+from loaders.handover import Handover, Sent
 from loaders.minibatch import Minibatch
 from loaders.options import LoaderConfig
 from loaders.plan import Epoch, Plan, Window
 from loaders.prefetch import Prefetch, Task, Workers, result_of
 from loaders.selection import encode_column, ids_of, sample_codes, select_rows, weights_of
-from loaders.sizing import Sizes, choose_sizes, default_threads, parse_memory
+from loaders.sizing import Sizes, choose_sizes, default_threads, gpu_threads, parse_memory
 from loaders.stores.base import Store
 from loaders.windows import ModalityInput, WindowCells, WindowRows, open_inputs, order_window, read_window
 
 _log = logging.getLogger(__name__)
+
+Ready = list[Minibatch] | Sent
+"""A gathered group: on the host, or on its way to a device."""
 
 Subset = Literal["train", "validation", "all"]
 
@@ -84,6 +89,10 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
     drop
         (n,) bool, True for cells to leave out, or per obs column the categories to leave out.
 
+    device
+        GPU on which minibatches are handed out: a group of them is copied from page-locked memory while the ones before
+        are computed with. None: they stay on the host.
+
     Raises
     ------
     ValueError
@@ -107,6 +116,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         values: Literal["float32", "stored"] = "float32",
         weights: npt.NDArray[np.floating] | None = None,
         drop: npt.NDArray[np.bool_] | Mapping[str, Sequence[str]] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         config = config or LoaderConfig()
         minibatch, streams = config.minibatch, config.streams_for(world)
@@ -114,8 +124,11 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         self.store, self.rank, self.world = store, rank, world
         self._sources = open_inputs(store, modalities)
         self._outputs = output_formats(self._sources, config.transforms, transpose=transpose, values=values)
+        self._handover = Handover(device) if device is not None and device.type != "cpu" else None
+        self._pool = self._handover.pool if self._handover else Pool()
         self._sample = None if sample is None else sample_codes(store, sample)
         self._obs = {name: encode_column(store, name, allow_missing=True).codes for name in obs}
+        self._threads = config.threads or (gpu_threads() if self._handover else default_threads())
         rows = select_rows(store, self._sample, subset=subset, share=config.validation_share, seed=seed, drop=drop)
         sizes = choose_sizes(
             memory=parse_memory(config.memory),
@@ -124,6 +137,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             minibatch=minibatch,
             streams=streams,
             world=world,
+            threads=self._threads,
             is_shuffled=store.schema.is_shuffled or not shuffle,
             min_block=store.row_alignment,
         )
@@ -142,7 +156,6 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         )
         if shuffle:
             _tell_about_order(store, sizes, streams)
-        self._threads = config.threads or default_threads()
         self._epoch, self._step = 0, 0
         self._workers: Workers | None = None
         self.waited_seconds = 0.0
@@ -256,9 +269,11 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         groups = Prefetch(workers, self._schedule(epoch, self._step, workers), ahead=self._sizes.ahead)
         try:
             before = self.waited_seconds
-            for minibatches in groups:
+            for ready in groups:
                 self.waited_seconds = before + groups.waited_seconds
+                minibatches = ready.receive() if isinstance(ready, Sent) else ready
                 minibatches.reverse()
+                del ready
                 while minibatches:
                     minibatch = minibatches.pop()
                     is_last = minibatch.step + 1 == epoch.num_steps
@@ -276,11 +291,9 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         for source in self._sources.values():
             source.indices_pool.clear()
             source.values_pool.clear()
-        for output in self._outputs.values():
-            for pool in output.pools:
-                pool.clear()
+        self._pool.clear()
 
-    def _schedule(self, epoch: Epoch, step: int, workers: Workers) -> Iterator[Task[list[Minibatch]]]:
+    def _schedule(self, epoch: Epoch, step: int, workers: Workers) -> Iterator[Task[Ready]]:
         """Tasks that gather the groups of an epoch; each first submits the windows it opens.
 
         Windows are held until the last group that needs them has been submitted, and then by that group's task.
@@ -323,7 +336,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         }
         return OpenWindow(cells, parts)
 
-    def _gather(self, epoch: int, group: Group, held: Sequence[tuple[OpenWindow, int, int]]) -> list[Minibatch]:
+    def _gather(self, epoch: int, group: Group, held: Sequence[tuple[OpenWindow, int, int]]) -> Ready:
         slices = [
             Slice(
                 result_of(window.cells).trained,
@@ -333,7 +346,10 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             )
             for window, low, high in held
         ]
-        return assemble(slices, group, self._outputs, epoch=epoch, sample=self._sample, obs=self._obs)
+        minibatches, block = assemble(
+            slices, group, self._outputs, self._pool, epoch=epoch, sample=self._sample, obs=self._obs
+        )
+        return minibatches if self._handover is None else self._handover.send(minibatches, block)
 
     def close(self) -> None:
         """Stop the reader threads; an iterator that is still in use ends with an error."""

@@ -160,7 +160,8 @@ class Minibatch:
             lines.append(f"obs: {', '.join(map(repr, self.obs))}")
         return "\n    ".join(lines)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Minibatch:
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Minibatch:
+        """The same with every tensor changed."""
         return replace(
             self,
             counts={name: counts.map_tensors(function) for name, counts in self.counts.items()},
@@ -173,9 +174,11 @@ class Minibatch:
 
     def to(self, device: torch.device | str) -> Minibatch:
         """Copy every tensor to a device; to a GPU from page-locked memory, so that the copies overlap with compute."""
+        if self.sample.device == torch.device(device):
+            return self
         if torch.device(device).type in ("cpu", "mps"):
-            return self._map(lambda tensor: tensor.to(device))
-        return self._map(lambda tensor: _pinned(tensor).to(device, non_blocking=True))
+            return self.map_tensors(lambda tensor: tensor.to(device))
+        return self.map_tensors(lambda tensor: _pinned(tensor).to(device, non_blocking=True))
 
 
 def _pinned(tensor: Tensor) -> Tensor:

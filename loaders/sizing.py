@@ -79,6 +79,7 @@ def choose_sizes(
     minibatch: int,
     streams: int,
     world: int,
+    threads: int = 1,
     is_shuffled: bool,
     min_block: int = 1,
 ) -> Sizes:
@@ -91,6 +92,8 @@ def choose_sizes(
     ----------
     memory
         Bytes of windows and read-ahead of all modalities.
+    threads
+        That gather groups at the same time.
     window_bytes_per_cell, output_bytes_per_cell
         Mean bytes of a cell in a window and in a finished minibatch, over all modalities.
     min_block
@@ -105,7 +108,8 @@ def choose_sizes(
     share = -(-minibatch // world)
     smallest = max(16, min_block)
     # A group ahead stands finished, and its windows beside those in use; one more group is with the consumer.
-    per_cell = [(ahead + 1) * output_bytes_per_cell + ahead * window_bytes_per_cell for ahead in (1, 2, 3)]
+    most = max(3, threads + 2)
+    per_cell = [(k + 1) * output_bytes_per_cell + k * window_bytes_per_cell for k in range(1, most + 1)]
     # Partly used windows of streams that have just opened the next one: a quarter of all windows at most.
     held = int(half / (1.25 * window_bytes_per_cell))
     if share * per_cell[0] > half or held < streams * smallest:
@@ -116,6 +120,8 @@ def choose_sizes(
         )
     ahead = max(k for k in (1, 2, 3) if share * per_cell[k - 1] <= half)
     group = min(GROUP_CELLS, int(GROUP_BYTES / output_bytes_per_cell), int(half / per_cell[ahead - 1]))
+    # A large minibatch is a group and so a task of one thread: more threads want more groups, as memory allows.
+    ahead = max([ahead, *(k for k in range(4, most + 1) if max(share, group) * per_cell[k - 1] <= half)])
     wanted = SHUFFLED_WINDOW if is_shuffled else UNSHUFFLED_WINDOW
     window = max(smallest, min(held, wanted) // streams)
     block = window if is_shuffled else max(min_block, min(window, UNSHUFFLED_BLOCK))
@@ -125,6 +131,11 @@ def choose_sizes(
 def num_cores() -> int:
     """Cores this process may use; those of the machine where the system does not tell (macOS, Windows)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu_threads() -> int:
+    """Reader threads of a process that feeds a GPU: its share of the cores of its machine, at most 16."""
+    return max(1, min(16, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def default_threads() -> int:

@@ -90,8 +90,8 @@ def describe(world: World) -> str:
     if backend == "nccl":
         backend += " " + ".".join(map(str, torch.cuda.nccl.version()))
     ranks = f"{world.size} ranks over {backend}" if world.size > 1 else "1 rank"
-    kernels = "compiled" if world.device.type == "cpu" or can_compile(world.device.type) else "plain"
-    return f"{name_of(world.device)}, {ranks}, {kernels} kernels"
+    is_compiled = world.device.type == "cpu" or (world.device.type == "cuda" and can_compile("cuda"))
+    return f"{name_of(world.device)}, {ranks}, {'compiled' if is_compiled else 'plain'} kernels"
 
 
 def backend_of(device: torch.device) -> str:

@@ -375,6 +375,8 @@ at::Tensor multiply_csr(const at::Tensor& sparse, const at::Tensor& dense) {
   return on_device(at::mm(host, on_host(dense)));
 }
 
+void record_stream(at::Tensor&, c10::Stream) {}
+
 TORCH_LIBRARY_IMPL(aten, SparseCsrPrivateUse1, m) { m.impl("mm", multiply_csr); }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
@@ -386,6 +388,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("resize_", resize);
   m.impl("as_strided", at::native::as_strided_tensorimpl);
   m.impl("view", at::native::view);
+  m.impl("record_stream", record_stream);
   m.impl("_reshape_alias", at::native::_reshape_alias);
   m.impl("set_.source_Tensor", at::native::set_tensor_);
   m.impl("set_.source_Storage", at::native::set_);
