@@ -222,6 +222,7 @@ def train(
     memory: str = "1GiB",
     streams: int | None = None,
     threads: int | None = None,
+    resident: Literal["auto", "on", "off"] = "off",
     validation_share: float = 0.05,
     adt_transform: Literal["clr", "none"] = "clr",
     balance: str | None = None,

@@ -122,7 +122,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         minibatch, streams = config.minibatch, config.streams_for(world)
         _check_ranks(streams, rank, world)
         self.store, self.rank, self.world = store, rank, world
-        self._sources = open_inputs(store, modalities)
+        self._sources = open_inputs(store, modalities, residence=config.resident)
         self._outputs = output_formats(self._sources, config.transforms, transpose=transpose, values=values)
         self._handover = Handover(device) if device is not None and device.type != "cpu" else None
         self._pool = self._handover.pool if self._handover else Pool()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 SHUFFLED_WINDOW = 32_768
 """Cells of all windows together where the store is shuffled: larger ones mix no better."""
@@ -133,9 +136,26 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def local_ranks() -> int:
+    """Processes of this run on this machine, as torchrun tells."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def available_memory() -> int:
+    """Bytes that processes may still take: of the machine, or of the container; the largest number where none tells."""
+    free = [sys.maxsize]
+    with suppress(OSError):
+        kilobytes = re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
+        free += [int(kilobytes[1]) << 10] if kilobytes else []
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(free))
+
+
 def gpu_threads() -> int:
     """Reader threads of a process that feeds a GPU: its share of the cores of its machine, at most 16."""
-    return max(1, min(16, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(16, num_cores() // local_ranks()))
 
 
 def default_threads() -> int:

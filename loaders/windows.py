@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from loaders import resident
 from loaders.buffers import Pool
 from loaders.formats.matrix import Matrix
 from loaders.plan import Epoch, Rows, Window
@@ -59,6 +60,8 @@ class ModalityInput:
     nonzeros_per_cell: float
     indices_pool: Pool
     values_pool: Pool
+    resident: resident.Rows | None = None
+    """Where rows that were read stay."""
 
     @property
     def bytes_per_cell(self) -> float:
@@ -66,7 +69,9 @@ class ModalityInput:
         return sum(dtype.itemsize for dtype in self.matrix.window_dtypes) * self.nonzeros_per_cell + 24
 
 
-def open_inputs(store: Store, modalities: Sequence[str] | None = None) -> dict[str, ModalityInput]:
+def open_inputs(
+    store: Store, modalities: Sequence[str] | None = None, *, residence: resident.Residence = "off"
+) -> dict[str, ModalityInput]:
     """What each modality is read from, in the order of the schema; a log line says why one is read slowly.
 
     Raises
@@ -79,7 +84,10 @@ def open_inputs(store: Store, modalities: Sequence[str] | None = None) -> dict[s
         if name not in known:
             raise ValueError(f"modalities: got {name!r}; {store.uri} holds {', '.join(known)}")
     inputs = {}
-    for name in (name for name in known if modalities is None or name in modalities):
+    chosen = [name for name in known if modalities is None or name in modalities]
+    forms = {name: (known[name].num_nonzeros, *store.matrix(name).window_dtypes) for name in chosen}
+    is_resident = resident.stays(residence, forms)
+    for name in chosen:
         matrix, rows = store.matrix(name), store.modality_rows(name)
         if matrix.slow_because is not None:
             _tell_once(store.uri, name, matrix.slow_because)
@@ -89,6 +97,7 @@ def open_inputs(store: Store, modalities: Sequence[str] | None = None) -> dict[s
             nonzeros_per_cell=known[name].num_nonzeros / max(1, store.schema.num_cells),
             indices_pool=Pool(),
             values_pool=Pool(),
+            resident=resident.Rows(store.schema.num_cells, *forms[name]) if is_resident else None,
         )
     return inputs
 
@@ -141,14 +150,24 @@ def read_window(source: ModalityInput, cells: npt.NDArray[np.integer], order: np
     """
     rows = cells.astype(np.int64) if source.rows is None else source.rows[cells].astype(np.int64)
     present = None if source.rows is None else rows >= 0
+    if source.resident is not None and (held := source.resident.find(cells)) is not None:
+        indices, values, starts, lengths = held
+        return WindowRows(indices, values, starts[order], lengths[order], None if present is None else present[order])
     prepared = source.matrix.prepare(rows if present is None else rows[present])
     index_dtype, value_dtype = source.matrix.window_dtypes
     indices = source.indices_pool.take(prepared.num_entries, index_dtype)
     values = source.values_pool.take(prepared.num_entries, value_dtype)
     prepared.fill(indices, values)
     starts, lengths = prepared.starts, prepared.lengths
-    if present is None:
-        return WindowRows(indices, values, starts[order], lengths[order], None)
-    all_starts, all_lengths = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-    all_starts[present], all_lengths[present] = starts, lengths
-    return WindowRows(indices, values, all_starts[order], all_lengths[order], present[order])
+    if present is not None:
+        starts, lengths = _placed(starts, present), _placed(lengths, present)
+    if source.resident is not None:
+        source.resident.keep(cells, indices, values, starts, lengths)
+    return WindowRows(indices, values, starts[order], lengths[order], None if present is None else present[order])
+
+
+def _placed(values: npt.NDArray[np.int64], present: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """(B,) the values of the cells that have the modality, 0 for the others."""
+    placed = np.zeros(len(present), np.int64)
+    placed[present] = values
+    return placed
