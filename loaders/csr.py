@@ -111,7 +111,10 @@ def narrow(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if values.dtype.kind in "iu" and values.dtype != dtype and len(values):
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= 1 << 32:
-            raise ValueError(f"got values from {low} to {high}; counts are integers from 0 to {(1 << 32) - 1}")
+            raise ValueError(
+                f"got values from {low} to {high}; counts are integers from 0 to {(1 << 32) - 1}: look for a corrupt"
+                f" matrix"
+            )
     return values.astype(dtype, copy=False)
 
 

@@ -25,6 +25,7 @@ from loaders.csr import (
     sort_rows,
 )
 from loaders.formats.matrix import ENTRY_BYTES, PEEK_ROWS, Prepared, StoredMatrix, once, out_of_range, runs_of
+from loaders.formats.root import reading
 from loaders.formats.sharded import Damaged, DamagedChunk, ShardedArray, UnsupportedArray
 
 OFFSETS_PER_READ = 1 << 18
@@ -72,7 +73,8 @@ class SlicedEntries:
     def __init__(self, array: Any, reason: str) -> None:
         self._array = array
         self.slow_because: str | None = reason
-        self.dtype, self.length = np.dtype(array.dtype), int(array.shape[0])
+        # Compiled loops know numbers in the machine's order of bytes alone.
+        self.dtype, self.length = np.dtype(array.dtype).newbyteorder("="), int(array.shape[0])
 
     def read_into(self, start: int, out: npt.NDArray[np.generic]) -> None:
         out[:] = self._array[start : start + len(out)]
@@ -170,12 +172,14 @@ def check_arrays(where: str, arrays: Mapping[str, Any], *, num_offsets: int) -> 
 def read_offsets(where: str, indptr: Any, *, num_values: int) -> RowOffsets:
     """Offsets in pieces; refuses those that do not start at 0, fall, or do not end at the number of entries."""
     num_rows = indptr.shape[0] - 1
-    ends = int(indptr[0]), int(indptr[num_rows])
+    with reading(where, "row offsets"):
+        ends = int(indptr[0]), int(indptr[num_rows])
 
     def pieces() -> Iterator[npt.NDArray[np.int64]]:
         previous = np.zeros(0, np.int64)
         for start in range(0, num_rows + 1, OFFSETS_PER_READ):
-            piece = np.asarray(indptr[start : start + OFFSETS_PER_READ]).astype(np.int64)
+            with reading(where, "row offsets"):
+                piece = np.asarray(indptr[start : start + OFFSETS_PER_READ]).astype(np.int64)
             joined = np.concatenate([previous, piece])
             falls = np.flatnonzero(np.diff(joined) < 0)
             if len(falls):

@@ -54,7 +54,7 @@ class DenseRows(StoredMatrix):
 
     def __init__(self, where: str, array: Any) -> None:
         super().__init__()
-        self.where, self._array, self.stored_dtype = where, array, np.dtype(array.dtype)
+        self.where, self._array, self.stored_dtype = where, array, np.dtype(array.dtype).newbyteorder("=")
         self.num_rows, self.num_features = (int(length) for length in array.shape)
 
     def bytes_per_row(self) -> float:
@@ -71,7 +71,7 @@ class DenseRows(StoredMatrix):
 
     def stored(self, start: int, stop: int) -> SparseRows:
         with reading(self.where, f"rows {start}:{stop}"):
-            block = np.asarray(self._array[start:stop])
+            block = np.asarray(self._array[start:stop], self.stored_dtype)
         rows, columns = np.nonzero(block)
         lengths = np.bincount(rows, minlength=len(block))
         return SparseRows(offsets_of(lengths), columns, block[rows, columns], self.num_features)
@@ -88,7 +88,7 @@ class CompressedColumns(StoredMatrix):
         check_arrays(f"{where} (CSC)", group, num_offsets=shape[1] + 1)
         self.where, (self.num_rows, self.num_features) = where, shape
         self._data, self._indices, self._indptr = group["data"], group["indices"], group["indptr"]
-        self.stored_dtype = np.dtype(self._data.dtype)
+        self.stored_dtype = np.dtype(self._data.dtype).newbyteorder("=")
 
     def estimated_nonzeros(self) -> int:
         return int(self._data.shape[0])
@@ -148,7 +148,7 @@ class CompressedColumns(StoredMatrix):
 
     def _read(self, array: Any, first: int, count: int) -> npt.NDArray[Any]:
         with reading(self.where, f"entries {first}:{first + count}"):
-            return array[first : first + count]
+            return np.asarray(array[first : first + count], array.dtype.newbyteorder("="))
 
     def _collect(self, folder: Path, number: int, start: int, indptr: npt.NDArray[np.int64]) -> SparseRows:
         parts = {}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -36,7 +37,7 @@ class Frame:
         self._element, self._where = element, where
         self._whole: pd.DataFrame | None = element if isinstance(element, pd.DataFrame) else None
         if self._whole is None and (not hasattr(element, "keys") or "_index" not in element.attrs):
-            self._whole = pd.DataFrame(read_elem(element))
+            self._whole = _of_records(element) if hasattr(element, "dtype") else pd.DataFrame(read_elem(element))
 
     @property
     def columns(self) -> list[str]:
@@ -44,6 +45,12 @@ class Frame:
         if self._whole is not None:
             return [str(name) for name in self._whole.columns]
         return [str(name) for name in self._element.attrs["column-order"]]
+
+    @property
+    def num_rows(self) -> int:
+        """Of a table in a file, by its names."""
+        element = self._element[self._element.attrs["_index"]]
+        return int((element["values"] if hasattr(element, "keys") else element).shape[0])
 
     def index(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """Names of the rows [start, stop) as compact strings."""
@@ -69,8 +76,10 @@ class Frame:
             return self._whole[name].reset_index(drop=True)
         element = self._element[name]
         if "categories" in element.attrs and not hasattr(element, "keys"):  # AnnData before 0.8
-            categories = self._element[str(element.attrs["categories"]).rpartition("obs/")[2]][:]
-            names = pd.Index([as_text(category) for category in categories])
+            # A reference in HDF5, a path in Zarr; of anndata's own attributes the last that is no column.
+            named = element.attrs["categories"]
+            held = self._element[named if not isinstance(named, str) else f"__categories/{named.rpartition('/')[2]}"]
+            names = pd.Index([as_text(category) for category in held[:]])
             return pd.Series(pd.Categorical.from_codes(np.asarray(element[:]), names))
         return pd.Series(read_elem(element))
 
@@ -78,6 +87,25 @@ class Frame:
         """All of it, indexed by name."""
         columns = {name: self.column(name).array for name in self.columns}
         return pd.DataFrame(columns, index=pd.Index(self.index().astype(object)))
+
+
+def _of_records(array: Any) -> pd.DataFrame:
+    """The table of AnnData before 0.7: records, names first, of labels their codes; the labels stand in uns."""
+    if not isinstance(array, h5py.Dataset) or not array.dtype.names:
+        raise ValueError(f"got a table of the type {array.dtype}, expected records")
+    records, uns = array[:], array.parent.get("uns", {})
+    columns: dict[str, Any] = {}
+    for name in records.dtype.names:
+        values, key = records[name], f"{name}_categories"
+        if values.dtype.kind in "SO":
+            values = np.array([as_text(value) for value in values.tolist()], object)
+        elif values.dtype.kind in "iu" and key in uns:
+            labels = [as_text(label) for label in np.atleast_1d(uns[key][()]).tolist()]
+            # obs and var may have a column of one name, of which uns keeps the labels of one.
+            values = pd.Categorical.from_codes(values, pd.Index(labels)) if values.max() < len(labels) else values
+        columns[name] = values
+    first, *others = columns
+    return pd.DataFrame({name: columns[name] for name in others}, index=pd.Index(columns[first]))
 
 
 def _compact(index: pd.Index) -> npt.NDArray[Any]:

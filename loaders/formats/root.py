@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -168,7 +169,7 @@ def reading(label: str, what: str = "something") -> Iterator[None]:
         yield
     except Exception as error:  # those of HDF5, Zarr, anndata and codecs are of every kind
         is_ours = label in str(error) and isinstance(error, ValueError | RuntimeError)
-        if is_ours or getattr(error, "errno", None) is not None:
+        if is_ours or getattr(error, "errno", None) not in (None, errno.ENAMETOOLONG):
             raise
         raise ValueError(
             f"{label}: got {what} that cannot be read ({type(error).__name__}: {error}); the file is damaged or was"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +136,26 @@ def gather_cells(
         )
     else:
         sample = _sample_column(sources, sample_key)
+    _check_look_alikes(sample.categories.tolist(), sample_key or "the names of the files", say)
     given = np.concatenate([source.cell_ids for source in sources])
     ids = _unique_ids(sources, given, names, say)
     return Cells(ids, sample, sample_key, starts, None if ids is given else given)
+
+
+def _check_look_alikes(samples: Sequence[str], key: str, say: Say) -> None:
+    """Refuse samples whose names nobody can tell apart; remark on one that another data set will hardly repeat."""
+    seen: dict[str, str] = {}
+    for name in map(str, samples):
+        plain = " ".join(unicodedata.normalize("NFC", name).split())
+        if plain in seen:
+            raise ValueError(
+                f"sample_key: {seen[plain]!r} and {name!r} of {key} differ only in blanks or in how unicode writes"
+                f" them; give them one name in the sources, or take another column"
+            )
+        seen[plain] = name
+        if plain != name:
+            what = "blanks" if plain == " ".join(name.split()) else "letters in pieces (unicode NFD)"
+            say(f"the sample {name!r} has {what} where {plain!r} has none; it is kept as it is")
 
 
 def _sample_column(sources: Sequence[Source], key: str) -> pd.Categorical:

@@ -16,6 +16,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from loaders.csr import narrowest_dtype
+from loaders.formats.compressed import CompressedRows
 from loaders.formats.features import Join, Joined, join_features
 from loaders.formats.root import addresses
 from loaders.formats.source import Part, Say, Source
@@ -109,7 +110,7 @@ def ingest(
         joined = _join_all(opened, join, say)
         if features is not None:
             joined = chosen_features(joined, features, say)
-        _look(opened)
+        _look(opened, say)
         staging = Staging(out, overwrite=overwrite)
         files.callback(staging.discard)
         if where is not None:
@@ -199,14 +200,30 @@ def _listed(names: pd.Index) -> str:
     return ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
 
 
-def _look(sources: Sequence[Source]) -> None:
+def _look(sources: Sequence[Source], say: Say) -> None:
     """Look at the first rows of every source, so that a wrong last file is known at once and not after hours."""
     for source in sources:
         for part in source.parts.values():
+            _remark_on_barcodes(source, part, say)
             raw = part.matrix.peek()
             if raw is not None:
                 columns = np.arange(part.matrix.num_features) if part.columns is None else part.columns
                 check_and_map(raw, columns, len(part.var), _place(source, part))
+
+
+def _remark_on_barcodes(source: Source, part: Part, say: Say) -> None:
+    """A raw matrix of 10x has millions of barcodes, most of them of no cell."""
+    if not isinstance(part.matrix, CompressedRows):
+        return
+    least = 1 + part.matrix.num_features // 1000
+    thin = int((part.matrix.lengths() < least).sum())
+    if 2 * thin > part.matrix.num_rows:
+        few = "no feature" if least == 1 else f"fewer than {least} features"
+        say(
+            f"{source.label}: {thin:,} of {part.matrix.num_rows:,} cells have counts of {few} of {part.modality} and"
+            f" would be trained on as others are; if these are all barcodes of a raw matrix, give the filtered one"
+            f" (filtered_feature_bc_matrix.h5), or drop them first, for example with scanpy.pp.filter_cells"
+        )
 
 
 def _place(source: Source, part: Part) -> Place:

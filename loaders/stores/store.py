@@ -158,7 +158,9 @@ def own_store(root: zarr.Group, uri: str, embeddings: Embeddings) -> SourceStore
         told, found = schema.modalities[name].num_nonzeros, modality.matrix.num_nonzeros()
         if found != told:
             raise Damaged(uri, f"mod/{name}/X", f"it has {found} entries, ingest wrote {told}")
-    obs = ObsTable(View(Frame(root["obs"], uri), None), {})
+    obs = ObsTable(View(frame := Frame(root["obs"], uri), None), {})
+    if (stored := frame.num_rows) != schema.num_cells:
+        raise Damaged(uri, "obs", f"it has {stored} cells, ingest wrote {schema.num_cells}")
     if lost := [name for name in schema.obs_columns if name not in obs.columns]:
         raise Damaged(uri, "obs", f"it has no column {lost[0]!r}, which ingest wrote")
     return SourceStore(uri, schema, modalities=held, obs=obs, embeddings=embeddings)
@@ -184,7 +186,7 @@ def own_modality(root: zarr.Group, name: str, uri: str, schema: Schema) -> Modal
             return None
         # MuData counts rows from 1 and writes 0 for none.
         held = np.asarray(root["obsmap"][name][:]).astype(np.int64) - 1
-        if not np.array_equal(held[held >= 0], np.arange(shape[0])):
+        if len(held) != schema.num_cells or not np.array_equal(held[held >= 0], np.arange(shape[0])):
             raise Damaged(uri, f"obsmap/{name}", f"its rows are not 1 to {shape[0]} in their order")
         return held
 

@@ -137,11 +137,12 @@ def wrong_hdf5(file: h5py.File, draw: Draw) -> None:
     file.visit(names.append)
     for _ in range(int(draw.integers(1, 3))):
         name = names[int(draw.integers(len(names)))]
-        if name not in file:
+        held = file.get(name) if file.get(name, getlink=True) is not None else None
+        if held is None:
             continue
         if draw.integers(4) == 0:
             _wrong_attribute(file, name, draw)
-        elif isinstance(file[name], h5py.Dataset):
+        elif isinstance(held, h5py.Dataset):
             _wrong_array(file, name, draw)
         else:
             _wrong_link(file, name, names, draw)

@@ -203,7 +203,7 @@ def test_columns_that_no_folder_can_be_named_after(make, tmp_path, table, name, 
         order = [name if column == "column" else column for column in group.attrs["column-order"]]
         group.attrs["column-order"] = np.array(order, dtype=object)
         group.move("column", name)
-    monkeypatch.setattr("loaders.ingest.run._look", lambda _: pytest.fail("a matrix was read"))
+    monkeypatch.setattr("loaders.ingest.run._look", lambda *_: pytest.fail("a matrix was read"))
     refused([tmp_path / "a.h5ad"], tmp_path, rf"a\.h5ad: the column '.*' of (rna\.)?{table} cannot be a folder")
 
 
