@@ -243,6 +243,7 @@ def train(
     checkpoint_steps: int | None = None,
     keep_checkpoints: int = 2,
     max_rollbacks: int = 2,
+    on_bad_chunk: Literal["stop", "skip"] = "stop",
     tensorboard: bool = False,
 ) -> Run:
     """Train liam on a store, in this process, or go on with the run in `out`.

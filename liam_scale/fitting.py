@@ -23,8 +23,10 @@ from liam_scale.samples import sample_codes
 from liam_scale.tables import to_toml
 from liam_scale.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, set_aside
 from liam_scale.training.distributed import World
-from liam_scale.training.history import History
+from liam_scale.training.history import History, Row
 from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
+from liam_scale.training.protocols import MinibatchSource
+from liam_scale.training.skipping import SkippingSource, lost_rows
 from liam_scale.training.soundness import NotFinite, Setback
 from liam_scale.training.trainer import Outcome, Trainer
 from loaders.loader import Loader
@@ -104,6 +106,10 @@ def _fit(
             outcome = trainer.fit()
         except NotFinite as error:
             return record, error.setback
+    if rows := lost_rows(trainer.train_source, trainer.validation_source):
+        record = replace(record, skipped=tuple(map(str, ids_of(store, np.array(rows)))))
+        if world.is_main:
+            directory.write_record(record)
     if outcome != "interrupted" and world.is_main:
         directory.save_weights(trainer.best_weights())
         at = trainer.at
@@ -177,6 +183,10 @@ def trainer_of(
     optimizer = build_optimizer(model, config.optim)
     optimizer.register_step_post_hook(lambda *_: model.keep_gradients())
     with training_loaders(store, config, record.data, world) as (train_loader, validation_loader):
+
+        def columns() -> Row:
+            return {"skipped_cells": len(lost_rows(train_loader, validation_loader))} if skips(config) else {}
+
         yield Trainer(
             model,
             optimizer,
@@ -191,7 +201,12 @@ def trainer_of(
             history=_history(directory, config, world),
             couples_cells=record.model.likelihood == "original",
             other_noise_from=[told["to"] for told in record.rollbacks],
+            columns=columns,
         )
+
+
+def skips(config: TrainConfig) -> bool:
+    return config.training.on_bad_chunk == "skip"
 
 
 def seconds_a_step(trainer: Trainer, *, at_least: float) -> float:
@@ -213,7 +228,7 @@ def seconds_a_step(trainer: Trainer, *, at_least: float) -> float:
 @contextmanager
 def training_loaders(
     store: Store, config: TrainConfig, data: ModelData, world: World
-) -> Iterator[tuple[Loader, Loader | None]]:
+) -> Iterator[tuple[MinibatchSource, MinibatchSource | None]]:
     """Loaders of this rank's training and validation cells; None where no cell validates."""
     sample = sample_codes(store, config.batch_key, data.samples)
     chosen = config.loader
@@ -221,7 +236,7 @@ def training_loaders(
     scored = replace(chosen, minibatch=max(chosen.minibatch, VALIDATION_CELLS))
     with ExitStack() as stack:
 
-        def loader(subset: Literal["train", "validation"]) -> Loader:
+        def loader(subset: Literal["train", "validation"]) -> MinibatchSource:
             is_training = subset == "train"
             own = Loader(
                 store,
@@ -237,8 +252,10 @@ def training_loaders(
                 transpose=is_training and world.device.type == "cpu",
                 values="float32" if world.device.type == "cpu" else "stored",
                 device=world.device,
+                skip_damaged=skips(config),
             )
-            return stack.enter_context(own)
+            stack.enter_context(own)
+            return SkippingSource(own, world) if skips(config) else own
 
         validation = loader("validation")
         yield loader("train"), validation if validation.num_cells else None

@@ -119,6 +119,7 @@ def map_store(config: MapConfig) -> RunDirectory:
         data=data,
         fingerprint=store.schema.fingerprint,
         contents=None,
+        skipped=(),
         changes=(),
         ending=None,
     )

@@ -73,6 +73,8 @@ class RunRecord:
     """Options that were changed when training went on: `step`, `option`, `before`, `now`."""
     rollbacks: tuple[dict[str, Any], ...] = ()
     """Returns to a checkpoint from a number that was not finite: after `step`, `to` step, `terms` with ids of cells."""
+    skipped: tuple[str, ...] = ()
+    """Ids of the cells in damaged chunks that training left out (`--on-bad-chunk skip`)."""
     ending: Ending | None = None
     """None while training has not ended."""
 
@@ -88,7 +90,7 @@ class RunRecord:
         fields = dict(entry)
         fields["model"] = ModelConfig.from_json(fields["model"])
         fields["data"] = ModelData.from_json(fields["data"])
-        for name in ("stores", "parts", "changes", "rollbacks"):
+        for name in ("stores", "parts", "changes", "rollbacks", "skipped"):
             fields[name] = tuple(fields.get(name, ()))
         return cls(**fields)
 
@@ -215,7 +217,10 @@ class RunDirectory:
 
         The same training into the same folder has the same id; a folder that is moved keeps its own.
         """
-        path, named = self.path.resolve(), dataclasses.replace(record, id=None, changes=(), rollbacks=(), ending=None)
+        path, named = (
+            self.path.resolve(),
+            dataclasses.replace(record, id=None, changes=(), rollbacks=(), skipped=(), ending=None),
+        )
         digest = hashlib.sha256(json.dumps([str(path), options, named.to_json()]).encode()).hexdigest()
         return dataclasses.replace(record, id=f"{path.name}-{digest[:12]}")
 

@@ -6,7 +6,7 @@ Shapes: S steps, B cells of this rank in all of them, V' streams of this rank, N
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -210,6 +210,30 @@ def _transpose(
         )
 
 
+def leave_out(slices: Sequence[Slice], group: Group) -> tuple[Sequence[Slice], Group, list[npt.NDArray[np.int64]]]:
+    """Slices and group without the cells that are lost in a modality, and those of each step; places stay."""
+    if all(part.lost is None for piece in slices for part in piece.parts.values()):
+        return slices, group, [np.zeros(0, np.int64)] * (group.stop - group.first)
+    pieces = [np.zeros(piece.stop - piece.start, np.bool_) for piece in slices]
+    for own, piece in zip(pieces, slices, strict=True):
+        for part in piece.parts.values():
+            if part.lost is not None:
+                own |= part.lost[piece.start : piece.stop]
+    rows, lost = np.empty(len(group.target), np.int64), np.concatenate(pieces)
+    rows[group.target] = np.concatenate([piece.rows[piece.start : piece.stop] for piece in slices])
+    kept = np.empty(len(lost), np.bool_)
+    kept[group.target] = ~lost
+    before = offsets_of(kept.view(np.uint8))
+    edges = before[group.cell_edges]
+    sound = [
+        replace(piece, start=piece.start + int(begin), stop=piece.start + int(end))
+        for own, piece in zip(pieces, slices, strict=True)
+        for begin, end in np.flatnonzero(np.diff(np.r_[True, own, True])).reshape(-1, 2)
+    ]
+    of_step = np.split(rows[~kept], (group.cell_edges - edges)[1:-1])
+    return sound, replace(group, cell_edges=edges, target=before[group.target[~lost]], place=group.place[kept]), of_step
+
+
 def assemble(
     slices: Sequence[Slice],
     group: Group,
@@ -231,6 +255,7 @@ def assemble(
     sample, obs
         (n,) codes of every cell of the store.
     """
+    slices, group, lost = leave_out(slices, group)
     offsets = {name: _offsets(name, slices, group) for name in outputs}
     columns = [("", part) for part in ("rows", "place", "sample")] + [("obs", name) for name in obs]
     wanted: Wanted = {column: (len(group.target), np.int64) for column in columns}
@@ -259,6 +284,7 @@ def assemble(
             epoch=epoch,
             step=group.first + k,
             obs={name: by_cell["obs", name][k] for name in obs},
+            lost=torch.from_numpy(lost[k]),
         )
         for k in range(group.stop - group.first)
     ]

@@ -86,9 +86,10 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         uint8, which takes 5 instead of 8 bytes an entry to copy to a device. Transformed modalities are float32.
     weights
         (n,) expected copies of each cell in an epoch, instead of `balance`; shuffled order only.
+    skip_damaged
+        Leave the cells of damaged chunks out and name them (`Minibatch.lost`), where our own reader reads them.
     drop
         (n,) bool, True for cells to leave out, or per obs column the categories to leave out.
-
     device
         GPU on which minibatches are handed out: a group of them is copied from page-locked memory while the ones before
         are computed with. None: they stay on the host.
@@ -117,11 +118,12 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         weights: npt.NDArray[np.floating] | None = None,
         drop: npt.NDArray[np.bool_] | Mapping[str, Sequence[str]] | None = None,
         device: torch.device | None = None,
+        skip_damaged: bool = False,
     ) -> None:
         config = config or LoaderConfig()
         minibatch, streams = config.minibatch, config.streams_for(world)
         _check_ranks(streams, rank, world)
-        self.store, self.rank, self.world = store, rank, world
+        self.store, self.rank, self.world, self._skip_damaged = store, rank, world, skip_damaged
         self._sources = open_inputs(store, modalities, residence=config.resident)
         self._outputs = output_formats(self._sources, config.transforms, transpose=transpose, values=values)
         self._handover = Handover(device) if device is not None and device.type != "cpu" else None
@@ -331,7 +333,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
     def _open(self, epoch: Epoch, window: Window, workers: Workers, *, priority: int) -> OpenWindow:
         cells = workers.submit(partial(order_window, epoch, window), priority=priority)
         parts = {
-            name: workers.submit(partial(_read, source, cells), priority=priority, after=[cells])
+            name: workers.submit(partial(_read, source, cells, self._skip_damaged), priority=priority, after=[cells])
             for name, source in self._sources.items()
         }
         return OpenWindow(cells, parts)
@@ -367,9 +369,9 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         self.close()
 
 
-def _read(source: ModalityInput, cells: Task[WindowCells]) -> WindowRows:
+def _read(source: ModalityInput, cells: Task[WindowCells], skip_damaged: bool) -> WindowRows:
     window = result_of(cells)
-    return read_window(source, window.read, window.order)
+    return read_window(source, window.read, window.order, skip_damaged=skip_damaged)
 
 
 def _check_ranks(streams: int, rank: int, world: int) -> None:

@@ -130,11 +130,13 @@ class Minibatch:
     rows
         (B,) int64 row of the cell in the store.
     num_global
-        Cells of the global minibatch, over all ranks.
+        Cells of the global minibatch, over all ranks; those that are lost are among them.
     epoch, step
         Position of this minibatch; step counts from 0 within the epoch.
     obs
         Further obs columns as (B,) int64 codes (-1: missing).
+    lost
+        Rows of the store, cells of this rank's share that stand in damaged chunks and were left out; see `Loader`.
     """
 
     counts: Mapping[str, SparseCounts]
@@ -146,6 +148,7 @@ class Minibatch:
     epoch: int = 0
     step: int = 0
     obs: Mapping[str, Tensor] = field(default_factory=dict)
+    lost: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     @property
     def num_cells(self) -> int:

@@ -6,16 +6,18 @@ Shapes: B cells of the window, R rows of the modality, N entries.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from loaders import resident
 from loaders.buffers import Pool
-from loaders.formats.matrix import Matrix
+from loaders.formats.matrix import Matrix, Prepared
+from loaders.formats.sharded import Damaged
 from loaders.plan import Epoch, Rows, Window
 from loaders.stores.base import Store
 
@@ -34,6 +36,8 @@ class WindowRows:
         (B,) int64: the entries of each cell, in the order of training; length 0 where the cell lacks the modality.
     present
         (B,) bool, or None where every cell has the modality.
+    lost
+        (B,) bool, cells in damaged chunks, which have no entries here; None where there is none.
     """
 
     indices: npt.NDArray[np.generic]
@@ -41,6 +45,7 @@ class WindowRows:
     starts: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
     present: npt.NDArray[np.bool_] | None
+    lost: npt.NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,12 @@ def open_inputs(
 
 
 @cache
+def _warn_once(message: str) -> None:
+    """A window is read again in every epoch."""
+    _log.warning(message)
+
+
+@cache
 def _tell_once(uri: str, modality: str, reason: str) -> None:
     """Training opens its inputs for each of its loaders."""
     _log.info(
@@ -138,7 +149,9 @@ def order_window(epoch: Epoch, window: Window) -> WindowCells:
     return WindowCells(rows, order, rows[order])
 
 
-def read_window(source: ModalityInput, cells: npt.NDArray[np.integer], order: npt.NDArray[np.int64]) -> WindowRows:
+def read_window(
+    source: ModalityInput, cells: npt.NDArray[np.integer], order: npt.NDArray[np.int64], *, skip_damaged: bool = False
+) -> WindowRows:
     """Read the rows of a window's cells.
 
     Parameters
@@ -147,27 +160,75 @@ def read_window(source: ModalityInput, cells: npt.NDArray[np.integer], order: np
         (B,) rows of the store in the order of reading.
     order
         (B,) place in `cells` of each cell in the order of training.
+    skip_damaged
+        Leave out the cells of damaged chunks, and say which they are.
     """
     rows = cells.astype(np.int64) if source.rows is None else source.rows[cells].astype(np.int64)
     present = None if source.rows is None else rows >= 0
+    in_order = None if present is None else present[order]
     if source.resident is not None and (held := source.resident.find(cells)) is not None:
         indices, values, starts, lengths = held
-        return WindowRows(indices, values, starts[order], lengths[order], None if present is None else present[order])
-    prepared = source.matrix.prepare(rows if present is None else rows[present])
-    index_dtype, value_dtype = source.matrix.window_dtypes
-    indices = source.indices_pool.take(prepared.num_entries, index_dtype)
-    values = source.values_pool.take(prepared.num_entries, value_dtype)
-    prepared.fill(indices, values)
-    starts, lengths = prepared.starts, prepared.lengths
+        return WindowRows(indices, values, starts[order], lengths[order], in_order)
+    wanted = rows if present is None else rows[present]
+    try:
+        prepared = source.matrix.prepare(wanted)
+        indices, values = _take(source, prepared.num_entries)
+        prepared.fill(indices, values)
+        starts, lengths, lost = prepared.starts, prepared.lengths, None
+    except Damaged as error:
+        if not (skip_damaged and error.is_of_chunk):
+            raise
+        indices, values, starts, lengths, lost = _read_around(source, wanted)
     if present is not None:
-        starts, lengths = _placed(starts, present), _placed(lengths, present)
-    if source.resident is not None:
+        starts, lengths = _spread(starts, present), _spread(lengths, present)
+        lost = None if lost is None else _spread(lost, present)
+    if source.resident is not None and lost is None:
         source.resident.keep(cells, indices, values, starts, lengths)
-    return WindowRows(indices, values, starts[order], lengths[order], None if present is None else present[order])
+    return WindowRows(indices, values, starts[order], lengths[order], in_order, None if lost is None else lost[order])
 
 
-def _placed(values: npt.NDArray[np.int64], present: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """(B,) the values of the cells that have the modality, 0 for the others."""
-    placed = np.zeros(len(present), np.int64)
-    placed[present] = values
-    return placed
+def _take(source: ModalityInput, size: int) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
+    index_dtype, value_dtype = source.matrix.window_dtypes
+    return source.indices_pool.take(size, index_dtype), source.values_pool.take(size, value_dtype)
+
+
+def _spread(values: npt.NDArray[Any], present: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    """(B,) values of the cells that have the modality, zero for the others."""
+    whole = np.zeros(len(present), values.dtype)
+    whole[present] = values
+    return whole
+
+
+def _read_around(source: ModalityInput, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+    """Indices, values, starts, lengths, and which rows cannot be read: those that cannot be read alone."""
+    pieces = list(_sound_pieces(source.matrix, rows, 0))
+    indices, values = _take(source, sum(piece.num_entries for _, piece, *_ in pieces))
+    starts, lengths, lost = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64), np.ones(len(rows), np.bool_)
+    done = 0
+    for begin, piece, own_indices, own_values in pieces:
+        span, entries = slice(begin, begin + len(piece.starts)), slice(done, done + piece.num_entries)
+        starts[span], lengths[span], lost[span] = piece.starts + done, piece.lengths, False
+        indices[entries], values[entries] = own_indices, own_values
+        done = entries.stop
+    return indices, values, starts, lengths, lost
+
+
+def _sound_pieces(
+    matrix: Matrix, rows: npt.NDArray[np.int64], begin: int
+) -> Iterator[tuple[int, Prepared, npt.NDArray[np.generic], npt.NDArray[np.generic]]]:
+    """What can be read, by halves: place of the first row, and its entries."""
+    try:
+        prepared = matrix.prepare(rows)
+        indices, values = (np.empty(prepared.num_entries, dtype) for dtype in matrix.window_dtypes)
+        prepared.fill(indices, values)
+    except Damaged as error:
+        if not error.is_of_chunk:
+            raise
+        middle = len(rows) // 2
+        if middle == 0:
+            _warn_once(f"{error}; its cells are left out")
+        else:
+            yield from _sound_pieces(matrix, rows[:middle], begin)
+            yield from _sound_pieces(matrix, rows[middle:], begin + middle)
+    else:
+        yield begin, prepared, indices, values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -37,6 +37,9 @@ class TrainingConfig:
     max_rollbacks: Annotated[int, Range(least=0)] = 2
     """Times in a row that training returns to its last checkpoint, and goes on with other noise, from a number that is
     not finite."""
+    on_bad_chunk: Annotated[Literal["stop", "skip"], tyro.conf.arg(aliases=["--on-bad-chunk"])] = "stop"
+    """What a chunk of the store that is damaged does: stop training, or leave its cells out, which are counted in the
+    history and listed in run.json."""
     tensorboard: bool = False
     """Also write the history as TensorBoard events."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
@@ -66,6 +66,8 @@ class Trainer:
         exchange at every step how many of their cells have each modality.
     other_noise_from
         Steps from each of which on the noise is another one: where training was rolled back to.
+    columns
+        Further values of a row of the history.
     """
 
     def __init__(
@@ -84,12 +86,13 @@ class Trainer:
         history: History,
         couples_cells: bool = False,
         other_noise_from: Sequence[int] = (),
+        columns: Callable[[], Row] = dict,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.train_source, self.validation_source = train, validation
         self.world, self.config, self.kl = world, config, kl
         self.max_epochs, self.seed, self.directory = max_epochs, seed, directory
-        self.history = history
+        self.history, self.columns = history, columns
         self.couples_cells, self.other_noise_from = couples_cells, other_noise_from
         self.at = Progression()
         self._meter = Meter(world)
@@ -350,7 +353,7 @@ class Trainer:
             row |= self._validation_row(self.validation_source)
             if not math.isfinite(row["validation_loss"]):
                 self._give_up("validation_loss")
-        row |= {"cells_per_second": rates[0], "waiting_share": rates[1]}
+        row |= {"cells_per_second": rates[0], "waiting_share": rates[1], **self.columns()}
         is_best = self._remember(row)
         self._meter = Meter(self.world)
         self.history.append(row)

@@ -26,7 +26,7 @@ from loaders.csr import (
 )
 from loaders.formats.matrix import ENTRY_BYTES, PEEK_ROWS, Prepared, StoredMatrix, once, out_of_range, runs_of
 from loaders.formats.root import reading
-from loaders.formats.sharded import Damaged, DamagedChunk, ShardedArray, UnsupportedArray
+from loaders.formats.sharded import Damaged, DamagedChunk, ReplacedStore, ShardedArray, UnsupportedArray
 
 OFFSETS_PER_READ = 1 << 18
 """Row offsets read at a time: they shrink to a quarter at once, so that millions of cells add little memory."""
@@ -306,7 +306,8 @@ class CompressedRows(StoredMatrix):
         of_cells = self._cells()
         if of_cells is not None:
             first, last = (int(np.flatnonzero(of_cells == row)[0]) for row in (first, last))
-        return Damaged(self.where, name, f"{what} (the cells {first} to {last}): {reason}")
+        is_of_chunk = isinstance(error, DamagedChunk) and not isinstance(error, ReplacedStore)
+        return Damaged(self.where, name, f"{what} (the cells {first} to {last}): {reason}", is_of_chunk=is_of_chunk)
 
     def prepare(self, rows: npt.NDArray[np.int64]) -> Prepared:
         if self.slow_because is not None:

@@ -6,6 +6,7 @@ a range: 3-4 times the elements per CPU second. Every checksum the array carries
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -50,10 +51,12 @@ class Damaged(RuntimeError):
         Where it stands.
     what
         Chunk, cells, and what is wrong with them.
+    is_of_chunk
+        It is one chunk that cannot be read; reading it again would not help, and all others may be sound.
     """
 
-    def __init__(self, store: str, array: str, what: str) -> None:
-        self.array, self.what = array, what
+    def __init__(self, store: str, array: str, what: str, *, is_of_chunk: bool = False) -> None:
+        self.array, self.what, self.is_of_chunk = array, what, is_of_chunk
         again = "embed again" if array.startswith("obsm/") else "copy or download it again, or ingest again"
         super().__init__(f"{store}/{array}: got damaged data: {what}; a check of the store lists all of it; {again}")
 
@@ -74,6 +77,10 @@ class DamagedChunk(Exception):
     def __init__(self, message: str, *, chunk: int, file: Path, entries: tuple[int, int]) -> None:
         super().__init__(message)
         self.chunk, self.file, self.entries = chunk, file, entries
+
+
+class ReplacedStore(DamagedChunk):
+    """Another store stands where this one did."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +241,12 @@ class ShardedArray:
                     break
                 high, after = offset + size, after + 1
             buffer = self._buffer("packed", high - low)
-            got = file.read(low, buffer)
+            try:
+                got = file.read(low, buffer)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                raise self._damaged(chunk, f"the disk cannot read it: {error.strerror}") from error
             for k in range(chunk, after):
                 offset, size = extents[k - first]
                 if offset - low + size > got:
@@ -295,7 +307,8 @@ class ShardedArray:
                     file = _File(path)
                     # After the opening: a folder that took the place of this one in between is then seen.
                     if identify(self.folder) != self._identity:
-                        raise self._damaged(chunk, "another store has taken the place of this one; start again")
+                        what = "another store has taken the place of this one; start again"
+                        raise self._damaged(chunk, what, ReplacedStore)
                 except OSError as error:
                     raise self._damaged(chunk, f"its file {path.name} cannot be opened: {error.strerror}") from error
                 self._files[shard] = file
@@ -329,10 +342,10 @@ class ShardedArray:
             setattr(self._scratch, name, buffer)
         return buffer[:size]
 
-    def _damaged(self, chunk: int, what: str) -> DamagedChunk:
+    def _damaged(self, chunk: int, what: str, kind: type[DamagedChunk] = DamagedChunk) -> DamagedChunk:
         length = self.layout.chunk
         entries = chunk * length, min(self.layout.length, (chunk + 1) * length)
-        return DamagedChunk(what, chunk=chunk, file=self._file(chunk // self.layout.chunks_per_shard), entries=entries)
+        return kind(what, chunk=chunk, file=self._file(chunk // self.layout.chunks_per_shard), entries=entries)
 
     def _file(self, shard: int) -> Path:
         return self.folder / self.layout.separator.join(("c", str(shard)))
