@@ -27,7 +27,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from liam_scale.tables import from_table, read_toml, to_toml
 from liam_scale.training.distributed import AgreedError, launched_ranks
-from loaders.formats.sharded import Damaged
+from loaders.formats.damage import Damaged
 
 T = TypeVar("T")
 

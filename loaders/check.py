@@ -23,10 +23,10 @@ from zarr.storage import LocalStore
 
 from loaders.csr import SORTED, inspect_columns, row_sums
 from loaders.formats.compressed import CompressedRows, RowOffsets
+from loaders.formats.damage import Damaged, DamagedChunk
 from loaders.formats.frame import Frame
 from loaders.formats.root import Address, describe_address, is_soma, open_root
 from loaders.formats.sealed import open_sealed, verify_array
-from loaders.formats.sharded import Damaged, DamagedChunk
 from loaders.prefetch import Prefetch, Task, Workers
 from loaders.schema import SCHEMA_KEY, ModalitySchema, Schema, sha256_of_names
 from loaders.sizing import default_threads

@@ -75,13 +75,16 @@ def split(
     if share == 0.0 or not len(keys):
         return chosen
     hashed = mix(keys, seed)
-    codes = np.zeros(len(keys), np.int32) if codes is None else codes
-    order = np.lexsort((hashed, codes))
-    sizes = np.bincount(codes - codes.min())
-    sizes = sizes[sizes > 0]
-    starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-    rank = np.arange(len(keys)) - np.repeat(starts, sizes)
-    take = np.minimum(np.floor(sizes * share + 0.5).astype(np.int64), sizes - 1)
+    codes = np.zeros(len(keys), np.int32) if codes is None else codes - codes.min()
+    sizes = np.bincount(codes)
+    take = np.minimum(np.floor(sizes * share + 0.5).astype(np.int64), np.maximum(sizes - 1, 0))
+    # Sorting ten million cells takes seconds: only those that may be chosen are, and all of a sample with too few such.
+    near = hashed < np.uint64(min(2**64 - 1, int(2 * share * 2**64)))
+    near |= (np.bincount(codes[near], minlength=len(sizes)) < take)[codes]
+    rows = np.flatnonzero(near)
+    order = rows[np.lexsort((hashed[rows], codes[rows]))]
+    sizes = np.bincount(codes[rows], minlength=len(sizes))
+    rank = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     chosen[order[rank < np.repeat(take, sizes)]] = True
     return chosen
 

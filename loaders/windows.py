@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from loaders import resident
 from loaders.buffers import Pool
+from loaders.formats.damage import Damaged
 from loaders.formats.matrix import Matrix, Prepared
-from loaders.formats.sharded import Damaged
 from loaders.plan import Epoch, Rows, Window
 from loaders.stores.base import Store
 

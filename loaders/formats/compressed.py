@@ -24,9 +24,10 @@ from loaders.csr import (
     inspect_columns,
     sort_rows,
 )
+from loaders.formats.damage import Damaged, DamagedChunk, ReplacedStore
 from loaders.formats.matrix import ENTRY_BYTES, PEEK_ROWS, Prepared, StoredMatrix, once, out_of_range, runs_of
 from loaders.formats.root import reading
-from loaders.formats.sharded import Damaged, DamagedChunk, ReplacedStore, ShardedArray, UnsupportedArray
+from loaders.formats.sharded import ShardedArray, UnsupportedArray
 
 OFFSETS_PER_READ = 1 << 18
 """Row offsets read at a time: they shrink to a quarter at once, so that millions of cells add little memory."""

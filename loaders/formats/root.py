@@ -16,7 +16,7 @@ from zarr.abc.store import Store as ZarrBackend
 from zarr.storage import FsspecStore, LocalStore
 
 from loaders.documents import check_size
-from loaders.formats.sharded import Damaged
+from loaders.formats.damage import Damaged
 
 Address: TypeAlias = str | Path | ZarrBackend | zarr.Group
 """A path, an address, a store object of zarr-python, or an open group."""

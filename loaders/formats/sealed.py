@@ -19,7 +19,8 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, WrapperStore
 
-from loaders.formats.sharded import Damaged, identify, verify_chunk
+from loaders.formats.damage import Damaged
+from loaders.formats.sharded import identify, verify_chunk
 from loaders.schema import sha256_of_json
 
 CODECS = {"compressors": (ZstdCodec(), Crc32cCodec())}

@@ -22,6 +22,8 @@ import numcodecs.zstd
 import numpy as np
 import numpy.typing as npt
 
+from loaders.formats.damage import DamagedChunk, ReplacedStore
+
 READ_BYTES = 1 << 18
 """Chunks that lie side by side are read together up to at least this many bytes; more would not stay in the cache
 between reading and decoding."""
@@ -40,47 +42,6 @@ BLOSC_HEADER = 16
 
 class UnsupportedArray(Exception):
     """The array's layout is one that only zarr-python reads; the message says which part of it."""
-
-
-class Damaged(RuntimeError):
-    """An array of a store is not what was written: the one message of all damage that is found while reading.
-
-    Parameters
-    ----------
-    store, array
-        Where it stands.
-    what
-        Chunk, cells, and what is wrong with them.
-    is_of_chunk
-        It is one chunk that cannot be read; reading it again would not help, and all others may be sound.
-    """
-
-    def __init__(self, store: str, array: str, what: str, *, is_of_chunk: bool = False) -> None:
-        self.array, self.what, self.is_of_chunk = array, what, is_of_chunk
-        again = "embed again" if array.startswith("obsm/") else "copy or download it again, or ingest again"
-        super().__init__(f"{store}/{array}: got damaged data: {what}; a check of the store lists all of it; {again}")
-
-
-class DamagedChunk(Exception):
-    """A chunk is missing or not what was written.
-
-    Attributes
-    ----------
-    chunk
-        Its number in the array.
-    file
-        The shard that holds it.
-    entries
-        Elements [start, stop) of the array that it holds.
-    """
-
-    def __init__(self, message: str, *, chunk: int, file: Path, entries: tuple[int, int]) -> None:
-        super().__init__(message)
-        self.chunk, self.file, self.entries = chunk, file, entries
-
-
-class ReplacedStore(DamagedChunk):
-    """Another store stands where this one did."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import LocalStore
 
 from loaders.durable import replacing, writing
+from loaders.formats.damage import Damaged
 from loaders.formats.root import Address, Root, describe_address, local_path, open_root
 from loaders.formats.sealed import CODECS, open_sealed, seal
-from loaders.formats.sharded import Damaged
 from loaders.formats.soma import SomaExperiment
 
 CHUNK_CELLS = 8192

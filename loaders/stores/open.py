@@ -17,11 +17,11 @@ import zarr
 from zarr.storage import LocalStore
 
 from loaders.ecosystem import plain_mudata
+from loaders.formats.damage import Damaged
 from loaders.formats.elements import CompressedColumns
 from loaders.formats.root import Address, describe_address, is_soma, not_a_store, open_root, reading
 from loaders.formats.scverse import Held, open_group, open_held
 from loaders.formats.sealed import open_sealed
-from loaders.formats.sharded import Damaged
 from loaders.formats.soma import SomaExperiment
 from loaders.formats.source import Source
 from loaders.schema import SCHEMA_KEY

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from loaders.formats.sharded import Damaged
+from loaders.formats.damage import Damaged
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch
 from loaders.options import LoaderConfig

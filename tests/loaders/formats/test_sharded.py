@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from loaders.formats.sharded import DamagedChunk, ShardedArray, UnsupportedArray
+from loaders.formats.damage import DamagedChunk
+from loaders.formats.sharded import ShardedArray, UnsupportedArray
 
 CODECS = {
     "ours": [BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()],
