@@ -41,7 +41,7 @@ _EPSILON = tl.constexpr(NB_EPSILON)
 _FLOOR = tl.constexpr(THETA_FLOOR)
 
 TERMS = Tile(cells=64, features=16, warps=8, stages=2)
-THETA_GRADIENT = Tile(cells=64, features=16, warps=8, stages=2)
+THETA_GRADIENT = Tile(cells=32, features=64, warps=8, stages=1)
 WEIGHT_GRADIENT: dict[Precision, Tile] = {
     "float32": Tile(cells=32, features=64, warps=8, stages=2),
     "tf32": Tile(cells=16, features=64, warps=8, stages=2),
@@ -319,7 +319,7 @@ def binomial_theta_gradient(
     columns = SAMPLES if SAMPLES > 0 else 1
     at = cols.to(tl.int64) * columns + own
     above = tl.exp(tl.load(log_theta + at, mask=is_feature, other=0.0))
-    theta = (above + _FLOOR)[None, :]
+    theta = (above + _FLOOR)[:, None]
     total = tl.zeros((FEATURES,), tl.float64)
     end = tl.load(starts + own + 1)
     for first in range(tl.load(starts + own), end, CELLS):
@@ -328,14 +328,13 @@ def binomial_theta_gradient(
         rows = tl.load(order + place, mask=is_cell, other=num_cells)
         h = load_pieces(hidden, rows, num_cells, PRECISION, WIDTH)
         norm = tl.load(normalizer + rows, mask=is_cell, other=1e30)
-        p = _shares(h, table, shift[None, :], norm[:, None], PRECISION, CELLS, FEATURES)
-        mean = p * tl.load(library + rows, mask=is_cell, other=0.0)[:, None]
-        y = tl.load(dense + rows.to(tl.int64)[:, None] * stride + cols[None, :], mask=is_cell[:, None], other=0).to(
-            tl.float32
-        )
+        p = _shares(table, h, shift[:, None], norm[None, :], PRECISION, FEATURES, CELLS)
+        mean = p * tl.load(library + rows, mask=is_cell, other=0.0)[None, :]
+        here = dense + rows.to(tl.int64)[None, :] * stride + cols[:, None]
+        y = tl.load(here, mask=is_cell[None, :], other=0).to(tl.float32)
         ratio = mean / (theta + _EPSILON)
         slopes = theta * ratio / (theta + mean + _EPSILON) - log1p(ratio)
         slopes += digamma_difference(theta, y) - y / (theta + mean + _EPSILON)
         weights = tl.load(cell_weight + rows, mask=is_cell, other=0.0)
-        total -= tl.sum(weights[:, None] * slopes, axis=0).to(tl.float64)
+        total -= tl.sum(weights[None, :] * slopes, axis=1).to(tl.float64)
     tl.store(theta_gradient + at, (total * above).to(tl.float32), mask=is_feature)

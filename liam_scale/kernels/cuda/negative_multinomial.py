@@ -34,7 +34,7 @@ WEIGHT_GRADIENT: dict[Precision, Tile] = {
     "tf32": Tile(cells=32, features=64, warps=8, stages=2),
     "bf16": Tile(cells=64, features=64, warps=8, stages=2),
 }
-ORIGINAL = Tile(cells=64, features=32, warps=8, stages=2)
+ORIGINAL = Tile(cells=64, features=16, warps=8, stages=2)
 HIDDEN_GRADIENT: dict[Precision, Tile] = {
     "float32": Tile(cells=64, features=32, warps=8, stages=2),
     "tf32": Tile(cells=64, features=64, warps=8, stages=2),
