@@ -4,7 +4,7 @@
 
 The kernels' own callers are run on small CPU tensors with the launch replaced by a note of its arguments, so that what
 is compiled has the types, tiles and constants of a training step. ptxas comes with Triton's wheel. Exit code 1 if a
-kernel spills registers or asks for more shared memory than the card has.
+kernel spills registers or asks for more shared or tensor memory than the card has.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from harness import ROOT, table
 
 SHARED_KILOBYTES = {80: 163, 90: 227, 100: 227}
 """Shared memory that one program may have."""
+
+TENSOR_COLUMNS = 512
+"""Columns of a B200's tensor memory; a kernel that asks for more is compiled to a trap, in silence."""
 
 POINTERS = {
     "float32": "*fp32",
@@ -143,6 +146,7 @@ def compile_one(job: Job, target: int, most_registers: int | None = None) -> dic
     ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     registers, stack = _resources(compiled.asm["cubin"], Path(triton.__file__).parent / "backends" / "nvidia" / "bin")
     constants = dict(job.constants)
+    columns = getattr(compiled.metadata, "tmem_size", 0)
     instructions = re.findall(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)", ptx)
     return {
         "kernel": job.name,
@@ -156,8 +160,9 @@ def compile_one(job: Job, target: int, most_registers: int | None = None) -> dic
         "registers": registers,
         "spilled": stack,
         "shared": shared,
+        "tensor_memory": columns,
         "products": instructions[0] if instructions else "",
-        "fits": stack == 0 and shared <= SHARED_KILOBYTES[target] * 1024,
+        "fits": stack == 0 and columns <= TENSOR_COLUMNS and shared <= SHARED_KILOBYTES[target] * 1024,
     }
 
 

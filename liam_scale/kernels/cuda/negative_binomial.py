@@ -41,7 +41,7 @@ _EPSILON = tl.constexpr(NB_EPSILON)
 _FLOOR = tl.constexpr(THETA_FLOOR)
 
 TERMS = Tile(cells=64, features=16, warps=8, stages=2)
-THETA_GRADIENT = Tile(cells=32, features=64, warps=8, stages=1)
+THETA_GRADIENT = Tile(cells=16, features=64, warps=8, stages=1)
 WEIGHT_GRADIENT: dict[Precision, Tile] = {
     "float32": Tile(cells=32, features=64, warps=8, stages=2),
     "tf32": Tile(cells=16, features=64, warps=8, stages=2),
