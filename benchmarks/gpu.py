@@ -138,9 +138,8 @@ def compiled(place: Place, report: Report) -> None:
         rows = [row for row in found if row["target"] == target]
         worst = max(row["registers"] for row in rows), max(row["shared"] for row in rows)
         bad = [row["kernel"] for row in rows if not row["fits"]]
-        got = f"{len(rows)} kernels, at most {worst[0]} registers and {worst[1]:,} B shared" + "".join(
-            f", {b}" for b in bad
-        )
+        got = f"{len(rows)} kernels, at most {worst[0]} registers and {worst[1]:,} B shared"
+        got += "".join(f", {name}" for name in bad)
         report.add(f"sm_{target}", got, gate="no spill, memories fit", holds=not bad)
     if done.returncode and not any(not row["fits"] for row in found):
         report.add("gpu_compile.py", done.stderr.strip()[-300:], gate="exit code 0", holds=False)
