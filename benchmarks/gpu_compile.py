@@ -85,7 +85,7 @@ def record(target: int, hidden: int = 128) -> list[Job]:
     import torch
 
     from liam_scale.kernels.cuda import counts as counts_module
-    from liam_scale.kernels.cuda import launch, negative_binomial, negative_multinomial, softmax, sparse
+    from liam_scale.kernels.cuda import launch, negative_binomial, negative_multinomial, noise, softmax, sparse
     from liam_scale.kernels.gradients import make_targets
     from liam_scale.kernels.options import TILE_BYTES, SizedLayer
     from liam_scale.kernels.terms import Coupling
@@ -93,9 +93,10 @@ def record(target: int, hidden: int = 128) -> list[Job]:
 
     recorder = Recorder()
     softmax.capability = lambda device: target
-    for module in (launch, counts_module, negative_binomial, negative_multinomial, softmax, sparse):
+    for module in (launch, counts_module, negative_binomial, negative_multinomial, noise, softmax, sparse):
         module.launch = recorder
     cells, features = 130, 1000
+    noise.hash_bits(torch.arange(cells), (1, 2, 3), 128)
     indptr, indices = torch.arange(cells + 1).int() * features, torch.arange(features).int().repeat(cells)
     values = torch.ones(cells * features)
     for counts in [SparseCounts(indptr, indices, values.to(kind), features) for kind in (torch.uint8, torch.float32)]:

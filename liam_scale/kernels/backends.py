@@ -14,7 +14,7 @@ import torch
 
 from liam_scale.kernels.options import Impl
 
-Operation = Literal["sparse", "negative_multinomial", "negative_binomial"]
+Operation = Literal["sparse", "negative_multinomial", "negative_binomial", "noise"]
 
 SWITCH = "LIAM_SCALE_TRITON"
 """Environment variable; 0 leaves the plain path on GPUs."""

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from liam_scale.kernels.backends import backend_of, triton_serves
+
 _MASK32 = 0xFFFFFFFF
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 
@@ -40,6 +42,14 @@ def _mix32(value: Tensor) -> Tensor:
     return value ^ (value >> 15)
 
 
+def keys_of(*, seed: int, step: int, layer: str) -> tuple[int, int, int]:
+    """Three keys of 32 bits, by which a noise's hash differs from all others."""
+    key = 0
+    for part in (seed, step, zlib.crc32(layer.encode())):
+        key = _mix64(key ^ (part & _MASK64))
+    return key & _MASK32, key >> 32, _mix64(key) & _MASK32
+
+
 def hash_bits(*, seed: int, step: int, place: Tensor, layer: str, units: int) -> Tensor:
     """Hash of (seed, step, place, layer, unit).
 
@@ -58,15 +68,14 @@ def hash_bits(*, seed: int, step: int, place: Tensor, layer: str, units: int) ->
     -------
     (B, U) int64, uniform on 0 .. 2^32 - 1.
     """
-    key = 0
-    for part in (seed, step, zlib.crc32(layer.encode())):
-        key = _mix64(key ^ (part & _MASK64))
-    more = _mix64(key)
-    cells = _mix32(place.long() ^ (key & _MASK32))
+    low, high, more = keys = keys_of(seed=seed, step=step, layer=layer)
+    if place.device.type == "cuda" and triton_serves(place.device):
+        return backend_of("noise", "auto", place.device).hash_bits(place.long(), keys, units)
+    cells = _mix32(place.long() ^ low)
     unit = torch.arange(units, device=place.device, dtype=torch.int64)
-    codes = (unit * 0x9E3779B1 + (key >> 32)) & _MASK32
+    codes = (unit * 0x9E3779B1 + high) & _MASK32
     mixed = _mix32(cells[:, None] ^ codes)
-    return _mix32((mixed + (more & _MASK32)) & _MASK32)
+    return _mix32((mixed + more) & _MASK32)
 
 
 @dataclass(frozen=True)
