@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from liam_scale.run import Cells, Contents, Labels
 from loaders.schema import hash_names
 from loaders.selection import cell_keys
 from loaders.stores import Store
@@ -18,7 +19,7 @@ SAMPLED_PLACES, SAMPLED_ROWS = 16, 32
 an epoch."""
 
 
-def contents_of(store: Store, columns: Sequence[str]) -> dict[str, Any]:
+def contents_of(store: Store, columns: Sequence[str]) -> Contents:
     """Digests of cells, counts and labels, as JSON values; of labels also the number of cells of each.
 
     Parameters
@@ -35,7 +36,7 @@ def contents_of(store: Store, columns: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _labels(store: Store, column: str) -> dict[str, Any]:
+def _labels(store: Store, column: str) -> Labels:
     held = store.obs_column(column)
     # By name, so that the order of categories does not matter.
     names = np.append(hash_names(np.array(held.categories, dtype=np.str_)), np.uint64(0))
@@ -64,7 +65,7 @@ def _digest(array: npt.NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
-def differences(before: Mapping[str, Any], store: Store, features: Mapping[str, Sequence[str]]) -> list[str]:
+def differences(before: Contents, store: Store, features: Mapping[str, Sequence[str]]) -> list[str]:
     """In words, each part of a store that is not what it was.
 
     Parameters
@@ -102,7 +103,7 @@ def _of_features(modality: str, before: Sequence[str], store: Store) -> str:
     return f"features of {modality}: {now[places[0]]!r} stands where {before[places[0]]!r} stood{more}"
 
 
-def _of_cells(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _of_cells(before: Cells, now: Cells) -> str:
     if before["number"] != now["number"]:
         return f"cells: it has {now['number']:,}, the run {before['number']:,}"
     if before["in_any_order"] == now["in_any_order"]:
@@ -110,7 +111,7 @@ def _of_cells(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "cells: it has others (the ids differ)"
 
 
-def _of_labels(column: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _of_labels(column: str, before: Labels, now: Labels) -> str:
     if before == now:
         return ""
     was, has = before["cells"], now["cells"]

@@ -163,7 +163,7 @@ def _roll_back(
 
 
 def _step_of(checkpoint: Checkpoint | None) -> int:
-    return checkpoint.state["at"]["global_step"] if checkpoint is not None else 0
+    return checkpoint.step if checkpoint is not None else 0
 
 
 def _describe_setback(setback: Setback, store: Store) -> str:

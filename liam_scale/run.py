@@ -40,6 +40,29 @@ IN_MEMORY = " in memory"
 """How a run calls the store that it was trained on where that is an AnnData or MuData: "MuData in memory"."""
 
 
+class Cells(TypedDict):
+    """Number of the cells, and digests of their ids."""
+
+    number: int
+    in_order: str
+    in_any_order: str
+
+
+class Labels(TypedDict):
+    """Digest of the labels of an obs column, and the number of cells of each."""
+
+    in_order: str
+    cells: dict[str, int]
+
+
+class Contents(TypedDict):
+    """What a store held (`contents.contents_of`)."""
+
+    cells: Cells
+    labels: dict[str, Labels]
+    counts: dict[str, str]
+
+
 class Ending(TypedDict):
     """How training ended."""
 
@@ -63,8 +86,8 @@ class RunRecord:
     fingerprint: str
     """Of the schema that the model was trained on."""
     features_sha256: dict[str, str]
-    contents: dict[str, Any] | None = None
-    """What the store held, part by part (`contents.contents_of`); None where an older version made the run."""
+    contents: Contents | None = None
+    """None where an older version made the run."""
     parts: tuple[str, ...] = ()
     """Folders of the models of a late integration; empty for a single model."""
     id: str | None = None
@@ -328,7 +351,7 @@ def record_of(
     store: Store,
     model: ModelConfig,
     data: ModelData,
-    contents: dict[str, Any] | None = None,
+    contents: Contents | None = None,
     parts: tuple[str, ...] = (),
 ) -> RunRecord:
     """What a run remembers of its data."""

@@ -24,7 +24,7 @@ from loaders.assemble import Group, Slice, assemble, output_bytes, output_format
 from loaders.buffers import Pool
 from loaders.handover import Handover, Sent
 from loaders.minibatch import Minibatch
-from loaders.options import LoaderConfig
+from loaders.options import LoaderConfig, Size, checked
 from loaders.plan import Epoch, Plan, Window
 from loaders.prefetch import Prefetch, Task, Workers, result_of
 from loaders.selection import encode_column, ids_of, sample_codes, select_rows, weights_of
@@ -239,7 +239,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
                     f"loader state: got {saved['streams']} streams for {self.world} ranks;"
                     f" resume on at most {saved['streams']} ranks"
                 )
-            cut = {key: saved[key] for key in ("streams", "block_cells", "window_cells")}
+            cut = {key: checked(key, saved[key], Size) for key in ("streams", "block_cells", "window_cells")}
             self._plan = replace(self._plan, **cut)
         self.seek(int(state["epoch"]), int(state["step"]))
 

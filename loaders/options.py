@@ -45,6 +45,10 @@ class Range:
         return " and ".join(f"{word} {end:g}" for word, end in ends.items() if math.isfinite(end))
 
 
+Size = Annotated[int, Range(least=1)]
+"""Of a part, in cells or the like."""
+
+
 def check_options(options: Any, prefix: str = "") -> None:
     """Check every field of a dataclass against its annotation; called in `__post_init__`.
 

@@ -52,6 +52,10 @@ class Checkpoint:
     path: Path | None = None
     """Where it was read."""
 
+    @property
+    def step(self) -> int:
+        return 0 if self.path is None else _step_of(self.path)
+
 
 class State(TypedDict):
     """What the trainer keeps besides tensors."""

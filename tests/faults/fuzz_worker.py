@@ -58,7 +58,7 @@ OPTIONS: dict[str, Any] = {
 }
 CURE = re.compile(
     r"\b(again|name|give|choose|rename|correct|replace|remove|look for|add|read it|call|write|store integer|bring|leave"
-    r"|restore|lower|expected|save|make|use|drop|split|put|raise)\b"
+    r"|restore|lower|expected|save|make|use|drop|split|put|raise|columns are|map)\b"
 )
 MEMORY = 12 << 30
 
@@ -281,7 +281,8 @@ def _as_others_read_it(file: Path, found: dict[str, Any]) -> None:
         own = scipy.sparse.csr_matrix((np.array(values, np.float64), indices, indptr), shape=rows.shape)
         own.sum_duplicates()
         own.eliminate_zeros()
-        same = all(np.array_equal(getattr(own, part), getattr(rows, part)) for part in ("data", "indices", "indptr"))
+        pairs = ((getattr(own, part), getattr(rows, part)) for part in ("data", "indices", "indptr"))
+        same = all(np.array_equal(*pair, equal_nan=True) for pair in pairs)
         if not same or (names is not None and list(map(str, names)) != found[f"{name} names"]):
             raise Silent(f"{name} differs from what others read")
 

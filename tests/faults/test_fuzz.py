@@ -31,13 +31,15 @@ INPUTS = {
 }
 
 CORPUS = {
-    "schema": (9, 17, 20, 54, 63, 80, 109),
-    "run": (6, 19, 38, 66),
+    "schema": (9, 17, 20, 54, 63, 80, 109, 447),
+    "run": (6, 19, 38, 66, 90, 193, 417),
     "run options": (2, 6, 8, 33),
     "history": (0, 10, 17, 40),
-    "state": (8, 11, 13, 21, 44, 60),
-    "h5ad": (0, 10, 31, 90),
+    "state": (8, 11, 13, 21, 42, 44, 60, 72, 93),
+    "h5ad": (0, 10, 31, 90, 173, 374),
     "h5mu": (38,),
+    "10x": (120,),
+    "zarr": (226, 334),
     "blocks": (3, 4, 5, 21),
 }
 """Seeds of inputs that once ended a process or met an error which named neither the file nor a cure."""
