@@ -39,6 +39,10 @@ def _check_loaders() -> None:
 
 _check_loaders()
 
+if "RANK" in os.environ:
+    # torch reads this once, when it is imported; of a rank that is lost, `training.watch` tells.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+
 
 def __getattr__(name: str) -> Any:
     # Handed on when first used: importing the package stays free of torch, and `python -m liam_scale.train` finds

@@ -244,6 +244,7 @@ def train(
     keep_checkpoints: int = 2,
     max_rollbacks: int = 2,
     on_bad_chunk: Literal["stop", "skip"] = "stop",
+    timeout_seconds: float = 600.0,
     tensorboard: bool = False,
 ) -> Run:
     """Train liam on a store, in this process, or go on with the run in `out`.

@@ -26,7 +26,8 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from liam_scale.tables import from_table, read_toml, to_toml
-from liam_scale.training.distributed import AgreedError, launched_ranks
+from liam_scale.training.distributed import launched_ranks
+from liam_scale.training.errors import AgreedError
 from loaders.formats.damage import Damaged
 
 T = TypeVar("T")
@@ -234,16 +235,16 @@ def run(
             print(f"interrupted{stop}", file=sys.stderr)
         return 130
     except Exception as error:
-        code = 2 if isinstance(error, ValueError) else 1
+        code, agreed = 2 if isinstance(error, ValueError) else 1, error if isinstance(error, AgreedError) else None
         if debug:
             traceback.print_exc()
-        elif rank == 0 or (code == 1 and not isinstance(error, AgreedError)):
-            where = f" (rank {rank})" if size > 1 and code == 1 and not isinstance(error, AgreedError) else ""
+        elif rank == agreed.teller if agreed else rank == 0 or code == 1:
+            where = f" (rank {rank})" if size > 1 and code == 1 and not agreed else ""
             name = "" if isinstance(error, ValueError | RuntimeError | OSError) else f"{type(error).__name__}: "
             hint = "" if name == "" else "\n  --debug shows where it happened"
             hint = "\n  `liam-scale check STORE` is that check" if isinstance(error, Damaged) else hint
             print(f"error{where}: {name}{worded(str(error))}{hint}", file=sys.stderr, flush=True)
-        elif isinstance(error, AgreedError):
+        elif agreed:
             # torchrun ends all ranks as soon as one has ended: the one that tells must be first.
             time.sleep(1.0)
         return code

@@ -50,6 +50,7 @@ RECORDED = ("device", "model", "optim", "loader", "training")
 
 def fit_part(directory: RunDirectory, config: TrainConfig, store: Store, world: World) -> Outcome:
     """Train the model of a folder to its end, or to a signal; a training that has ended stays ended."""
+    world.enters(f"reading {directory.path} and its newest checkpoint")
     record = world.decided(directory.record)
     model = replace(record.model, precision=config.model.precision, impl=config.model.impl)
     config, record = replace(config, model=model), replace(record, model=model)
@@ -97,6 +98,7 @@ def _fit(
     checkpoint: Checkpoint | None,
 ) -> tuple[RunRecord, Outcome | Setback]:
     """Train from a checkpoint to the end, to a signal, or to a number that is not finite."""
+    world.enters("making the model and reading the first cells")
     with trainer_of(directory, record, config, store, world) as trainer:
         if checkpoint is not None:
             trainer.restore(checkpoint)

@@ -52,7 +52,7 @@ def train(config: TrainConfig, store: Store | None = None) -> tuple[RunDirectory
         if launched_ranks()[0] == 0:
             print(describe_plan(settled, store, models))
         return directory, None
-    with join_world(config.device) as world, ExitStack() as stack:
+    with join_world(config.device, timeout_seconds=config.training.timeout_seconds) as world, ExitStack() as stack:
         check_precision(config.model.precision, impl=config.model.impl, device=world.device)
         check_ranks(config.model, world.size)
 
@@ -65,6 +65,7 @@ def train(config: TrainConfig, store: Store | None = None) -> tuple[RunDirectory
             print(f"device {describe(world)}, precision {settled.model.precision}", flush=True)
             return settled
 
+        world.enters("laying down the folder of the run")
         settled = world.decided(begin)
         for part in world.decided(directory.parts):
             outcome = fit_part(part, settled, store, world)

@@ -15,12 +15,10 @@ from torch import Tensor
 
 from liam_scale.kernels.device.compiled import can_compile
 from liam_scale.training.devices import Device, device_of, name_of
+from liam_scale.training.errors import AgreedError
+from liam_scale.training.watch import Watch
 
 T = TypeVar("T")
-
-
-class AgreedError(RuntimeError):
-    """An error that all ranks raise together, so that one of them tells it."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +28,16 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def enters(self, phase: str) -> None:
+        """This rank begins something, as all others do: what they tell of it should it never end."""
+        if self.watch is not None:
+            self.watch.enters(phase)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks; every rank gets the same result."""
@@ -100,13 +104,20 @@ def backend_of(device: torch.device) -> str:
 
 
 @contextmanager
-def join_world(device: Device = "auto") -> Iterator[World]:
-    """Join the ranks that torchrun started: gloo on CPU, NCCL on GPU (one GPU a rank).
+def join_world(device: Device = "auto", *, timeout_seconds: float | None = None) -> Iterator[World]:
+    """Join the ranks that torchrun or a scheduler started: gloo on CPU, NCCL on GPU (one GPU a rank).
+
+    Parameters
+    ----------
+    timeout_seconds
+        Time in which some rank must begin something new; otherwise those that are behind are named, and all end.
 
     Raises
     ------
     ValueError
         `device="cuda"` on a machine without a CUDA device.
+    LostRank
+        Another rank is gone.
     """
     rank, size = launched_ranks()
     chosen = device_of(device)
@@ -115,12 +126,21 @@ def join_world(device: Device = "auto") -> Iterator[World]:
         return
     # Naming the device has NCCL connect at once: a rank that is missing is found here and not in the first step.
     at_once: dict[str, Any] = {"device_id": chosen} if chosen.type == "cuda" else {}
-    dist.init_process_group(backend_of(chosen), timeout=timedelta(minutes=30), **at_once)
+    watch = None if timeout_seconds is None else Watch(rank, size, timeout_seconds=timeout_seconds)
     try:
-        yield World(rank, size, chosen)
-    except BaseException:
+        # The watch ends what takes too long, in words; the backends' own end follows should it not.
+        limit = timedelta(seconds=60 + (timeout_seconds or 30 * 60))
+        dist.init_process_group(backend_of(chosen), timeout=limit, **at_once)
+        yield World(rank, size, chosen, watch)
+    except BaseException as error:
+        told = error if watch is None else watch.explained(error)
         # Peers may stand in a collective, for which NCCL's farewell waits: the process ends without one.
-        if chosen.type == "cpu":
+        if chosen.type == "cpu" and dist.is_initialized():
             dist.destroy_process_group()
-        raise
+        if told is error:
+            raise
+        raise told from error
+    finally:
+        if watch is not None:
+            watch.close()
     dist.destroy_process_group()

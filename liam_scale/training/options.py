@@ -40,6 +40,8 @@ class TrainingConfig:
     on_bad_chunk: Annotated[Literal["stop", "skip"], tyro.conf.arg(aliases=["--on-bad-chunk"])] = "stop"
     """What a chunk of the store that is damaged does: stop training, or leave its cells out, which are counted in the
     history and listed in run.json."""
+    timeout_seconds: Annotated[float, Range(above=0), tyro.conf.arg(aliases=["--timeout"])] = 600.0
+    """Time without a step on any rank after which the ranks that are missing or asleep are named, and all end."""
     tensorboard: bool = False
     """Also write the history as TensorBoard events."""
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from liam_scale.training.distributed import AgreedError, World
+from liam_scale.training.distributed import World
+from liam_scale.training.errors import AgreedError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from liam_scale.training.checkpoint import Checkpoint, save_checkpoint, taking_up
-from liam_scale.training.distributed import AgreedError, World
+from liam_scale.training.distributed import World
+from liam_scale.training.errors import AgreedError
 from liam_scale.training.history import History, Meter, Row, summarise
 from liam_scale.training.optim import KLSchedule, load_optimizer_tensors, optimizer_tensors
 from liam_scale.training.options import TrainingConfig
@@ -150,6 +151,7 @@ class Trainer:
         RuntimeError
             Weights or moments are not finite, or the disk is full; earlier checkpoints stay.
         """
+        self.world.enters(f"saving the checkpoint of step {self.at.global_step:,}")
         self._require_sound()
         moments = optimizer_tensors(self.model, self.optimizer)
         broken = not_finite(moments)
@@ -157,10 +159,7 @@ class Trainer:
             self._give_up(f"{broken[0]} of Adam")
         sums = self._meter.totals()
         if self.world.is_main:
-            tensors = {
-                "model": self.model.state_dict(),
-                "optimizer": moments,
-            }
+            tensors = {"model": self.model.state_dict(), "optimizer": moments}
             if self._best is not None:
                 tensors["best"] = self._best
             state = {
@@ -204,9 +203,7 @@ class Trainer:
             self.history.close()
 
     def _fit(self) -> Outcome:
-        while self.at.global_step < self.max_steps:
-            if self._has_converged():
-                break
+        while self.at.global_step < self.max_steps and not self._has_converged():
             for minibatch in self.train_source:
                 self.step(minibatch)
                 if self._wants_evaluation():
@@ -223,6 +220,7 @@ class Trainer:
 
     def step(self, minibatch: Minibatch) -> None:
         """Loss, gradients and update of one minibatch."""
+        self.world.enters(f"the update after step {self.at.global_step:,}")
         minibatch = minibatch.to(self.world.device)
         self.at.epoch = minibatch.epoch
         cell_weight = self.world.size / minibatch.num_global
@@ -244,6 +242,7 @@ class Trainer:
         loss = objective.loss.detach() / cell_weight
         self._meter.add({"train_loss": loss, **objective.terms}, cells=minibatch.num_global)
         self.at.global_step += 1
+        self.world.enters(f"reading the cells after step {self.at.global_step:,}")
         self.progress.advance(minibatch.num_global)
 
     def _noise_seed(self, step: int) -> int:
@@ -367,6 +366,7 @@ class Trainer:
         self.model.eval()
         with torch.no_grad():
             for minibatch in source:
+                self.world.enters(f"the evaluation after step {self.at.global_step:,}")
                 on_device = minibatch.to(self.world.device)
                 objective = self.model(
                     replace(on_device, place=on_device.rows),
