@@ -33,9 +33,8 @@ def make(path: Path, cells: int) -> None:
     with StoreWriter(path, modalities={"rna": layout}) as writer:
         for start in range(0, cells, AT_ONCE):
             number = min(AT_ONCE, cells - start)
-            columns = (
-                draw.integers(0, of, (number, NONZEROS), dtype=np.uint16) + np.arange(NONZEROS, dtype=np.uint16) * of
-            )
+            columns = draw.integers(0, of, (number, NONZEROS), dtype=np.uint16)
+            columns += np.arange(NONZEROS, dtype=np.uint16) * np.uint16(of)
             values = draw.integers(1, 6, number * NONZEROS, dtype=np.uint8)
             writer.append("rna", SparseRows(np.arange(number + 1) * NONZEROS, columns.ravel(), values, GENES))
         ids = np.char.add("cell-", np.arange(cells).astype("U8")).astype(np.dtypes.StringDType())
@@ -83,12 +82,12 @@ def main() -> None:
         store, out = folder / "a.zarr", folder / "run"
         make(store, options.cells)
         rows = [("a new run", *first_step(store, out, 1))]
-        for step in (1_000, int(0.9 * options.cells / 128)):
+        for step in (int(share * options.cells / 128) for share in (0.1, 0.9)):
             move(out / "checkpoints", step)
             rows.append((f"resumed at step {step:,}", *first_step(store, out, step + 1)))
     finally:
         shutil.rmtree(folder)
-    print(describe_machine())
+    describe_machine()
     print(table(["", "wall s", "CPU s", "RSS GB"], [[name, *(f"{v:.1f}" for v in own)] for name, *own in rows]))
 
 

@@ -1,7 +1,7 @@
 """A look at a whole store finds whatever is wrong with it, and lists all of it."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anndata
@@ -53,7 +53,7 @@ def test_a_whole_store_is_sound_and_nothing_of_it_is_unchecked(store: Path) -> N
 
 
 @pytest.mark.parametrize("number", [60, pytest.param(1200, marks=pytest.mark.slow)])
-def test_every_flipped_bit_is_found(copy: Path, number: int) -> None:
+def test_every_flipped_bit_is_found(copy: Path, number: int, record_property: Callable[[str, object], None]) -> None:
     files = sorted(file for file in copy.rglob("*") if file.is_file() and file.stat().st_size)
     draw, missed = np.random.default_rng(number), []
     for _ in range(number):
@@ -63,6 +63,7 @@ def test_every_flipped_bit_is_found(copy: Path, number: int) -> None:
         if check_store(copy, threads=1).is_sound:
             missed.append((str(file.relative_to(copy)), place, bit, whole[max(0, place - 9) : place + 9]))
         file.write_bytes(whole)
+    record_property("flips", number)
     assert missed == []
 
 
