@@ -18,6 +18,12 @@ from torch import Tensor
 from loaders.csr import sound_csr
 
 
+def owners(indptr: Tensor, num_entries: int) -> Tensor:
+    """(N,) row of each entry; the number of entries is given, since asking for it would wait for the device."""
+    rows = torch.arange(len(indptr) - 1, device=indptr.device)
+    return torch.repeat_interleave(rows, (indptr[1:] - indptr[:-1]).long(), output_size=num_entries)
+
+
 @dataclass(frozen=True)
 class SparseCounts:
     """Counts of one modality by cell (CSR) and, for training, also by feature (the transpose).
@@ -61,13 +67,23 @@ class SparseCounts:
         lengths = (self.indptr[1:] - self.indptr[:-1]).long()
         return torch.segment_reduce(values, "sum", lengths=lengths, initial=0.0, unsafe=True)
 
+    @cached_property
+    def by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The transpose without its values, where they lie: offsets (F + 1,), cells (N,) and the order of entries (N,).
+
+        Sorted once, without waiting for the device, as a bincount would.
+        """
+        indices, order = torch.sort(self.indices, stable=True)
+        features = torch.arange(self.num_features + 1, dtype=indices.dtype, device=indices.device)
+        cells = owners(self.indptr, len(indices)).to(torch.int32)
+        return torch.searchsorted(indices, features, out_int32=True), cells[order], order
+
     def _floating_values(self) -> Tensor:
         return self.values if self.values.is_floating_point() else self.values.float()
 
     def to_dense(self) -> Tensor:
         """(B, F) dense counts, floating. For tests and small data: training never makes them."""
-        lengths = (self.indptr[1:] - self.indptr[:-1]).long()
-        rows = torch.repeat_interleave(torch.arange(self.num_cells, device=lengths.device), lengths)
+        rows = owners(self.indptr, len(self.indices))
         values = self._floating_values()
         dense = torch.zeros(self.num_cells, self.num_features, dtype=values.dtype, device=values.device)
         dense[rows, self.indices.long()] = values

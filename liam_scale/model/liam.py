@@ -6,13 +6,11 @@ Shapes: B cells, F features, H hidden units, L latent dimensions, S samples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from liam_scale.kernels.backends import room_of
-from liam_scale.kernels.device.sparse import entries, with_transpose
 from liam_scale.model.config import ModelConfig, ModelData, resolve
 from liam_scale.model.decoders import Adversary, NegativeBinomialDecoder, NegativeMultinomialDecoder
 from liam_scale.model.encoders import Encoded, LatentEncoder, ModalityEncoder
@@ -249,11 +247,6 @@ class Liam(nn.Module):
         Objective
             Differentiable loss and detached terms, both over local cells.
         """
-        if torch.is_grad_enabled() and room_of(self.config.impl, minibatch.sample.device) == "device":
-            # A sort for each modality, which all its products share; a loss without gradients needs none.
-            dtype = next(self.parameters()).dtype
-            counts = {name: with_transpose(entries(c, dtype)) for name, c in minibatch.counts.items()}
-            minibatch = replace(minibatch, counts=counts)
         source = Noise(seed=seed, step=step, place=minibatch.place, given=noise or {})
         inference = self.infer(minibatch, source)
         terms = self.cell_terms(minibatch, inference, cell_weight=cell_weight, num_global_with=num_global_with)

@@ -6,23 +6,37 @@ thousands of rows one after another, serves on the CPU and where torch was told 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loaders.minibatch import SparseCounts
+from loaders.minibatch import SparseCounts, owners
 
 
-def entries(counts: SparseCounts, dtype: torch.dtype, *, log1p: bool = False) -> SparseCounts:
+@dataclass(frozen=True)
+class Entries(SparseCounts):
+    """Counts with other values.
+
+    Attributes
+    ----------
+    origin
+        Counts with the same indices, which are sorted by feature once for all that share them.
+    """
+
+    origin: SparseCounts = field(kw_only=True)
+
+
+def entries(counts: SparseCounts, dtype: torch.dtype, *, log1p: bool = False) -> Entries:
     """The counts in another dtype, or their log(1 + counts)."""
 
     def changed(values: Tensor) -> Tensor:
         return torch.log1p(values.to(dtype)) if log1p else values.to(dtype)
 
     by_feature = None if counts.feature_values is None else changed(counts.feature_values)
-    return replace(counts, values=changed(counts.values), feature_values=by_feature)
+    held = {f.name: getattr(counts, f.name) for f in fields(SparseCounts)}
+    return Entries(**{**held, "values": changed(counts.values), "feature_values": by_feature}, origin=counts)
 
 
 def product(counts: SparseCounts, table: Tensor) -> Tensor:
@@ -54,31 +68,22 @@ def subtract_transposed_product(result: Tensor, counts: SparseCounts, table: Ten
 
 def cell_of_entries(counts: SparseCounts) -> Tensor:
     """(N,) cell of each entry of the counts by cell."""
-    return _owners(counts.indptr, len(counts.indices))
+    return owners(counts.indptr, len(counts.indices))
 
 
 def with_transpose(counts: SparseCounts) -> SparseCounts:
-    """The counts with their transpose, made here (a sort) where the loader has not brought it."""
+    """The counts with their transpose, made here where the loader has not brought it."""
     if counts.feature_values is not None:
         return counts
-    indices, order = torch.sort(counts.indices, stable=True)
-    features = torch.arange(counts.num_features + 1, dtype=indices.dtype, device=indices.device)
-    # A bincount would wait for the device.
-    feature_indptr = torch.searchsorted(indices, features, out_int32=True)
-    cells = cell_of_entries(counts).to(torch.int32)
-    return replace(counts, feature_indptr=feature_indptr, cells=cells[order], feature_values=counts.values[order])
+    origin = counts.origin if isinstance(counts, Entries) else counts
+    feature_indptr, cells, order = origin.by_feature
+    return replace(counts, feature_indptr=feature_indptr, cells=cells, feature_values=counts.values[order])
 
 
 def feature_of_entries(counts: SparseCounts) -> Tensor:
     """(N,) feature of each entry of the transpose."""
     assert counts.feature_indptr is not None
-    return _owners(counts.feature_indptr, len(counts.indices))
-
-
-def _owners(indptr: Tensor, num_entries: int) -> Tensor:
-    """(N,) row of each entry; the number of entries is given, since asking for it would wait for the device."""
-    rows = torch.arange(len(indptr) - 1, device=indptr.device)
-    return torch.repeat_interleave(rows, (indptr[1:] - indptr[:-1]).long(), output_size=num_entries)
+    return owners(counts.feature_indptr, len(counts.indices))
 
 
 def _multiply(indptr: Tensor, indices: Tensor, values: Tensor, table: Tensor) -> Tensor:
