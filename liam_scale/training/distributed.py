@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from liam_scale.kernels.backends import triton_serves
 from liam_scale.kernels.device.compiled import can_compile
 from liam_scale.training.devices import Device, device_of, name_of
 from liam_scale.training.errors import AgreedError
@@ -89,13 +90,18 @@ def launched_ranks() -> tuple[int, int]:
 
 
 def describe(world: World) -> str:
-    """Device, ranks, what joins them, and whether kernels are compiled there: the first line of a training."""
+    """Device, ranks, what joins them, and which kernels serve there: the first line of a training."""
     backend = backend_of(world.device) if world.size > 1 else ""
     if backend == "nccl":
         backend += " " + ".".join(map(str, torch.cuda.nccl.version()))
     ranks = f"{world.size} ranks over {backend}" if world.size > 1 else "1 rank"
-    is_compiled = world.device.type == "cpu" or (world.device.type == "cuda" and can_compile("cuda"))
-    return f"{name_of(world.device)}, {ranks}, {'compiled' if is_compiled else 'plain'} kernels"
+    return f"{name_of(world.device)}, {ranks}, {_kernels(world.device)} kernels"
+
+
+def _kernels(device: torch.device) -> str:
+    if device.type == "cuda" and triton_serves(device):
+        return "Triton"
+    return "compiled" if device.type == "cpu" or (device.type == "cuda" and can_compile("cuda")) else "plain"
 
 
 def backend_of(device: torch.device) -> str:

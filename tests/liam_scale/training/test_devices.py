@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from liam_scale.kernels.backends import backend_of
-from liam_scale.training import devices
+from liam_scale.training import devices, distributed
 from liam_scale.training.devices import check_device, device_of
 
 
@@ -66,3 +66,14 @@ def test_a_device_without_float64_is_refused():
     """Apple's: likelihoods are summed in float64 everywhere."""
     with pytest.raises(ValueError, match="mps, which has no float64"):
         backend_of("sparse", "auto", torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    ("serves", "compiles", "kernels"), [(True, True, "Triton"), (False, True, "compiled"), (False, False, "plain")]
+)
+def test_the_first_line_says_which_kernels_serve(monkeypatch, serves, compiles, kernels):
+    monkeypatch.setattr(distributed, "triton_serves", lambda device: serves)
+    monkeypatch.setattr(distributed, "can_compile", lambda kind: compiles)
+    monkeypatch.setattr(distributed, "name_of", str)
+    line = distributed.describe(distributed.World(device=torch.device("cuda", 0)))
+    assert line == f"cuda:0, 1 rank, {kernels} kernels"
