@@ -167,10 +167,11 @@ def tests(place: Place, report: Report) -> None:
 
 def kernels(place: Place, report: Report) -> None:
     """Each precision against float64: shapes, sizes of cells, both likelihoods, weight 0, runs compared."""
-    from gpu_measures import CELL_GATE, DEEP, GRADIENT_GATES, Problem, kernel_errors
+    from gpu_measures import CELL_GATE, DEEP, GRADIENT_GATES, SHALLOW_CELL_GATE, Problem, kernel_errors
 
     gates = ", ".join(f"{most:g} {precision}" for precision, most in GRADIENT_GATES.items())
-    gate = f"gradients {gates}; cells {CELL_GATE:g}; two runs equal"
+    shallow = f"{SHALLOW_CELL_GATE:g} in tf32 and bf16 below {DEEP} non-zeros"
+    gate = f"gradients {gates}, where float32 amplifies nothing; cells {CELL_GATE:g}, {shallow}; two runs equal"
     if place.kernels is None:
         report.not_run("against float64", "no GPU, and no Triton for its interpreter", gate=gate)
         return
