@@ -31,7 +31,7 @@ def read_table(file: Path, parse: Callable[[str], Any] = json.loads, *, most: in
     try:
         table = parse(file.read_text(encoding="utf-8"))
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("it is nested too deeply; write it anew") from None
     if not isinstance(table, dict):
         raise ValueError(f"it holds {type(table).__name__}, expected a table")
     return table

@@ -1,9 +1,10 @@
-"""Killed at any moment and started again, embed, decode and map leave what one straight run leaves."""
+"""Killed at any moment and started again, commands leave what one straight run leaves."""
 
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +48,55 @@ def command(word: str, folder: Path) -> list[str]:
         "embed": ["embed", run, "--store", store],
         "decode": ["decode", run, "--store", store, "--modality", "rna", "--out", str(folder / "out.zarr")],
         "map": ["map", run, store, "--out", str(folder / "mapped"), "--max-epochs", "1", "--overwrite"],
+        "ingest": ["ingest", f"rna={folder / 'source.h5ad'}", "--out", str(folder / "out.zarr"), "--overwrite"],
     }[word]
 
 
 def start(arguments: list[str], moment: int) -> int:
     done = subprocess.run([sys.executable, "-c", KILLED_AT, str(moment), *arguments], capture_output=True, timeout=120)
     return done.returncode
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Of every file below a path."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [20])
+@pytest.mark.parametrize(("word", "out", "flushes"), [("ingest", "out.zarr", 60)])
+def test_a_killed_command_leaves_the_old_result_or_the_new_and_then_that_of_a_straight_run(
+    embedded: Path,
+    tmp_path: Path,
+    word: str,
+    out: str,
+    flushes: int,
+    number: int,
+    record_property: Callable[[str, object], None],
+) -> None:
+    straight = shutil.copytree(embedded, tmp_path / "straight")
+    folder = shutil.copytree(embedded, tmp_path / "killed")
+    for place in (straight, folder):
+        liam_scale.read_store(place / "a.zarr")["rna"].write_h5ad(place / "source.h5ad")
+    assert start(command(word, straight), 10**9) == 0
+    expected = contents(straight / out)
+    codes = []
+    for moment in range(0, flushes, max(1, flushes // number)):
+        codes.append(start(command(word, folder), moment))
+        if (folder / out).exists():
+            assert codes[-1] == 0 or open_store(folder / out).schema.num_cells == 300
+    record_property("kills", codes.count(-signal.SIGKILL))
+    assert set(codes) <= {0, -signal.SIGKILL}
+    assert -signal.SIGKILL in codes
+    assert start(command(word, folder), 10**9) == 0
+    found = contents(folder / out)
+    assert found.keys() == expected.keys()
+    # The path of the source stands in a store's provenance, and times in neither.
+    differing = [
+        name for name in expected if found[name] != expected[name] and name != "zarr.json" and "uns/" not in name
+    ]
+    assert not differing
+    assert not [path for path in folder.rglob(".*") if path.name.endswith(".partial")]
 
 
 def result(word: str, folder: Path) -> np.ndarray:
