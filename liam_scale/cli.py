@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
 
-import tyro
+try:
+    import tyro
 
-from liam_scale.command import Command, reader_may_leave
+    from liam_scale.command import Command, reader_may_leave
+except KeyboardInterrupt:  # torch takes seconds, in which nothing has begun that would have to be told.
+    sys.exit(130)
 
 COMMANDS = {
     "ingest": "source files -> one shuffled, checked store",
@@ -61,7 +64,11 @@ def print_completion(shell: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     word, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if word in COMMANDS:
-        return command(word)(rest)
+        try:
+            work = command(word)
+        except KeyboardInterrupt:
+            return 130
+        return work(rest)
     with reader_may_leave():
         if word in ("-h", "--help"):
             print(usage())

@@ -88,6 +88,24 @@ def test_a_second_interrupt_ends_at_once_and_says_nothing() -> None:
     assert said == b""
 
 
+IMPORTING = """
+import os, signal, sys
+class Interrupts:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts)
+from liam_scale.cli import main
+sys.exit(main(["--help"]))
+"""
+
+
+def test_ctrl_c_while_torch_is_imported_says_nothing(environment: dict[str, str]) -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTING], env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 LOGIN = "import os, sys; os.login_tty(int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
 
 
