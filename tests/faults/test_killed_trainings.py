@@ -98,6 +98,7 @@ def kill(store: Path, folder: Path, *, kills: int, ranks: int, model: str, seed:
     return runs
 
 
+@pytest.mark.slow
 def test_eight_kills(store: Path, tmp_path: Path) -> None:
     kill(store, tmp_path, kills=8, ranks=1, model="concat", seed=0, longest=6.0)
 

@@ -108,7 +108,8 @@ def test_a_killed_rank_is_named_by_the_other_at_once(start: Callable[..., Ranks]
         pass
 
 
-@pytest.mark.parametrize("missing", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", [1, 0])
 def test_a_rank_that_never_comes_is_named(start: Callable[..., Ranks], tmp_path: Path, missing: int) -> None:
     [rank] = start([1 - missing], 2)
     assert f"rank {missing} has not come" in told(rank)

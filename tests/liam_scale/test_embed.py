@@ -169,6 +169,7 @@ def test_the_reader_that_is_named_reads_the_store(trained: Path, store: Path, tm
     assert module._reader(str(tmp_path / "experiment.soma")) is None
 
 
+@pytest.mark.slow
 def test_scanpy_finds_neighbours_in_what_is_read_back(trained: Path, multiome: Path, tmp_path: Path) -> None:
     scanpy = pytest.importorskip("scanpy")
     main([str(trained), "--store", str(multiome), "--out", str(tmp_path / "embedding.zarr")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import anndata
@@ -15,8 +16,8 @@ from liam_scale.info import describe, info, main
 from loaders.stores import open_store
 
 
-def test_a_mosaic_says_which_cells_have_what_and_who_embedded_them(trimodal: Path) -> None:
-    store = open_store(trimodal)
+def test_a_mosaic_says_which_cells_have_what_and_who_embedded_them(trimodal: Path, tmp_path: Path) -> None:
+    store = open_store(shutil.copytree(trimodal, tmp_path / "own.zarr"))
     values = np.zeros((store.schema.num_cells, 3), np.float32)
     store.write_embedding("X_liam", values, {"liam_scale_run": "a-1"})
     found = info(store)

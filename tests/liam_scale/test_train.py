@@ -143,6 +143,7 @@ def test_the_vae_needs_no_sample_and_concat_stands_side_by_side(multiome: Path, 
     assert RunDirectory(tmp_path / "two").is_finished
 
 
+@pytest.mark.slow
 def test_the_original_likelihood_is_the_same_on_two_ranks(multiome: Path, tmp_path: Path, launch: Command) -> None:
     arguments = (multiome, "--batch-key", "sample", "--max-epochs", 2, *SHORT, "--model.likelihood", "original")
     curves = []

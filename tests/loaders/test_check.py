@@ -52,7 +52,7 @@ def test_a_whole_store_is_sound_and_nothing_of_it_is_unchecked(store: Path) -> N
     assert report.bytes > 50_000
 
 
-@pytest.mark.parametrize("number", [60, pytest.param(1200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [20, pytest.param(1200, marks=pytest.mark.slow)])
 def test_every_flipped_bit_is_found(copy: Path, number: int, record_property: Callable[[str, object], None]) -> None:
     files = sorted(file for file in copy.rglob("*") if file.is_file() and file.stat().st_size)
     draw, missed = np.random.default_rng(number), []

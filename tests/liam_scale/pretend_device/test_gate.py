@@ -12,7 +12,7 @@ INSIDE = Path(__file__).with_name("inside")
 
 
 PAGES = [
-    pytest.param(path.name, marks=pytest.mark.slow if path.name == "test_ranks.py" else ())
+    pytest.param(path.name, marks=pytest.mark.slow if path.name in ("test_ranks.py", "test_commands.py") else ())
     for path in sorted(INSIDE.glob("test_*.py"))
 ]
 
