@@ -36,6 +36,8 @@ def test_a_signal_saves_and_ends_with_one_line(
 ) -> None:
     number, out = getattr(signal, name), tmp_path / "run"
     before = signal.getsignal(number)
+    if before is signal.SIG_IGN:
+        pytest.skip(f"{name} is ignored here, as under nohup")
 
     def send() -> None:
         wait_for(out / "history.csv")
