@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, default=8_000)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=10, help="steps of 128 cells in a round")
+    parser.add_argument("--only", choices=("step", "loader"))
     options = parser.parse_args()
     describe_machine()
     rows = []
@@ -74,6 +75,8 @@ def main() -> None:
         works = [("step", 128, "float32"), ("step", 1_024, "float32"), ("step", 128, "bf16")]
         works += [(f"loader with{out} transposes", 1_024, "float32") for out in ("", "out")]
         for what, minibatch, precision in works:
+            if options.only not in (None, what.split()[0]):
+                continue
             peers = [
                 peer(name, checkout, stores[name], what, minibatch, precision, options.steps)
                 for name, checkout in checkouts.items()
