@@ -175,12 +175,17 @@ def _pairs(store: Store, key: str) -> ObsColumn:
     return column
 
 
+def _titles(found: Evaluation) -> list[str]:
+    """Of each row of the table."""
+    return [f"{MEASURES[str(key)].title}: {of}" for key, of in zip(found.table.index, found.table["of"], strict=True)]
+
+
 def describe(found: Evaluation) -> str:
     """The tables as text."""
     names = [name for name in found.table.columns if name != "of"]
     scored = f"{len(found.rows):,} cells" + (f" of {found.num_cells:,}" if len(found.rows) < found.num_cells else "")
     keys = [str(key) for key in found.table.index]
-    titles = [f"{MEASURES[key].title}: {of}" for key, of in zip(keys, found.table["of"], strict=True)]
+    titles = _titles(found)
     width = max(map(len, titles))
     value_width = max(9, *(len(n) for n in names)) + (8 if found.interval[names].notna().any(axis=None) else 0)
     lines = [f"{scored:<{width}}  " + "  ".join(f"{n:>{value_width}}" for n in names) + "  better"]
@@ -302,9 +307,8 @@ def _write(found: Evaluation, config: EvaluateConfig, out: Path) -> Evaluation:
 def _report(found: Evaluation, config: EvaluateConfig, written: list[Path], path: Path) -> Path:
     """A page with the table, its best values marked, the pictures, and the options of the run and the evaluation."""
     names = list(found.embeddings)
-    titles = [f"{MEASURES[str(key)].title}: {of}" for key, of in zip(found.table.index, found.table["of"], strict=True)]
     better = [MEASURES[str(key)].better for key in found.table.index]
-    shown = found.table[names].set_axis(titles).rename(columns={config.embedding: _shown(config.embedding)})
+    shown = found.table[names].set_axis(_titles(found)).rename(columns={config.embedding: _shown(config.embedding)})
     best = report.best_in_rows(shown, better)
     sections = {
         "": [report.text(f"{len(found.rows):,} of {found.num_cells:,} cells of {config.store}")],

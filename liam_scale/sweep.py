@@ -23,7 +23,7 @@ import tyro
 
 from liam_scale import launching
 from liam_scale.command import Command
-from liam_scale.embed import EmbedConfig, embed
+from liam_scale.embed import EmbedConfig, embed_store
 from liam_scale.evaluate import EvaluateConfig, evaluate
 from liam_scale.evaluation import plots, report
 from liam_scale.evaluation.cells import read_column
@@ -256,7 +256,7 @@ def _wait_until_free(one: Member) -> None:
 def _scored(one: Member, config: SweepConfig, store: Store) -> dict[str, object]:
     """The row of a run: its embedding is made and evaluated where that has not been done with these options."""
     if not one.embedding.exists():
-        embed(EmbedConfig(run=one.folder, store=config.store, out=one.embedding))
+        embed_store(EmbedConfig(run=one.folder, store=config.store, out=one.embedding), store)
     keys = dict.fromkeys((one.batch_key, *config.batch_key, *config.keep_key))
     asked = EvaluateConfig(
         config.store[0],
