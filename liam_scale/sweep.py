@@ -318,6 +318,9 @@ def _write(table: pd.DataFrame, config: SweepConfig, members: Sequence[Member]) 
 
 
 def _write_array(config: SweepConfig, waiting: Sequence[Member]) -> None:
+    if not waiting:
+        print("all runs are finished: the same command without --slurm embeds, scores and compares them")
+        return
     commands, script = config.out / "commands.txt", config.out / "sweep.sbatch"
     write_text(commands, "".join(f"{shlex.join(one.command)}\n" for one in waiting))
     lines = [

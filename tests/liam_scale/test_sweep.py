@@ -136,6 +136,9 @@ def test_a_killed_sweep_goes_on_and_its_page_shows_what_it_found(tmp_path: Path,
     again = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
     assert again.returncode == 0
     assert "$ " not in again.stdout, "nothing is trained again"
+    array = subprocess.run([*map(str, command), "--slurm"], env=environment, capture_output=True, text=True)
+    assert array.stdout.startswith("all runs are finished")
+    assert not (out / "sweep.sbatch").exists()
     _opens_in_a_browser(out / "sweep.html", tmp_path / "page.png")
 
 
