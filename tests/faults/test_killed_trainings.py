@@ -51,7 +51,7 @@ def start(command: list[str], ranks: int) -> list[subprocess.Popen[bytes]]:
 def reached(out: Path) -> dict[str, int]:
     """Step of the newest checkpoint of each part."""
     steps: dict[str, int] = {}
-    for path in out.rglob("step-*"):
+    for path in out.rglob("checkpoints/step-*"):
         part = str(path.parent)
         steps[part] = max(steps.get(part, 0), int(path.name[-9:]))
     return steps
