@@ -35,12 +35,13 @@ from liam_scale.training.devices import Device
 from liam_scale.training.history import read_history
 from liam_scale.training.optim import OptimConfig
 from liam_scale.training.options import TrainingConfig
+from loaders.check import check_store as check
 from loaders.formats.root import addresses
 from loaders.ingest import ingest
 from loaders.options import LoaderConfig
 from loaders.stores import Store, open_store, read_store
 
-__all__ = ["Run", "evaluate", "ingest", "load_run", "read_store", "train"]
+__all__ = ["Run", "check", "evaluate", "ingest", "load_run", "read_store", "train"]
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import tyro
 
 from liam_scale.command import Command
-from loaders.check import Report, check_store
+from loaders.check import check_store
 from loaders.options import Range, check_options
 
 
@@ -31,26 +30,14 @@ class CheckConfig:
 
 
 def _check_and_tell(config: CheckConfig) -> None:
-    start = time.perf_counter()
     report = check_store(config.store, threads=config.threads)
-    seconds = time.perf_counter() - start
-    if config.json:
-        print(json.dumps({**asdict(report), "is_sound": report.is_sound, "seconds": round(seconds, 3)}, indent=1))
-    else:
-        print(_describe(report, seconds))
+    print(json.dumps({**asdict(report), "is_sound": report.is_sound}, indent=1) if config.json else report)
     if not report.is_sound:
         number = len(report.damages)
         raise RuntimeError(
             f"{report.store}: got {number:,} damaged place{'' if number == 1 else 's'}; copy or download the store "
             "again, or ingest again (an embedding: embed again)"
         )
-
-
-def _describe(report: Report, seconds: float) -> str:
-    what = "sound" if report.is_sound else "damaged"
-    rate = f"{report.bytes / 1e6:,.1f} MB in {seconds:,.1f} s"
-    lines = [f"{report.store}: {what} ({rate})", *(f"  {damage}" for damage in report.damages)]
-    return "\n".join([*lines, *(f"  not checked: {finding}" for finding in report.unchecked)])
 
 
 main = Command(CheckConfig, _check_and_tell, prog="liam-scale check", description="Store -> all that is damaged in it.")

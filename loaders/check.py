@@ -6,6 +6,7 @@ that no checksum does. Memory is that of a few chunks, and 10 bytes a cell.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class Finding:
         return f"{self.array}: {self.what}" if self.array else self.what
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What was found in a store."""
 
@@ -58,10 +59,17 @@ class Report:
     unchecked: list[Finding] = field(default_factory=list)
     bytes: int = 0
     """Of the store's files on a local disk."""
+    seconds: float = 0.0
 
     @property
     def is_sound(self) -> bool:
         return not self.damages
+
+    def __repr__(self) -> str:
+        what = "sound" if self.is_sound else "damaged"
+        lines = [f"{self.store}: {what} ({self.bytes / 1e6:,.1f} MB in {self.seconds:,.1f} s)"]
+        lines += [f"  {damage}" for damage in self.damages]
+        return "\n".join([*lines, *(f"  not checked: {finding}" for finding in self.unchecked)])
 
     def add(self, array: str, what: str) -> None:
         finding = Finding(array, what)
@@ -90,11 +98,19 @@ def check_store(address: Address, *, threads: int | None = None) -> Report:
     threads
         Default: the CPUs of this process, at most 4.
 
+    Returns
+    -------
+    Report
+        `is_sound`, and `damages`: the array and what is wrong with it, of each that was found.
+
     Raises
     ------
     ValueError
-        There is no store.
+        There is no store, or there are to be no threads.
     """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: got {threads}; give at least 1")
+    start = time.perf_counter()
     report = Report(describe_address(address))
     report.bytes = bytes_of(Path(report.store))
     workers = Workers(threads or default_threads(), name="check")
@@ -109,6 +125,7 @@ def check_store(address: Address, *, threads: int | None = None) -> Report:
         report.add(error.array, error.what)
     finally:
         workers.close()
+        report.seconds = round(time.perf_counter() - start, 3)
     return report
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import liam_scale
 from liam_scale.check import main
 from liam_scale.train import main as train
 
@@ -36,6 +37,18 @@ def test_a_damaged_store_is_told_place_by_place_with_code_1(
     assert {"array": "obs/sample/codes", "what": "chunk 0 (the cells 0 to 599): its file is missing"} in report[
         "damages"
     ]
+
+
+def test_in_python_it_returns_what_the_command_prints(multiome: Path, tmp_path: Path) -> None:
+    assert liam_scale.check(str(multiome)).is_sound
+    store = tmp_path / "s.zarr"
+    shutil.copytree(multiome, store)
+    (store / "obs/sample/codes/c/0").unlink()
+    report = liam_scale.check(store, threads=1)
+    assert [damage.array for damage in report.damages] == ["obs/sample/codes"]
+    first, second = repr(report).splitlines()
+    assert first.startswith(f"{store}: damaged (")
+    assert second == "  obs/sample/codes: chunk 0 (the cells 0 to 599): its file is missing"
 
 
 def test_no_store_is_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -148,3 +148,5 @@ def test_of_a_file_of_others_all_is_read_and_what_cannot_be_known_is_said(tmp_pa
 def test_where_there_is_no_store_that_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file or folder"):
         check_store(tmp_path / "absent.zarr")
+    with pytest.raises(ValueError, match="threads: got 0; give at least 1"):
+        check_store(tmp_path, threads=0)
