@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
+import liam_scale
 from liam_scale import cli
 from liam_scale.command import Command, as_typed, run
 from liam_scale.config import TrainConfig
@@ -206,7 +207,7 @@ def test_verbose_logs_versions_and_options_with_their_place(environment: dict[st
     code = "import sys; from liam_scale.map import main; sys.exit(main(['nowhere', 'x.zarr', '--verbose']))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "rank 0 liam_scale.command: liam-scale 0.1.0, torch" in done.stderr
+    assert f"rank 0 liam_scale.command: liam-scale {liam_scale.__version__}, torch" in done.stderr
     assert 'run = "nowhere"\nstore = "x.zarr"\n' in done.stderr
     assert "error: run: nowhere holds no run" in done.stderr
 
@@ -228,7 +229,7 @@ def test_a_reader_that_leaves_ends_the_command_in_silence(arguments: str, enviro
     ("arguments", "code", "said"),
     [
         ([], 0, "usage: liam-scale COMMAND"),
-        (["--version"], 0, "liam-scale 0.1.0"),
+        (["--version"], 0, f"liam-scale {liam_scale.__version__}"),
         (["bogus"], 2, "error: command: got 'bogus'; choose one of ingest, train"),
         (["--print-completion"], 2, "error: --print-completion: got ''; choose one of bash, zsh, tcsh"),
         (["--print-completion", "fish"], 2, "got 'fish'; choose one of bash, zsh, tcsh"),
