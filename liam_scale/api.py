@@ -19,7 +19,7 @@ from mudata import MuData
 
 from liam_scale.attach import Missing, attach
 from liam_scale.config import TrainConfig
-from liam_scale.decode import DecodeConfig, decode
+from liam_scale.decode import DecodeConfig, Decoding, decode, normalized
 from liam_scale.elbo import elbo
 from liam_scale.embed import EmbedConfig, compute, embed
 from liam_scale.evaluate import EvaluateConfig, Evaluation
@@ -162,6 +162,54 @@ class Run:
     def decode(self, out: str | Path, **options: Any) -> Path:
         """Write decoded values; options are the fields of `liam_scale.decode.DecodeConfig`."""
         return decode(DecodeConfig(run=self.path, out=Path(out), **options))
+
+    def normalized(
+        self,
+        features: str | Sequence[str] = (),
+        *,
+        modality: str | None = None,
+        groupby: str | None = None,
+        target_sample: str = "own",
+        num_samples: int = 25,
+        return_mean: bool = False,
+        out: str | Path | None = None,
+        store: str | Path | AnnData | MuData | None = None,
+        **options: Any,
+    ) -> pd.DataFrame | Path:
+        """Normalised expression, accessibility and protein; what `decode` writes.
+
+        Parameters
+        ----------
+        features
+            Names of features; `adt:CD4` names the modality where names coincide. None: all of `modality`.
+        groupby
+            Obs column: a row for each group of cells, their mean, instead of one for each cell.
+        target_sample
+            Sample that all cells are decoded as; own: that of each cell; mean: average over all samples.
+        num_samples
+            Posterior draws of each cell, reproducible by `seed`; 0: decode the embedding in the store, once.
+        return_mean
+            Return the mean over draws alone.
+        out
+            AnnData Zarr to write, chunk by chunk, instead of returning values: X is the mean, the layer `sd` the
+            standard deviation over draws.
+        store
+            Store with the cells; default: that of the training.
+        **options
+            The other fields of `liam_scale.decode.DecodeConfig`: `library_size`, `key`, `memory`, `seed`, `device`.
+
+        Returns
+        -------
+        DataFrame of cells (or groups) x features; of several draws with columns (`mean` or `sd`, feature), where the
+        standard deviation is that over draws: of the value of a cell, or of the mean of a group. With `out`: its path.
+        """
+        chosen = (features,) if isinstance(features, str) else tuple(features)
+        own = {"modality": modality, "groupby": groupby, "target_sample": target_sample, "num_samples": num_samples}
+        opened, asked = self._open(store), {"run": self.path, "features": chosen, **own, **options}
+        if out is not None:
+            return decode(DecodeConfig(out=Path(out), **asked), opened)
+        mean, sd = normalized(Decoding(**asked), opened)
+        return mean if return_mean or sd is None else pd.concat({"mean": mean, "sd": sd}, axis=1)
 
     def map(self, store: str | Path, **options: Any) -> Run:
         """Place the cells of new samples into this model; options are the fields of `liam_scale.map.MapConfig`."""

@@ -1,10 +1,10 @@
-"""Decode: stored embeddings -> normalised expression, accessibility and protein of chosen features."""
+"""Decode: normalised expression, accessibility and protein of chosen features, by cell or group, with uncertainty."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -17,50 +17,76 @@ from torch import Tensor
 
 from liam_scale.command import Command
 from liam_scale.model import Liam
-from liam_scale.model.decoders import NegativeMultinomialDecoder
-from liam_scale.run import RunDirectory, RunRecord, check_maker, open_stores
+from liam_scale.posterior import Latents, drawn, embedded, group_codes, shares, single
+from liam_scale.run import RunDirectory, RunRecord, open_stores
 from liam_scale.samples import sample_codes
 from liam_scale.training.devices import Device, check_device, device_of
 from loaders.durable import replacing
 from loaders.ecosystem import add_dense_matrix, write_anndata
 from loaders.formats.root import HDF5_SUFFIXES
 from loaders.options import Range, check_options
+from loaders.sizing import parse_memory
 from loaders.stores import Store
-from loaders.stores.base import check_finite
 
-CELLS_PER_CHUNK = 4_096
-"""Cells of one chunk of the written array."""
+MOST_CELLS = 4_096
+"""Cells of one chunk of the written array, or fewer: so many as have `VALUE_BYTES` of values."""
 
-LOGIT_BYTES = 64 * 2**20
-"""Memory of the logits of the cells decoded at once; all features of a modality enter the normalisation."""
+VALUE_BYTES, LOGIT_BYTES = 64 * 2**20, 64 * 2**20
+"""Memory of the chosen values of one chunk, and of the logits of the cells decoded at once; all features of a modality
+enter the normalisation."""
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
-    """Decode chosen features of every cell, also of modalities that a cell lacks (imputation of mosaics)."""
+class Decoding:
+    """Which values of which cells, and whence their latent variables come."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """Folder of a finished run whose embedding stands in the store."""
-    out: Path
-    """AnnData Zarr to write: cells x chosen features, float32."""
+    """Folder of a finished run."""
     features: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FEATURE ...")] = ()
     """Names of features; `adt:CD4` names the modality where names coincide. Default: all of `modality`."""
     modality: str | None = None
     """Look for features in this modality alone."""
+    groupby: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
+    """Obs column: a row for each group of cells, the mean of its cells, instead of one for each cell."""
     target_sample: Annotated[str, tyro.conf.arg(metavar="SAMPLE")] = "own"
     """Sample that all cells are decoded as; own: that of each cell; mean: average over all samples."""
+    num_samples: Annotated[int, Range(least=0)] = 0
+    """Posterior draws of each cell, for which the encoders read its counts; 0: decode the embedding in the store, once.
+    Several give the mean and the standard deviation over draws."""
     store: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STORE ...")] = ()
-    """Store with the embedding; default: that of the training."""
+    """Store with the cells; default: that of the training."""
     key: str = "X_liam"
-    """Name of the embedding in obsm."""
+    """Name of the embedding in obsm, where there are no draws."""
     library_size: Annotated[float, Range(above=0)] = 1.0
     """Total of each cell and modality; 1 gives shares, 1e4 counts per ten thousand."""
+    memory: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "512MiB"
+    """Memory of the loader, where there are draws."""
+    seed: Annotated[int, Range(least=0)] = 0
+    """Seed of the draws; a draw rests on it and the cell alone."""
     device: Device = "auto"
     """auto: CUDA where there is one, else CPU."""
 
     def __post_init__(self) -> None:
         check_options(self, "--")
         check_device(self.device)
+        parse_memory(self.memory)
+
+
+@dataclass(frozen=True)
+class DecodeConfig(Decoding):
+    """Decode chosen features of every cell, also of modalities that a cell lacks (imputation of mosaics)."""
+
+    out: Path = field(kw_only=True)
+    """AnnData Zarr to write: cells (or groups) x chosen features, float32; the standard deviation is the layer `sd`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out.suffix in HDF5_SUFFIXES:
+            raise ValueError(
+                f"--out: got {self.out}, values are written as AnnData Zarr; name {self.out.with_suffix('.zarr')}"
+            )
+        if self.out.exists():
+            raise ValueError(f"--out: {self.out} exists; name a new folder")
 
 
 @dataclass(frozen=True)
@@ -72,60 +98,121 @@ class Chosen:
     names: list[str]
 
 
-def decode(config: DecodeConfig) -> Path:
-    """Write decoded values of every cell of the store, chunk by chunk.
+@dataclass(frozen=True)
+class Values:
+    """Of cells that follow each other, or of groups.
 
-    RNA and ADT: the decoder's share of a feature in the cell's total. ATAC: the probability of a peak among all peaks,
-    exp(l_f) / sum exp(l), with the library size at the mean of the target sample. All times `library_size`.
+    Attributes
+    ----------
+    rows
+        (B,) rows in the store, or numbers of the groups.
+    mean, sd
+        (B, chosen features), over draws; `sd` is None where there are none to compare.
+    """
+
+    rows: np.ndarray
+    mean: np.ndarray
+    sd: np.ndarray | None
+
+
+def decode(config: DecodeConfig, store: Store | None = None) -> Path:
+    """Write decoded values, chunk by chunk, as AnnData Zarr: of every cell, or of every group of cells.
+
+    RNA and ADT: the decoder's share of a feature in the cell's total. ATAC: the probability of a peak among all peaks.
+    All times `library_size`. Memory does not grow with the number of cells, but for obs.
+
+    Parameters
+    ----------
+    store
+        An open one, in the place of `config.store`.
 
     Raises
     ------
     ValueError
-        No such feature, sample or embedding; or `out` exists.
+        No such feature, sample, group or embedding; or `out` exists.
     """
-    directory = RunDirectory(config.run)
-    record = directory.record()
-    if record.parts:
-        raise ValueError(f"run: {config.run} is a late integration; decode one of {', '.join(record.parts)} in it")
-    if config.out.suffix in HDF5_SUFFIXES:
-        raise ValueError(
-            f"--out: got {config.out}, values are written as AnnData Zarr; name {config.out.with_suffix('.zarr')}"
-        )
-    if config.out.exists():
-        raise ValueError(f"--out: {config.out} exists; name a new folder")
-    chosen = choose_features(directory.features(), config.features, config.modality)
-    model = directory.load_model().to(device_of(config.device))
-    store = open_stores(config.store or record.stores)
-    what = f"obsm[{config.key!r}] of {store.uri}"
-    embed = " ".join(
-        ["python -m liam_scale.embed", str(config.run), *(["--store", *config.store] if config.store else [])]
-    )
-    held = store.embedding_attributes(config.key)
-    if not held:
-        raise ValueError(f"{what}: there is no such embedding; write it with: {embed} --key {config.key}")
-    check_maker(
-        held,
-        record.id,
-        what=what,
-        cure=f"decode with that run, or write this one's first: {embed} --key {config.key} --overwrite",
-    )
-    targets = _target_codes(config, store, record)
-    data, num_cells = _empty(store, chosen), store.schema.num_cells
+    work = _Work(config, store)
+    data = anndata.AnnData(obs=work.obs(), var=work.var())
     with replacing(config.out, alone=True) as path:
         write_anndata(data, path)
-        values = add_dense_matrix(path, data.n_vars, cells_per_chunk=CELLS_PER_CHUNK)
-        for start in range(0, num_cells, CELLS_PER_CHUNK):
-            stop = min(num_cells, start + CELLS_PER_CHUNK)
-            embedding = store.read_embedding(config.key, start, stop)
-            if embedding.shape[1] != model.num_latent:
-                raise ValueError(
-                    f"{what} has {embedding.shape[1]} dimensions, the model {model.num_latent}; write its embedding "
-                    f"with: {embed} --key {config.key}"
-                )
-            check_finite(store, embedding, start, what=what, cure=f"write it again with: {embed} --key {config.key}")
-            decoded = _decode_chunk(model, torch.from_numpy(embedding), [t[start:stop] for t in targets], chosen)
-            values[start:stop] = decoded.cpu().numpy() * np.float32(config.library_size)
+        names = ["X", "layers/sd"] if work.has_sd else ["X"]
+        arrays = [add_dense_matrix(path, data.n_vars, cells_per_chunk=work.chunk_cells, name=name) for name in names]
+        for values in work.values():
+            for array, part in zip(arrays, (values.mean, values.sd), strict=False):
+                array[int(values.rows[0]) : int(values.rows[-1]) + 1] = part
     return config.out
+
+
+def normalized(config: Decoding, store: Store | None = None) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """The same in memory: mean, and standard deviation over draws where there are several."""
+    work = _Work(config, store)
+    parts = list(work.values())
+    columns, index = work.var().index, work.obs().index
+    mean = pd.DataFrame(np.concatenate([part.mean for part in parts]), index=index, columns=columns)
+    if not work.has_sd:
+        return mean, None
+    spread = [part.sd for part in parts if part.sd is not None]
+    return mean, pd.DataFrame(np.concatenate(spread), index=index, columns=columns)
+
+
+class _Work:
+    """A decoding whose options fit its run and its store; nothing has been computed yet."""
+
+    def __init__(self, config: Decoding, store: Store | None) -> None:
+        self.config, directory = config, RunDirectory(config.run)
+        record = single(directory, "decode")
+        self.chosen = choose_features(directory.features(), config.features, config.modality)
+        self.model = directory.load_model().to(device_of(config.device))
+        self.store = store or open_stores(config.store or record.stores)
+        self.targets = _target_codes(config, self.store, record)
+        self.groups = None if config.groupby is None else group_codes(self.store, config.groupby)
+        self.has_sd = config.num_samples > 1
+        self.num_columns = sum(len(part.columns) for part in self.chosen)
+        self.chunk_cells = max(1, min(MOST_CELLS, VALUE_BYTES // (4 * self.num_columns)))
+        options = {"cells": self.chunk_cells}
+        self.latents: Iterator[Latents] = (
+            drawn(directory, self.model, self.store, memory=config.memory, seed=config.seed, **options)
+            if config.num_samples
+            else embedded(directory, self.model, self.store, key=config.key, stores=config.store, **options)
+        )
+
+    def obs(self) -> pd.DataFrame:
+        if self.groups is None:
+            return self.store.obs_frame()
+        codes, names = self.groups
+        index = pd.Index(names, name=self.config.groupby)
+        return pd.DataFrame({"cells": np.bincount(codes[codes >= 0], minlength=len(names))}, index=index)
+
+    def var(self) -> pd.DataFrame:
+        names = [name for part in self.chosen for name in part.names]
+        modalities = [part.modality for part in self.chosen for _ in part.names]
+        return pd.DataFrame({"modality": pd.Categorical(modalities)}, index=pd.Index(names))
+
+    def values(self) -> Iterator[Values]:
+        return self._by_cell() if self.groups is None else self._by_group(*self.groups)
+
+    def _by_cell(self) -> Iterator[Values]:
+        size = np.float32(self.config.library_size)
+        for latents in self.latents:
+            rows = latents.rows.cpu().numpy()
+            targets = [torch.from_numpy(codes[rows]).long().to(latents.rows.device) for codes in self.targets]
+            mean, variance = _moments(self.model, latents, targets, self.chosen, max(1, self.config.num_samples))
+            sd = variance.sqrt_().cpu().numpy() * size if self.has_sd else None
+            yield Values(rows, mean.cpu().numpy() * size, sd)
+
+    def _by_group(self, codes: np.ndarray, names: Sequence[str]) -> Iterator[Values]:
+        """One chunk with the means of the groups; draws of different cells are independent, so variances add up."""
+        mean, variance = (np.zeros((len(names), self.num_columns)) for _ in range(2))
+        for values in self._by_cell():
+            own = codes[values.rows]
+            for group in np.unique(own[own >= 0]):
+                mean[group] += values.mean[own == group].sum(axis=0, dtype=np.float64)
+                if values.sd is not None:
+                    variance[group] += np.square(values.sd[own == group], dtype=np.float64).sum(axis=0)
+        with np.errstate(invalid="ignore"):  # a group without cells has no mean
+            counts = np.bincount(codes[codes >= 0], minlength=len(names))[:, None]
+            sd = (np.sqrt(variance) / counts).astype(np.float32) if self.has_sd else None
+            yield Values(np.arange(len(names)), (mean / counts).astype(np.float32), sd)
 
 
 def choose_features(features: dict[str, list[str]], names: Sequence[str], modality: str | None) -> list[Chosen]:
@@ -156,60 +243,57 @@ def choose_features(features: dict[str, list[str]], names: Sequence[str], modali
     return [Chosen(m, np.array([c for c, _ in own]), [n for _, n in own]) for m, own in found.items() if own]
 
 
-def _target_codes(config: DecodeConfig, store: Store, record: RunRecord) -> list[np.ndarray]:
+def _target_codes(config: Decoding, store: Store, record: RunRecord) -> list[np.ndarray]:
     """Sample code of every cell to decode as; several arrays are averaged over."""
     samples, num_cells = record.data.samples, store.schema.num_cells
     if config.target_sample == "own":
         return [sample_codes(store, record.batch_key, samples)]
     if config.target_sample == "mean":
-        return [np.full(num_cells, code) for code in range(len(samples))]
+        return [np.broadcast_to(code, num_cells) for code in range(len(samples))]
     if config.target_sample not in samples:
         raise ValueError(
             f"--target-sample: got {config.target_sample}; choose own, mean, or one of {', '.join(samples[:20])}"
         )
-    return [np.full(num_cells, samples.index(config.target_sample))]
-
-
-def _empty(store: Store, chosen: list[Chosen]) -> anndata.AnnData:
-    """Cells and features of the result, without values."""
-    names = [name for part in chosen for name in part.names]
-    modalities = [part.modality for part in chosen for _ in part.names]
-    var = pd.DataFrame({"modality": pd.Categorical(modalities)}, index=pd.Index(names))
-    return anndata.AnnData(obs=store.obs_frame(), var=var)
+    return [np.broadcast_to(samples.index(config.target_sample), num_cells)]
 
 
 @torch.no_grad()
-def _decode_chunk(model: Liam, z_BL: Tensor, targets: list[np.ndarray], chosen: list[Chosen]) -> Tensor:
-    """(B, chosen features) shares, averaged over the targets."""
-    parts, device = [], next(model.parameters()).device
+def _moments(
+    model: Liam, latents: Latents, targets: list[Tensor], chosen: list[Chosen], num_draws: int
+) -> tuple[Tensor, Tensor]:
+    """(B, chosen features) mean and variance over draws of the shares, which are averaged over the targets."""
+    widest = max(model.data.num_features[part.modality] for part in chosen)
+    step = max(1, LOGIT_BYTES // (4 * widest))
+    means, variances = [], []
+    for start in range(0, len(latents.rows), step):
+        own = slice(start, start + step)
+        few, samples = latents[own], [codes[own] for codes in targets]
+        mean, squares = (torch.zeros(()).to(few.mean) for _ in range(2))
+        for number in range(num_draws):
+            share = _chosen_shares(model, few.draw(number), samples, chosen)
+            # Welford's update: a variance is not the small difference of two large sums.
+            before, mean = share - mean, mean + (share - mean) / (number + 1)
+            squares = squares + before * (share - mean)
+        means.append(mean)
+        variances.append(squares / max(1, num_draws - 1))
+    return torch.cat(means), torch.cat(variances)
+
+
+def _chosen_shares(model: Liam, z_BL: Tensor, samples: list[Tensor], chosen: list[Chosen]) -> Tensor:
+    """(B, chosen features), averaged over the samples."""
+    parts = []
     for part in chosen:
-        columns = torch.from_numpy(part.columns).to(device)
-        step = max(1, LOGIT_BYTES // (4 * model.data.num_features[part.modality]))
-        pieces = []
-        for start in range(0, len(z_BL), step):
-            own = slice(start, start + step)
-            z, codes = z_BL[own].to(device), [torch.from_numpy(t[own]).long().to(device) for t in targets]
-            decoded = [_shares(model, part.modality, z, sample) for sample in codes]
-            pieces.append(torch.stack([shares[:, columns] for shares in decoded]).mean(dim=0))
-        parts.append(torch.cat(pieces))
+        columns = torch.from_numpy(part.columns).to(z_BL.device)
+        decoded = [shares(model, part.modality, z_BL, sample_B)[:, columns] for sample_B in samples]
+        parts.append(torch.stack(decoded).mean(dim=0))
     return torch.cat(parts, dim=1)
-
-
-def _shares(model: Liam, modality: str, z_BL: Tensor, sample_B: Tensor) -> Tensor:
-    """(B, F) share of every feature of a modality in the cell's total."""
-    decoder = model.decoders[modality]
-    if isinstance(decoder, NegativeMultinomialDecoder):
-        log_library_B = model.library_prior(modality)[0][sample_B]
-
-        return torch.softmax(decoder.logits(z_BL, log_library_B, sample_B), dim=1)
-    return decoder.scale(z_BL, sample_B)  # type: ignore[operator]
 
 
 main = Command(
     DecodeConfig,
     lambda config: print(f"wrote {decode(config)}"),
     prog="liam-scale decode",
-    description="Normalised values from embeddings.",
+    description="Normalised values of cells or groups.",
 )
 
 if __name__ == "__main__":

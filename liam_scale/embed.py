@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,8 +23,8 @@ from liam_scale.command import Command
 from liam_scale.model import Liam, logistic_normal_mean
 from liam_scale.model.layers import Gaussian
 from liam_scale.model.noise import Noise
+from liam_scale.posterior import ordered_loader
 from liam_scale.run import RunDirectory, attributes_of, check_features, check_maker, open_stores
-from liam_scale.samples import sample_codes
 from liam_scale.training.devices import Device, check_device, device_of
 from liam_scale.training.distributed import World, join_world, launched_ranks
 from loaders.durable import holding, replacing, sha256_of
@@ -181,27 +181,8 @@ def compute(config: EmbedConfig, store: Store | None = None) -> np.ndarray:
 
 
 def _loader(config: EmbedConfig, part: RunDirectory, store: Store, world: World) -> Loader:
-    """This rank's range of all cells, in disk order. Only an encoder that sees the sample needs to know it."""
-    record = part.record()
-    batch_key = record.batch_key if record.model.conditional_encoder else None
-    chosen = replace(
-        part.loader_config(),
-        minibatch=CELLS_PER_STEP,
-        streams=world.size,
-        memory=config.memory,
-        threads=config.threads,
-    )
-    return Loader(
-        store,
-        chosen,
-        sample=None if batch_key is None else sample_codes(store, batch_key, record.data.samples),
-        modalities=record.model.modalities,
-        rank=world.rank,
-        world=world.size,
-        subset="all",
-        shuffle=False,
-        transpose=False,
-        device=world.device,
+    return ordered_loader(
+        part, store, minibatch=CELLS_PER_STEP, memory=config.memory, threads=config.threads, world=world
     )
 
 

@@ -47,13 +47,13 @@ def write_anndata(data: anndata.AnnData, path: Path) -> None:
         data.write_zarr(path)
 
 
-def add_dense_matrix(path: Path, num_columns: int, *, cells_per_chunk: int) -> zarr.Array:
-    """An empty float32 X, (cells, columns), in an AnnData that was written without one."""
+def add_dense_matrix(path: Path, num_columns: int, *, cells_per_chunk: int, name: str = "X") -> zarr.Array:
+    """An empty float32 X or layer, (cells, columns), in an AnnData that was written without one."""
     with quiet_anndata():
         root = zarr.open_group(path, mode="r+", use_consolidated=False)
         num_cells = anndata.io.read_elem(root["obs"]).shape[0]
         array = root.create_array(
-            "X",
+            name,
             shape=(num_cells, num_columns),
             chunks=(min(cells_per_chunk, num_cells), min(num_columns, 1_024)),
             dtype=np.float32,

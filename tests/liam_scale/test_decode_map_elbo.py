@@ -6,16 +6,21 @@ from pathlib import Path
 import anndata
 import mudata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import liam_scale
+from liam_scale import decode as decode_module
 from liam_scale import map as module
 from liam_scale.decode import choose_features
 from liam_scale.decode import main as decode_main
 from liam_scale.map import extend, united_samples
 from liam_scale.map import main as map_main
 from liam_scale.model import ModelData
+from liam_scale.model.layers import Gaussian
+from liam_scale.model.noise import Noise
+from liam_scale.posterior import shares
 from liam_scale.training.trainer import Trainer
 from loaders import Loader, LoaderConfig, open_store
 from loaders.synthetic import simulate
@@ -61,6 +66,44 @@ def test_chosen_features_are_columns_of_the_whole_and_follow_the_target_sample(
     own = decoded("own", features=wanted)
     codes = open_store(embedded[1]).obs_column("sample").codes
     np.testing.assert_allclose(own, np.stack(by_sample)[codes, np.arange(600)], rtol=1e-5)
+
+
+def test_uncertainty_is_that_of_the_posteriors_draws_whatever_the_chunks(
+    embedded: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store = liam_scale.load_run(embedded[0]), embedded[1]
+    m, v = (torch.from_numpy(run.embedding(store, kind=f"latent-{kind}").to_numpy()) for kind in ("mean", "variance"))
+    model, rows = run.model(), torch.arange(600)
+    codes = torch.from_numpy(open_store(store).obs_column("sample").codes).long()
+    noise = [Noise(seed=5, step=draw, place=rows) for draw in range(4)]
+    draws = [shares(model, "rna", torch.softmax(Gaussian(m, v).sample(n, "z"), dim=1), codes)[:, 3:5] for n in noise]
+    wanted = torch.stack(draws).double()
+    features, options = run.directory.features()["rna"][3:5], {"num_samples": 4, "seed": 5, "store": store}
+    found = run.normalized(features, **options)
+    np.testing.assert_allclose(found["mean"], wanted.mean(dim=0), rtol=1e-4)
+    np.testing.assert_allclose(found["sd"], wanted.std(dim=0), rtol=1e-2)
+    monkeypatch.setattr(decode_module, "VALUE_BYTES", 8 * 100)
+    again = run.normalized(features, out=tmp_path / "values.zarr", **options)
+    values = anndata.read_zarr(again)
+    np.testing.assert_allclose(values.X, found["mean"], rtol=1e-5)
+    np.testing.assert_allclose(values.layers["sd"], found["sd"], rtol=1e-3)
+    pd.testing.assert_frame_equal(run.normalized(features, return_mean=True, **options), found["mean"], rtol=1e-5)
+
+
+def test_a_group_is_decoded_as_the_mean_of_its_cells(embedded: tuple[Path, Path], tmp_path: Path) -> None:
+    run, store = liam_scale.load_run(embedded[0]), embedded[1]
+    types = open_store(store).obs_frame()["cell_type"]
+    cells = run.normalized(modality="rna", num_samples=3, store=store)
+    groups = run.normalized(modality="rna", num_samples=3, store=store, groupby="cell_type")
+    wanted = cells.groupby(types.to_numpy(), observed=True)
+    np.testing.assert_allclose(groups["mean"], wanted.mean()["mean"], rtol=1e-5)
+    variance = (cells["sd"] ** 2).groupby(types.to_numpy(), observed=True).sum()
+    np.testing.assert_allclose(groups["sd"], np.sqrt(variance).div(wanted.size(), axis=0), rtol=1e-4)
+    arguments = [str(run.path), "--store", str(store), "--out", str(tmp_path / "g"), "--modality", "rna"]
+    assert decode_main([*arguments, "--groupby", "cell_type", "--num-samples", "3"]) == 0
+    written = anndata.read_zarr(tmp_path / "g")
+    assert written.obs["cells"].tolist() == types.value_counts(sort=False).tolist()
+    pd.testing.assert_frame_equal(written.to_df("sd"), groups["sd"], check_names=False)
 
 
 def test_names_in_two_modalities_need_a_prefix() -> None:
