@@ -85,7 +85,15 @@ def record(target: int, hidden: int = 128) -> list[Job]:
     import torch
 
     from liam_scale.kernels.cuda import counts as counts_module
-    from liam_scale.kernels.cuda import launch, negative_binomial, negative_multinomial, noise, softmax, sparse
+    from liam_scale.kernels.cuda import (
+        hidden_layer,
+        launch,
+        negative_binomial,
+        negative_multinomial,
+        noise,
+        softmax,
+        sparse,
+    )
     from liam_scale.kernels.gradients import make_targets
     from liam_scale.kernels.options import TILE_BYTES, SizedLayer
     from liam_scale.kernels.terms import Coupling
@@ -93,10 +101,12 @@ def record(target: int, hidden: int = 128) -> list[Job]:
 
     recorder = Recorder()
     softmax.capability = lambda device: target
-    for module in (launch, counts_module, negative_binomial, negative_multinomial, noise, softmax, sparse):
+    kernels = (negative_binomial, negative_multinomial, noise, softmax, sparse, hidden_layer)
+    for module in (launch, counts_module, *kernels):
         module.launch = recorder
     cells, features = 130, 1000
-    noise.hash_bits(torch.arange(cells), (1, 2, 3), 128)
+    noise.hash_bits(torch.arange(cells), 1, 2, 128)
+    _record_hidden_layers(hidden_layer, cells, hidden)
     indptr, indices = torch.arange(cells + 1).int() * features, torch.arange(features).int().repeat(cells)
     values = torch.ones(cells * features)
     for counts in [SparseCounts(indptr, indices, values.to(kind), features) for kind in (torch.uint8, torch.float32)]:
@@ -123,6 +133,21 @@ def record(target: int, hidden: int = 128) -> list[Job]:
                     options = (precision, TILE_BYTES, wanted)
                     negative_binomial.evaluate(layer, layer.library, log_theta, sample, *options)
     return list(recorder.jobs)
+
+
+def _record_hidden_layers(room: Any, cells: int, hidden: int) -> None:
+    """Of encoders, the latent space, decoders and the adversary, and of a model of one sample."""
+    import torch
+
+    from liam_scale.kernels.device.noise import Dropout
+
+    linear, bias = torch.zeros(cells, hidden, requires_grad=True), torch.zeros(hidden, requires_grad=True)
+    rows, places = torch.zeros(13, hidden, requires_grad=True), torch.arange(cells)
+    dropout = Dropout(places, 1, 2, 0.1)
+    parts = [(bias, rows, dropout), (None, rows, dropout), (None, rows, None), (bias, None, dropout)]
+    for own_bias, own_rows, own_dropout in [*parts, (None, None, dropout), (None, None, None)]:
+        given = (linear, own_bias, own_rows, None if own_rows is None else places)
+        room.evaluate(*given, layer_norm=True, dropout=own_dropout).sum().backward()
 
 
 def compile_one(job: Job, target: int, most_registers: int | None = None) -> dict[str, Any]:

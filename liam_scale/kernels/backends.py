@@ -14,7 +14,10 @@ import torch
 
 from liam_scale.kernels.options import Impl
 
-Operation = Literal["sparse", "negative_multinomial", "negative_binomial", "noise"]
+Operation = Literal["sparse", "negative_multinomial", "negative_binomial", "hidden_layer", "noise"]
+
+PLAIN_ON_CPU = ("hidden_layer", "noise")
+"""Operations without kernels of their own there."""
 
 SWITCH = "LIAM_SCALE_TRITON"
 """Environment variable; 0 leaves the plain path on GPUs."""
@@ -28,7 +31,8 @@ def backend_of(operation: Operation, impl: Impl, device: torch.device) -> Module
     ValueError
         `impl="triton"` where it cannot run, and a device that nothing here can run on.
     """
-    return _module(operation, room_of(impl, device))
+    room = room_of(impl, device)
+    return _module(operation, "device" if room == "cpu" and operation in PLAIN_ON_CPU else room)
 
 
 @functools.cache

@@ -78,7 +78,7 @@ class Decoder(nn.Module):
 
     def hidden(self, z_BL: Tensor, sample_B: Tensor) -> Tensor:
         """(B, H) hidden layer."""
-        return self.block(self.linear(z_BL, sample_B))
+        return self.linear.through(self.block, z_BL, sample_B)
 
     def _big_parameters(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "bias": self.bias}
@@ -226,4 +226,4 @@ class Adversary(nn.Module):
 
     def forward(self, z_BL: Tensor, sample_B: Tensor) -> Tensor:
         """(B, S) logits of the samples."""
-        return self.output(self.block(self.linear(z_BL, sample_B)), sample_B)
+        return self.output(self.linear.through(self.block, z_BL, sample_B), sample_B)

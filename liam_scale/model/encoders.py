@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from liam_scale.kernels.gradients import kept_gradients
 from liam_scale.kernels.options import Impl
@@ -47,10 +46,7 @@ class CountLayer(nn.Module):
 
     def forward(self, product_BH: Tensor, sample_B: Tensor, noise: Noise | None) -> Tensor:
         """(B, H) hidden layer from the product of counts and weight, which the caller makes (see ModalityEncoder)."""
-        linear_BH = product_BH + self.bias
-        if self.sample_weight is not None:
-            linear_BH = linear_BH + functional.embedding(sample_B, self.sample_weight)
-        return self.block(linear_BH, noise)
+        return self.block(product_BH, noise, bias=self.bias, sample_weight=self.sample_weight, sample_B=sample_B)
 
 
 class LibraryEncoder(nn.Module):
@@ -144,4 +140,4 @@ class LatentEncoder(nn.Module):
 
     def forward(self, hidden: list[Tensor], sample_B: Tensor, noise: Noise | None) -> Gaussian:
         joined = hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=1)
-        return self.head(self.block(self.linear(joined, sample_B), noise))
+        return self.head(self.linear.through(self.block, joined, sample_B, noise))

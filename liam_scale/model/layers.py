@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from liam_scale.kernels.hidden_layer import hidden_layer
+from liam_scale.kernels.options import Impl
 from liam_scale.model.noise import Noise
 
 VARIANCE_FLOOR = 1e-4
@@ -49,6 +51,7 @@ class BlockOptions:
     batch_norm: bool
     layer_norm: bool
     dropout_rate: float = 0.0
+    impl: Impl = "auto"
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -75,22 +78,35 @@ class HiddenBlock(nn.Module):
 
     def __init__(self, num_hidden: int, options: BlockOptions, *, name: str) -> None:
         super().__init__()
-        self.num_hidden = num_hidden
         self.layer_norm = options.layer_norm
         self.dropout_rate = options.dropout_rate
+        self.impl: Impl = options.impl
         self.noise_name = f"{name}.dropout"
         self.batch_norm = BatchNorm(num_hidden) if options.batch_norm else None
 
-    def forward(self, linear_BH: Tensor, noise: Noise | None = None) -> Tensor:
-        hidden_BH = linear_BH
+    def forward(
+        self,
+        linear_BH: Tensor,
+        noise: Noise | None = None,
+        *,
+        bias: Tensor | None = None,
+        sample_weight: Tensor | None = None,
+        sample_B: Tensor | None = None,
+    ) -> Tensor:
+        """(B, H) from the linear map, to which bias and rows of the cells' samples are added if they are given."""
+        given: dict[str, Tensor | None] = {"bias": bias, "sample_weight": sample_weight, "sample": sample_B}
         if self.batch_norm is not None:
-            hidden_BH = self.batch_norm(hidden_BH)
-        if self.layer_norm:
-            hidden_BH = functional.layer_norm(hidden_BH, (self.num_hidden,))
-        hidden_BH = torch.relu(hidden_BH)
-        if noise is not None and self.training:
-            hidden_BH = noise.dropout(hidden_BH, self.noise_name, self.dropout_rate)
-        return hidden_BH
+            linear_BH = linear_BH if bias is None else linear_BH + bias
+            if sample_weight is not None and sample_B is not None:
+                linear_BH = linear_BH + functional.embedding(sample_B, sample_weight)
+            linear_BH, given = self.batch_norm(linear_BH), {}
+        return hidden_layer(
+            linear_BH,
+            **given,
+            layer_norm=self.layer_norm,
+            dropout=noise.dropout(self.noise_name, self.dropout_rate) if noise is not None and self.training else None,
+            impl=self.impl,
+        )
 
 
 class SampleLinear(nn.Module):
@@ -112,6 +128,11 @@ class SampleLinear(nn.Module):
         if self.sample_weight is not None:
             outputs_BH = outputs_BH + functional.embedding(sample_B, self.sample_weight)
         return outputs_BH
+
+    def through(self, block: HiddenBlock, inputs_BI: Tensor, sample_B: Tensor, noise: Noise | None = None) -> Tensor:
+        """The same through a hidden block, which adds the row of the sample."""
+        product_BH = functional.linear(inputs_BI, self.weight, self.bias)
+        return block(product_BH, noise, sample_weight=self.sample_weight, sample_B=sample_B)
 
 
 @dataclass(frozen=True)

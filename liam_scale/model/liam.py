@@ -106,11 +106,14 @@ class Liam(nn.Module):
     @property
     def _encoder_options(self) -> BlockOptions:
         config = self.config
-        return BlockOptions(config.use_batch_norm_encoder, config.use_layer_norm_encoder, config.dropout_rate)
+        return BlockOptions(
+            config.use_batch_norm_encoder, config.use_layer_norm_encoder, config.dropout_rate, config.impl
+        )
 
     @property
     def _decoder_options(self) -> BlockOptions:
-        return BlockOptions(self.config.use_batch_norm_decoder, self.config.use_layer_norm_decoder)
+        config = self.config
+        return BlockOptions(config.use_batch_norm_decoder, config.use_layer_norm_decoder, impl=config.impl)
 
     def _encoder(self, name: str, draw: Draw) -> ModalityEncoder:
         return ModalityEncoder(

@@ -11,43 +11,19 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from liam_scale.kernels.backends import backend_of, triton_serves
-
-_MASK32 = 0xFFFFFFFF
-_MASK64 = 0xFFFFFFFFFFFFFFFF
+from liam_scale.kernels.backends import backend_of
+from liam_scale.kernels.device.noise import Dropout, mix64
 
 
-def _mix64(value: int) -> int:
-    """One step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
-
-
-def _mix32(value: Tensor) -> Tensor:
-    """A bijection of 32-bit integers held in int64.
-
-    Both multipliers are below 2^31, so no product leaves int64 and every device computes the same
-    (constants: C. Wellons, hash-prospector, bias 0.107).
-    """
-    value = value ^ (value >> 16)
-    value = (value * 0x21F0AAAD) & _MASK32
-    value = value ^ (value >> 15)
-    value = (value * 0x735A2D97) & _MASK32
-    return value ^ (value >> 15)
-
-
-def keys_of(*, seed: int, step: int, layer: str) -> tuple[int, int, int]:
-    """Three keys of 32 bits, by which a noise's hash differs from all others."""
-    key = 0
-    for part in (seed, step, zlib.crc32(layer.encode())):
-        key = _mix64(key ^ (part & _MASK64))
-    return key & _MASK32, key >> 32, _mix64(key) & _MASK32
+def step_key(*, seed: int, step: int) -> int:
+    """Key of 64 bits, by which the noise of a step differs from that of all others."""
+    mask = 0xFFFFFFFFFFFFFFFF
+    return mix64(mix64(seed & mask) ^ (step & mask))
 
 
 def hash_bits(*, seed: int, step: int, place: Tensor, layer: str, units: int) -> Tensor:
@@ -68,14 +44,15 @@ def hash_bits(*, seed: int, step: int, place: Tensor, layer: str, units: int) ->
     -------
     (B, U) int64, uniform on 0 .. 2^32 - 1.
     """
-    low, high, more = keys = keys_of(seed=seed, step=step, layer=layer)
-    if place.device.type == "cuda" and triton_serves(place.device):
-        return backend_of("noise", "auto", place.device).hash_bits(place.long(), keys, units)
-    cells = _mix32(place.long() ^ low)
-    unit = torch.arange(units, device=place.device, dtype=torch.int64)
-    codes = (unit * 0x9E3779B1 + high) & _MASK32
-    mixed = _mix32(cells[:, None] ^ codes)
-    return _mix32((mixed + more) & _MASK32)
+    return _hash(place, step_key(seed=seed, step=step), layer, units)
+
+
+def _hash(place: Tensor, key: int | Tensor, layer: str, units: int) -> Tensor:
+    return backend_of("noise", "auto", place.device).hash_bits(place.long(), key, _code(layer), units)
+
+
+def _code(layer: str) -> int:
+    return zlib.crc32(layer.encode())
 
 
 @dataclass(frozen=True)
@@ -97,23 +74,19 @@ class Noise:
     place: Tensor
     given: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def _bits(self, layer: str, units: int) -> Tensor:
-        return hash_bits(seed=self.seed, step=self.step, place=self.place, layer=layer, units=units)
+    @cached_property
+    def _key(self) -> int | Tensor:
+        return step_key(seed=self.seed, step=self.step)
 
     def normal(self, layer: str, units: int, *, dtype: torch.dtype) -> Tensor:
         """(B, units) standard normal, by Box and Muller: the radius reaches 6.76, and no value is infinite."""
         if layer in self.given:
             return self.given[layer].to(dtype=dtype, device=self.place.device)
-        # MPS knows no float64; there a radius below 3e-4 is coarse and nothing else changes.
-        wide = torch.float32 if self.place.device.type == "mps" else torch.float64
-        bits = self._bits(layer, 2 * units).to(wide)
+        bits = _hash(self.place, self._key, layer, 2 * units).double()
         radius = torch.sqrt(-2.0 * torch.log((bits[:, :units] + 0.5) * 2.0**-32))
         angle = bits[:, units:] * (2.0 * math.pi * 2.0**-32)
         return (radius * torch.cos(angle)).to(dtype)
 
-    def dropout(self, hidden: Tensor, layer: str, rate: float) -> Tensor:
-        """Zero a share of the units of `hidden` (B, U) and scale the others by 1 / (1 - rate)."""
-        if rate == 0.0:
-            return hidden
-        kept = self._bits(layer, hidden.shape[1]) >= round(rate * 2**32)
-        return hidden * kept.to(hidden.dtype).mul_(1.0 / (1.0 - rate))
+    def dropout(self, layer: str, rate: float) -> Dropout | None:
+        """What zeroes a share of the units of a layer and scales the others by 1 / (1 - rate)."""
+        return None if rate == 0.0 else Dropout(self.place.long(), self._key, _code(layer), rate)

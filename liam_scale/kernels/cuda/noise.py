@@ -1,4 +1,4 @@
-"""The hash that noise is made of (`liam_scale.model.noise`) in one launch, where plain torch takes twenty.
+"""The hash that noise is made of (`device.noise`) in one launch, where plain torch takes twenty.
 
 Shapes: B cells, U units.
 """
@@ -11,17 +11,23 @@ import triton.language as tl
 from torch import Tensor
 
 from liam_scale.kernels.cuda.launch import launch
+from liam_scale.kernels.device.noise import signed
 
 UNITS_AT_ONCE = 128
 
 
-def hash_bits(place: Tensor, keys: tuple[int, int, int], units: int) -> Tensor:
-    """(B, U) int64 hash of place and unit under three keys of 32 bits."""
+def on_device(key: int | Tensor, device: torch.device) -> Tensor:
+    """() int64; filled by the device and not copied there, which would be waited for."""
+    return key if isinstance(key, Tensor) else torch.full((), signed(key, 64), dtype=torch.int64, device=device)
+
+
+def hash_bits(place: Tensor, key: int | Tensor, layer: int, units: int) -> Tensor:
+    """As `device.noise.hash_bits`."""
     bits = torch.empty(len(place), units, dtype=torch.int64, device=place.device)
-    # as signed numbers, so that Triton compiles one kernel and not one for each length of a key
-    signed = [key - 2**32 if key >= 2**31 else key for key in keys]
     grid = (len(place), -(-units // UNITS_AT_ONCE))
-    launch(noise_bits, grid, (place, bits, *signed, units), UNITS=UNITS_AT_ONCE)
+    # a signed number, so that Triton compiles one kernel and not one for each length of it
+    arguments = (place, on_device(key, place.device), bits, signed(layer, 32), units)
+    launch(noise_bits, grid, arguments, UNITS=UNITS_AT_ONCE)
     return bits
 
 
@@ -34,11 +40,25 @@ def _mix(value):
     return value ^ (value >> 15)
 
 
-@triton.jit(do_not_specialize=["low", "high", "more", "units"])
-def noise_bits(place, bits, low, high, more, units, UNITS: tl.constexpr):
-    """In unsigned 32 bits, which wrap as the masks of plain torch do."""
+@triton.jit
+def _mix64(value):
+    value += 0x9E3779B97F4A7C15
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB
+    return value ^ (value >> 31)
+
+
+@triton.jit
+def hashed(place, unit, key, layer):
+    """uint32 hash of places and units that broadcast; integers without a sign wrap as the masks of plain torch do."""
+    own = _mix64(tl.load(key).to(tl.uint64) ^ layer.to(tl.uint32).to(tl.uint64))
+    codes = unit.to(tl.uint32) * 0x9E3779B1 + (own >> 32).to(tl.uint32)
+    cells = _mix(place.to(tl.uint32) ^ own.to(tl.uint32))
+    return _mix(_mix(cells ^ codes) + _mix64(own).to(tl.uint32))
+
+
+@triton.jit(do_not_specialize=["layer", "units"])
+def noise_bits(place, key, bits, layer, units, UNITS: tl.constexpr):
     cell, unit = tl.program_id(0).to(tl.int64), tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-    own = _mix(tl.load(place + cell).to(tl.uint32) ^ low.to(tl.uint32))
-    codes = unit.to(tl.uint32) * 0x9E3779B1 + high.to(tl.uint32)
-    found = _mix(_mix(own ^ codes) + more.to(tl.uint32))
+    found = hashed(tl.load(place + cell), unit, key, layer)
     tl.store(bits + cell * units + unit, found.to(tl.int64), mask=unit < units)

@@ -7,9 +7,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from liam_scale.kernels.cuda import negative_binomial, negative_multinomial, sparse
+from liam_scale.kernels.cuda import hidden_layer, negative_binomial, negative_multinomial, noise, sparse
+from liam_scale.kernels.device import hidden_layer as plain_hidden
 from liam_scale.kernels.device import negative_binomial as plain_binomial
 from liam_scale.kernels.device import negative_multinomial as plain_multinomial
+from liam_scale.kernels.device import noise as plain_noise
 from liam_scale.kernels.device import sparse as plain_sparse
 from liam_scale.kernels.gradients import make_targets
 from liam_scale.kernels.options import TILE_BYTES, OutputLayer, SizedLayer
@@ -33,6 +35,8 @@ def run(device: torch.device) -> None:
     _compare("sparse", _encode(sparse, counts), _encode(plain_sparse, counts))
     few = _counts(device, every=FEATURES)
     _compare("sparse", _encode(sparse, few), _encode(plain_sparse, few))
+    _compare("noise", _noise(noise, device), _noise(plain_noise, device), 0.0)
+    _compare("hidden_layer", _hidden(hidden_layer, device), _hidden(plain_hidden, device))
     multinomial, binomial = _multinomial(plain_multinomial, counts), _binomial(plain_binomial, counts)
     for precision, tolerance in TOLERANCE.items():
         found = _multinomial(negative_multinomial, counts, precision)
@@ -70,6 +74,21 @@ def _encode(room: ModuleType, counts: SparseCounts) -> list[Tensor]:
         room.write_gradient(entries, _wave(device, CELLS, HIDDEN), gradient)
         found += [room.product(entries, _wave(device, FEATURES, HIDDEN)), gradient]
     return found
+
+
+def _noise(room: ModuleType, device: torch.device) -> list[Tensor]:
+    """In two halves, as float32 holds no 32 bits."""
+    bits = room.hash_bits(torch.arange(CELLS, device=device), 2**63 + 5, 2**32 - 9, HIDDEN)
+    return [(bits >> 16).float(), (bits & 0xFFFF).float()]
+
+
+@torch.enable_grad()
+def _hidden(room: ModuleType, device: torch.device) -> list[Tensor]:
+    places = torch.arange(CELLS, device=device)
+    parts = [_wave(device, *shape).requires_grad_() for shape in ((CELLS, HIDDEN), (HIDDEN,), (2, HIDDEN))]
+    dropout = plain_noise.Dropout(places, 2**63 + 5, 2**32 - 9, 0.1)
+    hidden = room.evaluate(*parts, places % 2, layer_norm=True, dropout=dropout)
+    return [hidden.detach(), *torch.autograd.grad(hidden, parts, _wave(device, CELLS, HIDDEN))]
 
 
 def _multinomial(room: ModuleType, counts: SparseCounts, precision: Precision = "float32") -> list[Tensor]:

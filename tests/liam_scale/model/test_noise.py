@@ -5,7 +5,9 @@ import pytest
 import scipy.stats
 import torch
 
-from liam_scale.model.noise import Noise, hash_bits
+from liam_scale.kernels.device import noise as plain
+from liam_scale.kernels.device.noise import signed
+from liam_scale.model.noise import Noise, hash_bits, step_key
 
 FROZEN = [[1666083870, 4127905055], [4173138772, 548154276], [82272926, 2469955294]]
 
@@ -78,15 +80,25 @@ def test_bits_are_uniform_and_avalanche() -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_dropout_keeps_its_share_and_the_mean(rate: float) -> None:
     hidden = torch.ones(2000, 128)
-    dropped = noise(cells=2000).dropout(hidden, "rna.encoder", rate)
+    dropout = noise(cells=2000).dropout("rna.encoder", rate)
+    assert dropout is not None
+    dropped = dropout.of(hidden)
     share = (dropped == 0).double().mean().item()
     assert abs(share - rate) < 5 * np.sqrt(rate * (1 - rate) / hidden.numel())
     assert dropped.unique().tolist() == pytest.approx([0.0, 1 / (1 - rate)])
 
 
-def test_no_dropout_returns_its_input() -> None:
-    hidden = torch.ones(3, 4)
-    assert noise(cells=3).dropout(hidden, "z", 0.0) is hidden
+def test_no_dropout_takes_no_hash() -> None:
+    assert noise(cells=3).dropout("z", 0.0) is None
+
+
+@pytest.mark.parametrize("step", [0, 1, 10**6, -1])
+def test_a_key_on_the_device_draws_what_the_number_draws(step: int) -> None:
+    """Where a step is recorded, the host writes its key into a tensor; int64 has no room for 64 bits without a sign."""
+    place, key = torch.tensor([0, 1, 2**31, 2**32 - 1]), step_key(seed=7, step=step)
+    held = torch.tensor(signed(key, 64))
+    for layer in (0, 77, 2**32 - 1):
+        assert torch.equal(plain.hash_bits(place, held, layer, 9), plain.hash_bits(place, key, layer, 9))
 
 
 def test_given_noise_takes_the_place_of_drawn() -> None:

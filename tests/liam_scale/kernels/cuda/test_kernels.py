@@ -1,11 +1,15 @@
 """The Triton kernels against float64, by Triton's interpreter where there is no GPU."""
 
+import zlib
+
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
 
 from liam_scale.kernels import backends
+from liam_scale.kernels.device.noise import Dropout, signed
+from liam_scale.kernels.hidden_layer import hidden_layer
 from liam_scale.kernels.negative_binomial import negative_binomial
 from liam_scale.kernels.negative_multinomial import negative_multinomial
 from liam_scale.kernels.sparse_linear import sparse_linear
@@ -212,5 +216,43 @@ def test_noise_is_that_of_plain_torch_bit_for_bit(units):
     place = torch.tensor([0, 1, 77, 2**31, 2**32 - 1])
     for step in range(4):
         source = {"seed": 5, "step": step, "layer": "rna.dropout"}
-        found = kernels.hash_bits(place, noise.keys_of(**source), units)
+        key, layer = noise.step_key(seed=5, step=step), zlib.crc32(b"rna.dropout")
+        found = kernels.hash_bits(place, key, layer, units)
         assert torch.equal(found, noise.hash_bits(place=place, units=units, **source))
+        held = torch.tensor(signed(key, 64))
+        assert torch.equal(found, kernels.hash_bits(place, held, layer, units))
+
+
+def hidden_results(shape, dtype, impl, **options):
+    """Hidden layer and gradients of product, bias and sample weights."""
+    cells, units = shape
+    parts = [normal(cells, units), normal(units), normal(3, units, seed=4)]
+    linear, bias, sample_weight = (part.to(dtype).requires_grad_() for part in parts)
+    given = {"bias": bias, "sample_weight": sample_weight, "sample": torch.arange(cells) * 7 % 3}
+    found = hidden_layer(linear, **given, impl=impl, **options)
+    found.backward(normal(cells, units, seed=9).to(dtype))
+    return [found.detach(), linear.grad, bias.grad, sample_weight.grad]
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (1, 128), (7, 130), (40, 128), (130, 5)])
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_a_hidden_layer_is_as_close_to_float64_as_the_plain_one_and_drops_the_same_units(shape, layer_norm):
+    dropout = Dropout(torch.arange(shape[0]) + 2**31, 2**63 + 5, 2**32 - 9, 0.3)
+    options = {"layer_norm": layer_norm, "dropout": dropout}
+    truth = hidden_results(shape, torch.float64, "plain", **options)
+    plain = hidden_results(shape, torch.float32, "plain", **options)
+    found = hidden_results(shape, torch.float32, "triton", **options)
+    again = hidden_results(shape, torch.float32, "triton", **options)
+    for t, p, f, g in zip(truth, plain, found, again, strict=True):
+        assert torch.equal(f, g)
+        assert (f - t).norm() <= 1e-6 * t.norm() + (p - t).norm()
+    ones = [hidden_layer(torch.ones(shape), layer_norm=False, dropout=dropout, impl=i) for i in ("plain", "triton")]
+    assert torch.equal(*ones)
+
+
+def test_a_hidden_layer_without_parts_and_a_wide_one_are_the_plain_ones():
+    x = normal(9, 20)
+    assert torch.equal(hidden_layer(x, layer_norm=False, impl="triton"), torch.relu(x))
+    wide = normal(3, 1_100)
+    assert torch.equal(hidden_layer(wide, impl="triton"), hidden_layer(wide, impl="plain"))
+    assert hidden_layer(torch.full((2, 4), torch.nan), impl="triton").isnan().all()
