@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +29,9 @@ from liam_scale.evaluation.cells import (
     read_counts,
     read_embedding,
 )
+from liam_scale.evaluation.conservation import CellCycle, Trajectory, phase_genes
+from liam_scale.evaluation.found import Evaluation, describe, imputation_titles, titles
+from liam_scale.evaluation.imputation import TITLES, impute
 from liam_scale.evaluation.measures import MEASURES, require_extra, score
 from liam_scale.evaluation.scored import NUM_NEIGHBORS, Scored
 from liam_scale.run import RunDirectory, check_maker
@@ -56,10 +59,16 @@ class EvaluateConfig:
     """Obs columns with labels, such as cell types: first the one within which mixing is scored, then others."""
     pairs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
     """Obs columns in which exactly two cells have the same value: the halves of a cell whose modalities were split."""
+    cell_cycle: bool = False
+    """Also how much of the cell cycle is kept within samples (scib); RNA must have gene symbols, of human or mouse."""
+    pseudotime: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
+    """Obs columns with a trajectory's pseudotime, NaN in cells off it: also how much of its order is kept (scib)."""
+    truth: Annotated[str | None, tyro.conf.arg(metavar="STORE")] = None
+    """Store in which the modalities that cells lack here were measured, by cell id: how well --run imputes them."""
     out: Path | None = None
     """Folder for report.html, metrics.csv, umap.png and loss.png. Default: print the table, write nothing."""
     run: Path | None = None
-    """Folder of the run whose history.csv becomes loss.png."""
+    """Folder of the run that made the embedding; its history.csv becomes loss.png."""
     max_cells: Annotated[int, Range(least=3)] = 20_000
     """Score at most so many cells at once, drawn in proportion to samples and labels; memory does not grow with the
     store."""
@@ -83,47 +92,20 @@ class EvaluateConfig:
     """Draw pictures into `out`."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_key", "label_key", "pairs"):
+        for name in ("batch_key", "label_key", "pairs", "pseudotime"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, (getattr(self, name),))
         check_options(self, "--")
         if not (self.batch_key or self.label_key):
             raise ValueError("--batch-key, --label-key: got neither; name at least one obs column to score against")
-        if self.run is not None and self.out is None:
+        if self.run is not None and self.out is None and self.truth is None:
             raise ValueError("--run: got a run but no --out; name the folder for its loss.png")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found.
-
-    Attributes
-    ----------
-    table
-        A row for each measure (its key) and obs column that it is of (column `of`), a column for each embedding (`PCA`
-        for the baseline); the mean where several draws of cells were scored.
-    interval
-        Of the same form: half of the 95 % confidence interval of that mean (Student's t), NaN for a single draw.
-    by_modalities
-        Accuracy of labels predicted from other samples and number of cells, by the modalities that cells have.
-    embeddings
-        Per column of the table (n, d).
-    columns
-        Obs columns of the n scored cells of the first draw, by name, and which modalities each has ("modalities").
-    rows
-        (n,) rows of the scored cells in the store.
-    num_cells
-        Cells of the store.
-    """
-
-    table: pd.DataFrame
-    interval: pd.DataFrame
-    by_modalities: pd.DataFrame
-    embeddings: dict[str, npt.NDArray[np.float32]]
-    columns: dict[str, ObsColumn]
-    rows: npt.NDArray[np.int64]
-    num_cells: int
-    written: tuple[Path, ...] = field(default=())
+        if self.truth is not None and self.run is None:
+            raise ValueError("--truth: got a store but no --run; name the run that imputes")
+        if self.pseudotime and not self.label_key:
+            raise ValueError("--pseudotime: got a column but no --label-key; a trajectory starts at a label")
+        if self.cell_cycle and not self.batch_key:
+            raise ValueError("--cell-cycle: got no --batch-key; it is compared within samples")
 
 
 def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.MuData | None = None) -> Evaluation:
@@ -145,9 +127,12 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
     holder = store if config.embedding_file is None else _embedding_file(config.embedding_file, store)
     if config.run is not None and data is None:
         _check_maker(config, config.run, holder)
-    options = {"--batch-key": config.batch_key, "--label-key": config.label_key}
-    whole = {key: read_column(store, key, option=option) for option, keys in options.items() for key in keys}
+    asked = {"--batch-key": config.batch_key, "--label-key": config.label_key}
+    whole = {key: read_column(store, key, option=option) for option, keys in asked.items() for key in keys}
     pairs = {key: _pairs(store, key) for key in config.pairs}
+    genes = phase_genes(_rna_names(store), store.uri) if config.cell_cycle else None
+    times = {key: _pseudotime(store, key) for key in config.pseudotime}
+    truth = None if config.truth is None else open_store(config.truth)
     limits = {"max_cells": config.max_cells, "num_draws": config.draws, "seed": config.seed}
     draws = draw_cells(store, whole, **limits)
     tables, kept = [], None
@@ -156,12 +141,21 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
         partners = {key: np.asarray(column.codes)[rows] for key, column in pairs.items()}
         embeddings, kinds = _embeddings(store, holder, config, rows)
         codes = {**{key: column.codes for key, column in columns.items()}, **partners}
-        scored = {n: Scored(p, codes, k=config.neighbors, seed=config.seed) for n, p in embeddings.items()}
+        known: dict[str, Any] = {key: Trajectory(t[rows], _first(config, codes)) for key, t in times.items()}
+        if genes is not None:
+            rna = read_counts(store, "rna", modality_places(store, "rna", rows))
+            known["cell_cycle"] = CellCycle(normalised("rna", rna, target_sum=config.target_sum), genes)
+        options: dict[str, Any] = {"k": config.neighbors, "seed": config.seed, "known": known}
+        scored = {n: Scored(p, codes, **options) for n, p in embeddings.items()}
         tables.append(_score(scored, config))
         kept = kept or (_by_modalities(scored, config, kinds), embeddings, {**columns, "modalities": kinds})
     table, interval = _mean_and_interval(tables)
     assert kept is not None
-    found = Evaluation(table, interval, *kept, draws[0], store.schema.num_cells)
+    imputed = None
+    if truth is not None and config.run is not None:
+        directory = RunDirectory(config.run)
+        imputed = impute(directory, store, truth, draws[0], holder=holder, embedding=config.embedding)
+    found = Evaluation(table, interval, *kept, draws[0], store.schema.num_cells, imputed)
     return found if config.out is None else _write(found, config, config.out)
 
 
@@ -175,31 +169,23 @@ def _pairs(store: Store, key: str) -> ObsColumn:
     return column
 
 
-def _titles(found: Evaluation) -> list[str]:
-    """Of each row of the table."""
-    return [f"{MEASURES[str(key)].title}: {of}" for key, of in zip(found.table.index, found.table["of"], strict=True)]
+def _rna_names(store: Store) -> list[str]:
+    if "rna" not in store.schema.modalities:
+        raise ValueError(f"--cell-cycle: {store.uri} has no RNA; leave the option out")
+    return store.feature_names("rna").tolist()
 
 
-def describe(found: Evaluation) -> str:
-    """The tables as text."""
-    names = [name for name in found.table.columns if name != "of"]
-    scored = f"{len(found.rows):,} cells" + (f" of {found.num_cells:,}" if len(found.rows) < found.num_cells else "")
-    keys = [str(key) for key in found.table.index]
-    titles = _titles(found)
-    width = max(map(len, titles))
-    value_width = max(9, *(len(n) for n in names)) + (8 if found.interval[names].notna().any(axis=None) else 0)
-    lines = [f"{scored:<{width}}  " + "  ".join(f"{n:>{value_width}}" for n in names) + "  better"]
-    for i, (title, key) in enumerate(zip(titles, keys, strict=True)):
-        pairs = [(found.table[n].iloc[i], found.interval[n].iloc[i]) for n in names]
-        values = [f"{mean:.3f}" + (f" ± {half:.3f}" if half == half else "") for mean, half in pairs]
-        shown = "  ".join(f"{value:>{value_width}}" for value in values)
-        lines.append(f"{title:<{width}}  {shown}  {MEASURES[key].better}")
-    if len(found.by_modalities) > 1:
-        lines += ["", "label predicted from other samples, by the modalities of the cell"]
-        for kind, row in found.by_modalities.iterrows():
-            shown = "  ".join(f"{row[n]:>{value_width}.3f}" for n in names)
-            lines.append(f"{f'  {kind} ({int(row.cells):,} cells)':<{width}}  {shown}")
-    return "\n".join(lines)
+def _pseudotime(store: Store, key: str) -> npt.NDArray[np.float64]:
+    if key not in store.schema.obs_columns:
+        read_column(store, key, option="--pseudotime")  # says which columns there are
+    values = pd.to_numeric(store.obs_frame()[key], errors="coerce").to_numpy(np.float64)
+    if np.isfinite(values).sum() < 3:
+        raise ValueError(f"--pseudotime: got {key!r}, a number in fewer than 3 cells; name a column of numbers")
+    return values
+
+
+def _first(config: EvaluateConfig, codes: dict[str, npt.NDArray[np.integer]]) -> npt.NDArray[np.integer] | None:
+    return codes[config.batch_key[0]] if config.batch_key else None
 
 
 def _evaluate_and_tell(config: EvaluateConfig) -> None:
@@ -255,6 +241,7 @@ def _score(scored: dict[str, Scored], config: EvaluateConfig) -> pd.DataFrame:
                 covariates=config.batch_key,
                 labels=config.label_key,
                 pairs=config.pairs,
+                pseudotimes=config.pseudotime,
                 most_cost=("none", "quick", "all").index(config.scib),
                 with_published=config.published,
             )
@@ -297,6 +284,9 @@ def _write(found: Evaluation, config: EvaluateConfig, out: Path) -> Evaluation:
     names = list(found.embeddings)
     intervals = found.interval[names].rename(columns=lambda name: f"{name} ±").dropna(axis=1, how="all")
     pd.concat([found.table, intervals], axis=1).to_csv(written[0])
+    if found.imputation is not None:
+        written.append(out / "imputation.csv")
+        found.imputation.to_csv(written[-1])
     if config.plots:
         written.append(_draw_umaps(found, config, out / "umap.png"))
         if config.run is not None:
@@ -308,11 +298,12 @@ def _report(found: Evaluation, config: EvaluateConfig, written: list[Path], path
     """A page with the table, its best values marked, the pictures, and the options of the run and the evaluation."""
     names = list(found.embeddings)
     better = [MEASURES[str(key)].better for key in found.table.index]
-    shown = found.table[names].set_axis(_titles(found)).rename(columns={config.embedding: _shown(config.embedding)})
+    shown = found.table[names].set_axis(titles(found)).rename(columns={config.embedding: _shown(config.embedding)})
     best = report.best_in_rows(shown, better)
     sections = {
         "": [report.text(f"{len(found.rows):,} of {found.num_cells:,} cells of {config.store}")],
         "Measures": [report.table(shown.assign(better=better).rename_axis("measure"), best=best)],
+        "Imputation": _imputation_section(found),
         "Pictures": [report.picture(file, file.stem) for file in written if file.suffix == ".png"],
         "By the modalities of a cell": [report.table(found.by_modalities)] if len(found.by_modalities) > 1 else [],
         "Options of the evaluation": [report.code(to_toml(config))],
@@ -322,6 +313,14 @@ def _report(found: Evaluation, config: EvaluateConfig, written: list[Path], path
     }
     title = f"{config.run.name if config.run is not None else Path(config.store).stem}: {_shown(config.embedding)}"
     return report.write_report(path, title=title, sections=sections)
+
+
+def _imputation_section(found: Evaluation) -> list[str]:
+    if found.imputation is None:
+        return []
+    better = [TITLES[str(key)][1] for key in found.imputation.index]
+    shown = found.imputation.drop(columns=["of", "cells"]).set_axis(imputation_titles(found)).rename_axis("measure")
+    return [report.table(shown, best=report.best_in_rows(shown, better))]
 
 
 def _draw_umaps(found: Evaluation, config: EvaluateConfig, path: Path) -> Path:

@@ -35,7 +35,7 @@ from liam_scale.evaluation.scored import (
 )
 
 Compute = Callable[[Scored, str, str], float]
-"""From the embedding, the name of a covariate (of a measure of pairs: of the column of pairs) and that of a label."""
+"""From the embedding, the name of a covariate (or of the column of pairs or pseudotime) and that of a label."""
 
 _PACKAGES = {
     "sklearn": "scikit-learn",
@@ -52,15 +52,15 @@ _FEWEST_CELLS = 10
 class Measure:
     """One measure: its key in tables, what it says, which direction is better, and how it is computed.
 
-    `of` is what it is computed for, each covariate, each label, or each column of pairs; `needs` the columns of which
-    at least two values must be there; `cost` 0: scikit-learn alone, 1: seconds, most of them JAX, 2: minutes for 20,000
-    cells.
+    `of` is what it is computed for, each covariate, label, or column of pairs or pseudotime; `needs` what must be
+    there, of a column at least two values; `cost` 0: scikit-learn alone, 1: seconds, most of them JAX, 2: minutes for
+    20,000 cells.
     """
 
     key: str
     title: str
     better: str
-    of: Literal["covariate", "label", "pair"]
+    of: Literal["covariate", "label", "pair", "pseudotime"]
     needs: tuple[str, ...]
     cost: int
     is_published: bool
@@ -84,6 +84,7 @@ def score(
     covariates: Sequence[str] = (),
     labels: Sequence[str] = (),
     pairs: Sequence[str] = (),
+    pseudotimes: Sequence[str] = (),
     most_cost: int = 2,
     with_published: bool = False,
 ) -> dict[tuple[str, str], float]:
@@ -92,7 +93,9 @@ def score(
         kind: [name for name in names if len(np.unique(scored.codes[name])) > 1]
         for kind, names in (("covariate", covariates), ("label", labels), ("pair", pairs))
     }
+    columns["pseudotime"] = list(pseudotimes)
     first = {kind: (names[0] if names else "") for kind, names in columns.items()}
+    first["cell_cycle"] = "cell_cycle" if "cell_cycle" in scored.known else ""
     found = {}
     with _quietly():
         for measure in MEASURES.values():
@@ -101,7 +104,7 @@ def score(
             for name in columns[measure.of]:
                 asked = {**first, measure.of: name}
                 if all(asked[kind] for kind in measure.needs):
-                    covariate = name if measure.of == "pair" else asked["covariate"]
+                    covariate = name if measure.of in ("pair", "pseudotime") else asked["covariate"]
                     found[measure.key, name] = float(measure.compute(scored, covariate, asked["label"]))
     return found
 
@@ -110,7 +113,7 @@ def measure(
     title: str,
     better: str,
     *,
-    of: Literal["covariate", "label", "pair"],
+    of: Literal["covariate", "label", "pair", "pseudotime"],
     needs: str = "",
     cost: int = 0,
     is_published: bool = False,
@@ -249,6 +252,16 @@ def pcr(scored: Scored, covariate: str, label: str) -> float:
     from scib_metrics.utils import principal_component_regression
 
     return principal_component_regression(scored.centred.astype(np.float32), scored.codes[covariate], categorical=True)
+
+
+@measure("cell cycle kept (scib)", "higher", of="covariate", needs="cell_cycle")
+def cell_cycle(scored: Scored, covariate: str, label: str) -> float:
+    return scored.known["cell_cycle"].conservation(scored, scored.codes[covariate])
+
+
+@measure("trajectory kept (scib)", "higher", of="pseudotime", needs="label")
+def trajectory(scored: Scored, pseudotime: str, label: str) -> float:
+    return scored.known[pseudotime].conservation(scored, label)
 
 
 @measure("cells of the other half nearer than the partner (FOSCTTM)", "lower", of="pair")

@@ -501,7 +501,12 @@ class TestCommand:
         arguments = [str(store), "--batch-key", "donor", "--label-key", "cell_type", "--scib", "none"]
         arguments += ["--out", str(tmp_path / "out"), "--run", str(tmp_path / "run"), "--max-cells", "300"]
         assert main(arguments) == 0
-        assert {path.name for path in (tmp_path / "out").iterdir()} == {"umap.png", "loss.png", "metrics.csv"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+            "umap.png",
+            "loss.png",
+            "metrics.csv",
+            "report.html",
+        }
         image = matplotlib.image.imread(tmp_path / "out" / "umap.png")
         assert all(has_colour(image, colour) for colour in plots.colours(8))
 
