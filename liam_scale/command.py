@@ -16,7 +16,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, is_dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
@@ -28,6 +27,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from liam_scale.tables import from_table, read_toml, to_toml
 from liam_scale.training.distributed import launched_ranks
 from liam_scale.training.errors import AgreedError
+from loaders.formats.cache import DEFAULT_SIZE, use_cache
 from loaders.formats.damage import Damaged
 
 T = TypeVar("T")
@@ -46,6 +46,10 @@ class Given(Generic[T]):
     """Log more: versions, options, every rank."""
     debug: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Show the traceback of an error."""
+    cache: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Keep what is read of a remote store (s3://, https://) in this folder of a local disk, for all that read it."""
+    cache_size: Annotated[str, tyro.conf.arg(metavar="SIZE")] = DEFAULT_SIZE
+    """Of the cache; what was used longest ago goes first."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Command(Generic[T]):
             if launched_ranks()[0] == 0:
                 sys.stderr.write(said.getvalue())
             raise
+        if given.cache is not None:
+            use_cache(given.cache, given.cache_size)
         return given.options
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
@@ -97,9 +103,10 @@ class Command(Generic[T]):
             _log.debug("%s", to_toml(options))
             self.work(options)
 
-        return run(
-            work, partial(as_typed, kind=self.kind), debug="--debug" in arguments, verbose="--verbose" in arguments
-        )
+        return run(work, self._worded, debug="--debug" in arguments, verbose="--verbose" in arguments)
+
+    def _worded(self, message: str) -> str:
+        return as_typed(as_typed(message, self.kind), Given)
 
 
 def flag_of(key: str) -> str:

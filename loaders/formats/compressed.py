@@ -1,7 +1,7 @@
 """Matrices compressed by row, read by ranges of rows.
 
 HDF5 datasets, Zarr arrays and NumPy arrays are sliced alike, so one class serves all; sharded arrays on a local disk
-are read by our own reader. Each array is opened once.
+or in an object store are read by our own reader. Each array is opened once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.core.sync import sync
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, ObjectStore
 
 from loaders.csr import (
     OUT_OF_RANGE,
@@ -24,10 +24,11 @@ from loaders.csr import (
     inspect_columns,
     sort_rows,
 )
-from loaders.formats.damage import Damaged, DamagedChunk, ReplacedStore
+from loaders.formats.damage import Damaged, DamagedChunk, ReplacedStore, said_by, unreachable
 from loaders.formats.matrix import ENTRY_BYTES, PEEK_ROWS, Prepared, StoredMatrix, once, out_of_range, runs_of
 from loaders.formats.root import reading
 from loaders.formats.sharded import ShardedArray, UnsupportedArray
+from loaders.formats.storage import Folder, Objects
 
 OFFSETS_PER_READ = 1 << 18
 """Row offsets read at a time: they shrink to a quarter at once, so that millions of cells add little memory."""
@@ -93,10 +94,11 @@ def open_entries(array: Any) -> Entries:
     """The fastest way to read an array."""
     backend = array.store_path.store if isinstance(array, zarr.Array) else None
     backend = getattr(backend, "_store", backend)
-    if not isinstance(backend, LocalStore):
-        return SlicedEntries(array, "it is not on a local disk, or not in Zarr")
+    if not isinstance(backend, LocalStore | ObjectStore):
+        return SlicedEntries(array, "it is neither in Zarr on a local disk nor in an object store")
     try:
-        return ShardedArray(backend.root / array.path)
+        is_local = isinstance(backend, LocalStore)
+        return ShardedArray(Folder(backend.root / array.path) if is_local else Objects(backend.store, array.path))
     except UnsupportedArray as reason:
         return SlicedEntries(array, str(reason))
 
@@ -285,7 +287,8 @@ class CompressedRows(StoredMatrix):
             try:
                 self.entries[name].read_into(int(edges[0]), out)
             except Exception as error:  # those of codecs and backends are of every kind
-                raise self.damaged(name, error, start, len(edges) - 1) from error
+                remote = unreachable(f"{self.where}/{name}", error)
+                raise remote or self.damaged(name, error, start, len(edges) - 1) from error
         if not self._is_ours or self.slow_because is None:
             return
         # Zarr reads a file that is missing as zeros, which our stores hold only where a source had them written.
@@ -299,7 +302,7 @@ class CompressedRows(StoredMatrix):
     def damaged(self, name: str, error: Exception, start: int, count: int) -> Damaged:
         """The error of what cannot be read of the rows from `start` on."""
         what, rows = f"rows {start}:{start + count}", (start, start + count)
-        reason = f"{type(error).__name__}: {error}"
+        reason = said_by(error)
         if isinstance(error, DamagedChunk):
             rows = self.offsets().rows_of(*error.entries)
             what, reason = f"chunk {error.chunk}", f"{error} ({error.file})"

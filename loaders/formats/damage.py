@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 
 class Damaged(RuntimeError):
     """An array of a store is not what was written: the one message of all damage that is found while reading.
@@ -32,15 +30,30 @@ class DamagedChunk(Exception):
     chunk
         Its number in the array.
     file
-        The shard that holds it.
+        The name of the shard that holds it.
     entries
         Elements [start, stop) of the array that it holds.
     """
 
-    def __init__(self, message: str, *, chunk: int, file: Path, entries: tuple[int, int]) -> None:
+    def __init__(self, message: str, *, chunk: int, file: str, entries: tuple[int, int]) -> None:
         super().__init__(message)
         self.chunk, self.file, self.entries = chunk, file, entries
 
 
 class ReplacedStore(DamagedChunk):
     """Another store stands where this one did."""
+
+
+def said_by(error: BaseException) -> str:
+    """Type and message of a library's error, without the lines below the first in which obstore shows requests."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def unreachable(where: str, error: BaseException) -> RuntimeError | None:
+    """The error of a remote store that does not answer, where this one of obstore says so."""
+    if not type(error).__module__.startswith("obstore"):
+        return None
+    return RuntimeError(
+        f"{where}: cannot be fetched ({said_by(error)}); see that the server answers and lets you read, then"
+        f" run the same command again"
+    )

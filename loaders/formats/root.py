@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -16,7 +17,8 @@ from zarr.abc.store import Store as ZarrBackend
 from zarr.storage import FsspecStore, LocalStore
 
 from loaders.documents import check_size
-from loaders.formats.damage import Damaged
+from loaders.formats.damage import Damaged, said_by, unreachable
+from loaders.formats.storage import RemoteStore
 
 Address: TypeAlias = str | Path | ZarrBackend | zarr.Group
 """A path, an address, a store object of zarr-python, or an open group."""
@@ -64,10 +66,10 @@ def open_root(
     Parameters
     ----------
     address
-        A path, an address of fsspec (http://, s3://, memory:// ...), a store object of zarr (`zarr.storage.ObjectStore`
-        for obstore) or a group already open.
+        A path, an address of an object store (s3://, gs://, az://, https://, by obstore) or of fsspec (memory:// ...),
+        a store object of zarr or a group already open.
     storage_options
-        Options of fsspec for an address, such as {"anon": True} for a public bucket.
+        Options of obstore for an address, such as {"skip_signature": True} for a public bucket; of fsspec for others.
     mode
         "r" to read, "r+" to write; writing ignores consolidated metadata, which would hide arrays made after it. HDF5
         is only read.
@@ -94,7 +96,7 @@ def open_root(
     except (zarr.errors.GroupNotFoundError, FileNotFoundError, zarr.errors.ContainsArrayError) as error:
         raise not_a_store(describe_address(address), f"nothing that Zarr can open as a group ({error})") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # no JSON, or not of a group
-        what = f"its metadata cannot be read ({type(error).__name__}: {error})"
+        what = f"its metadata cannot be read ({said_by(error)})"
         raise Damaged(describe_address(address), "zarr.json", what) from error
 
 
@@ -106,14 +108,59 @@ def not_a_store(address: str, found: str) -> ValueError:
     )
 
 
+_OBJECT_STORES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "http", "https")
+"""Schemes of addresses that obstore opens; fsspec opens all others."""
+
+_RETRIES = {"max_retries": 8, "retry_timeout": timedelta(seconds=90)}
+_CLIENT = {"connect_timeout": "10 seconds", "timeout": "60 seconds"}
+"""A request that stalls is given up after a minute and tried again, with pauses that grow; then an error names it."""
+
+
 def _remote(address: str | Path, storage_options: Mapping[str, Any], read_only: bool) -> ZarrBackend:
+    scheme = str(address).partition("://")[0]
+    if scheme in _OBJECT_STORES:
+        return _object_store(str(address), storage_options, read_only)
     try:
         return FsspecStore.from_url(str(address), storage_options=dict(storage_options), read_only=read_only)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(
-            f"{address}: got an address whose file system is not installed ({error});"
-            f' install it, for example `pip install "fsspec[http]"` or `pip install s3fs`'
+            f"{address}: got an address whose file system is not installed ({error}); install what fsspec needs for it"
         ) from None
+
+
+def _object_store(address: str, options: Mapping[str, Any], read_only: bool) -> RemoteStore:
+    try:
+        from obstore.store import from_url
+    except ImportError:
+        raise ValueError(f"{address}: got an address of an object store; `pip install obstore` reads it") from None
+    own = dict(options)
+    client = {**_CLIENT, **own.pop("client_options", {})}
+    if "http://" in (address[:7], str(own.get("endpoint", os.environ.get("AWS_ENDPOINT_URL", "")))[:7]):
+        client["allow_http"] = True
+    options = {"client_options": client, "retry_config": _RETRIES, **own}
+    try:
+        store = from_url(address, **options)
+    except Exception as error:  # obstore's own and ValueError
+        raise ValueError(f"{address}: cannot be addressed so ({said_by(error)}); correct it or its options") from None
+    kind = _WebServer if address.startswith("http") else RemoteStore
+    return kind(store, read_only=read_only)
+
+
+class _WebServer(RemoteStore):
+    """A server of files, whose folders fsspec lists by the links on its pages, where it shows any."""
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        from fsspec.implementations.http import HTTPFileSystem
+
+        files = HTTPFileSystem(asynchronous=True, skip_instance_cache=True)
+        session = await files.set_session()
+        try:
+            for entry in await files._ls(f"{self.store.url}/{prefix}".rstrip("/") + "/", detail=False):
+                yield entry.rstrip("/").rpartition("/")[2]
+        except FileNotFoundError:
+            return
+        finally:
+            await session.close()
 
 
 def _check_path(path: Path) -> None:
@@ -171,8 +218,10 @@ def reading(label: str, what: str = "something") -> Iterator[None]:
         is_ours = label in str(error) and isinstance(error, ValueError | RuntimeError)
         if is_ours or getattr(error, "errno", None) not in (None, errno.ENAMETOOLONG):
             raise
+        if remote := unreachable(label, error):
+            raise remote from error
         raise ValueError(
-            f"{label}: got {what} that cannot be read ({type(error).__name__}: {error}); the file is damaged or was"
+            f"{label}: got {what} that cannot be read ({said_by(error)}); the file is damaged or was"
             f" written wrongly: copy it again, or write it again with a current anndata"
         ) from error
 

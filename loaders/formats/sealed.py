@@ -20,7 +20,8 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, WrapperStore
 
 from loaders.formats.damage import Damaged
-from loaders.formats.sharded import identify, verify_chunk
+from loaders.formats.sharded import verify_chunk
+from loaders.formats.storage import identify
 from loaders.schema import sha256_of_json
 
 CODECS = {"compressors": (ZstdCodec(), Crc32cCodec())}

@@ -1,4 +1,4 @@
-"""Our own reader of sharded 1-d Zarr v3 arrays on a local disk: few large reads, decoded straight into their place.
+"""Our own reader of sharded 1-d Zarr v3 arrays: few large reads, decoded straight into their place.
 
 Against zarr-python it saves copies, a thread hop per chunk and the decoding of what is not asked for at both ends of
 a range: 3-4 times the elements per CPU second. Every checksum the array carries is verified.
@@ -23,10 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loaders.formats.damage import DamagedChunk, ReplacedStore
-
-READ_BYTES = 1 << 18
-"""Chunks that lie side by side are read together up to at least this many bytes; more would not stay in the cache
-between reading and decoding."""
+from loaders.formats.storage import File, Folder, Place
 
 MAX_GAP_BYTES = 1 << 16
 """Bytes between two chunks that are read along rather than split a read."""
@@ -59,8 +56,8 @@ class ChunkLayout:
     has_checksum: bool
 
 
-def read_layout(folder: Path) -> ChunkLayout:
-    """Layout of the array in a folder.
+def read_layout(place: Place) -> ChunkLayout:
+    """Layout of the array at a place.
 
     Raises
     ------
@@ -68,9 +65,9 @@ def read_layout(folder: Path) -> ChunkLayout:
         Not a sharded 1-d array of plain numbers whose chunks are raw, blosc or zstd, with or without crc32c.
     """
     try:
-        meta = json.loads((folder / "zarr.json").read_bytes())
+        meta = json.loads(place.content("zarr.json"))
     except (OSError, ValueError):
-        raise UnsupportedArray("it is not a Zarr v3 array on a local disk") from None
+        raise UnsupportedArray("it is not a Zarr v3 array") from None
     if meta.get("node_type") != "array" or len(meta["shape"]) != 1:
         raise UnsupportedArray("it is not a one-dimensional array")
     if len(meta["codecs"]) != 1 or meta["codecs"][0]["name"] != "sharding_indexed":
@@ -111,35 +108,13 @@ def _chunk_codecs(codecs: list[dict[str, Any]]) -> tuple[str | None, bool]:
     return (middle[0] if middle else None), has_checksum
 
 
-class _File:
-    """An open shard; closed when nobody reads it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-    def read(self, offset: int, into: npt.NDArray[np.uint8]) -> int:
-        """Fill an array; returns the bytes read, fewer only at the end of the file."""
-        view, done = into.data, 0
-        while done < len(view):
-            count = os.preadv(self.fd, [view[done:]], offset + done)
-            if count == 0:
-                break
-            done += count
-        return done
-
-
 class ShardedArray:
-    """A sharded 1-d array on a local disk. May be read from several threads at once.
+    """A sharded 1-d array. May be read from several threads at once.
 
     Parameters
     ----------
-    folder
-        Folder with the array's `zarr.json`.
+    place
+        Where the array's `zarr.json` and its shards stand; a path is a folder on a local disk.
 
     Raises
     ------
@@ -149,15 +124,15 @@ class ShardedArray:
 
     slow_because: str | None = None
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, place: str | Path | Place) -> None:
+        self._place: Place = Folder(place) if isinstance(place, str | Path) else place
         if not hasattr(os, "preadv"):
             raise UnsupportedArray("this system cannot read at an offset (preadv)")
-        self.layout = read_layout(self.folder)
+        self.layout = read_layout(self._place)
         self.dtype, self.length, self.has_checksum = self.layout.dtype, self.layout.length, self.layout.has_checksum
-        self._identity = identify(self.folder)
+        self._identity = self._place.identity()
         self._lock = threading.Lock()
-        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._files: OrderedDict[int, File] = OrderedDict()
         self._indexes: dict[int, npt.NDArray[np.uint64]] = {}
         self._scratch = threading.local()
 
@@ -196,7 +171,7 @@ class ShardedArray:
                 chunk += 1
                 continue
             high, after = low + size, chunk + 1
-            while after < end and high - low < READ_BYTES:
+            while after < end and high - low < self._place.read_bytes:
                 offset, size = extents[after - first]
                 if size == ABSENT or not high <= offset <= high + MAX_GAP_BYTES:
                     break
@@ -258,20 +233,20 @@ class ShardedArray:
         begin = chunk * self.layout.chunk
         out[max(start, begin) - start : begin + self.layout.chunk - start] = 0
 
-    def _open(self, shard: int, chunk: int) -> tuple[_File, npt.NDArray[np.uint64]]:
+    def _open(self, shard: int, chunk: int) -> tuple[File, npt.NDArray[np.uint64]]:
         """File and index of a shard that is to be read for a chunk."""
         with self._lock:
             file = self._files.get(shard)
             if file is None:
-                path = self._file(shard)
                 try:
-                    file = _File(path)
+                    file = self._place.open(self._name(shard))
                     # After the opening: a folder that took the place of this one in between is then seen.
-                    if identify(self.folder) != self._identity:
+                    if self._place.identity() != self._identity:
                         what = "another store has taken the place of this one; start again"
                         raise self._damaged(chunk, what, ReplacedStore)
                 except OSError as error:
-                    raise self._damaged(chunk, f"its file {path.name} cannot be opened: {error.strerror}") from error
+                    what = f"its file {shard} cannot be opened: {error.strerror or 'it is not there'}"
+                    raise self._damaged(chunk, what) from error
                 self._files[shard] = file
                 if len(self._files) > OPEN_FILES:
                     self._files.popitem(last=False)
@@ -281,11 +256,11 @@ class ShardedArray:
                 index = self._indexes[shard] = self._read_index(file, chunk)
             return file, index
 
-    def _read_index(self, file: _File, chunk: int) -> npt.NDArray[np.uint64]:
+    def _read_index(self, file: File, chunk: int) -> npt.NDArray[np.uint64]:
         layout = self.layout
         size = 16 * layout.chunks_per_shard + 4 * layout.has_index_checksum
         raw = np.empty(size, np.uint8)
-        begin = os.fstat(file.fd).st_size - size if layout.index_at_end else 0
+        begin = file.size - size if layout.index_at_end else 0
         if begin < 0 or file.read(begin, raw) != size:
             raise self._damaged(chunk, "its file is shorter than the index of its shard")
         if layout.has_index_checksum:
@@ -306,23 +281,16 @@ class ShardedArray:
     def _damaged(self, chunk: int, what: str, kind: type[DamagedChunk] = DamagedChunk) -> DamagedChunk:
         length = self.layout.chunk
         entries = chunk * length, min(self.layout.length, (chunk + 1) * length)
-        return kind(what, chunk=chunk, file=self._file(chunk // self.layout.chunks_per_shard), entries=entries)
+        return kind(
+            what, chunk=chunk, file=self._place.name(self._name(chunk // self.layout.chunks_per_shard)), entries=entries
+        )
 
-    def _file(self, shard: int) -> Path:
-        return self.folder / self.layout.separator.join(("c", str(shard)))
+    def _name(self, shard: int) -> str:
+        return self.layout.separator.join(("c", str(shard)))
 
     def first_missing(self, start: int, stop: int) -> str | None:
         """None: a file that is missing is an error when it is read."""
         return None
-
-
-def identify(folder: Path) -> tuple[int, int]:
-    """What tells a folder from another that takes its place; zeros where there is none."""
-    try:
-        status = folder.stat()
-    except OSError:
-        return 0, 0
-    return status.st_dev, status.st_ino
 
 
 def verify_chunk(packed: npt.NDArray[np.uint8]) -> str | None:

@@ -14,9 +14,10 @@ import mudata
 import numpy as np
 import scipy.sparse
 import zarr
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, ObjectStore
 
 from loaders.ecosystem import plain_mudata
+from loaders.formats.cache import the_cache
 from loaders.formats.damage import Damaged
 from loaders.formats.elements import CompressedColumns
 from loaders.formats.root import Address, describe_address, is_soma, not_a_store, open_root, reading
@@ -65,7 +66,7 @@ def open_store(
         Layer that holds the counts ("counts", or "raw" for AnnData's raw) instead of X; of TileDB-SOMA the X layer,
         default the only one, or the first of counts, raw and data. Not for this package's own stores.
     storage_options
-        Options of fsspec for a remote address.
+        Of a remote address; see `loaders.formats.root.open_root`.
     obs_filter, measurements, tiledb_config
         Of TileDB-SOMA; see `SomaExperiment`.
 
@@ -102,10 +103,13 @@ def _open_root(
     if attributes.get("encoding-type") == ANNBATCH:
         parts = [_open_root(part, None, modality=modality, layer=layer) for part in _datasets(root)]
         return ChainedStore(parts, is_shuffled=True)
-    if isinstance(root, zarr.Group) and not isinstance(root.store, LocalStore):
+    if isinstance(root, zarr.Group) and isinstance(root.store, ObjectStore):
+        if the_cache() is None:
+            _log.info("%s is read over the network in every epoch; cache='DIR' keeps it on a local disk", label)
+    elif isinstance(root, zarr.Group) and not isinstance(root.store, LocalStore):
         _log.info(
-            "%s is read through zarr-python, as it is not on a local disk: slower than a local copy (every chunk is a"
-            " request); copy it, or give the loader more memory so that reads are longer",
+            "%s is read through zarr-python, as it is neither on a local disk nor in an object store: every chunk is a"
+            " request; copy it, or give the loader more memory so that reads are longer",
             label,
         )
     if SCHEMA_KEY in attributes:
