@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from liam_scale.config import TrainConfig
-from liam_scale.model import Liam, ModelData
+from liam_scale.kernels.precision import check_precision
+from liam_scale.model import Liam, ModelData, check_ranks
 from liam_scale.resume import changed_options
 from liam_scale.run import Ending, RunDirectory, RunRecord
 from liam_scale.samples import sample_codes
@@ -26,6 +27,7 @@ from liam_scale.training.distributed import World
 from liam_scale.training.history import History, Row
 from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
 from liam_scale.training.protocols import MinibatchSource
+from liam_scale.training.recorded import check_graph, lacks_graph
 from liam_scale.training.skipping import SkippingSource, lost_rows
 from liam_scale.training.soundness import NotFinite, Setback
 from liam_scale.training.trainer import Outcome, Trainer
@@ -46,6 +48,22 @@ END = tuple(
 
 RECORDED = ("device", "model", "optim", "loader", "training")
 """Sections of which a change is recorded."""
+
+
+def check_world(config: TrainConfig, world: World) -> None:
+    """Refuse what this device and so many ranks cannot do, before anything is touched.
+
+    Raises
+    ------
+    ValueError
+        Says what to use instead.
+    """
+    model = config.model
+    check_precision(model.precision, impl=model.impl, device=world.device)
+    check_ranks(model, world.size)
+    has_batch_norm = model.use_batch_norm_encoder or model.use_batch_norm_decoder
+    told = {"couples_cells": model.likelihood == "original", "has_batch_norm": has_batch_norm}
+    check_graph(config.training.graph, lacks_graph(world.device, num_ranks=world.size, **told))
 
 
 def fit_part(directory: RunDirectory, config: TrainConfig, store: Store, world: World) -> Outcome:

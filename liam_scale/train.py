@@ -10,9 +10,8 @@ from liam_scale.command import Command
 from liam_scale.config import TrainConfig
 from liam_scale.contents import contents_of
 from liam_scale.estimate import describe_plan
-from liam_scale.fitting import fit_part
-from liam_scale.kernels.precision import check_precision
-from liam_scale.model import ModelConfig, check_ranks
+from liam_scale.fitting import check_world, fit_part
+from liam_scale.model import ModelConfig
 from liam_scale.resume import labels_of, resolved, settle
 from liam_scale.run import RunDirectory, open_stores, record_of
 from liam_scale.samples import model_data
@@ -53,8 +52,7 @@ def train(config: TrainConfig, store: Store | None = None) -> tuple[RunDirectory
             print(describe_plan(settled, store, models))
         return directory, None
     with join_world(config.device, timeout_seconds=config.training.timeout_seconds) as world, ExitStack() as stack:
-        check_precision(config.model.precision, impl=config.model.impl, device=world.device)
-        check_ranks(config.model, world.size)
+        check_world(config, world)
 
         def begin() -> TrainConfig:
             """The effective options; the folder of the run is there, and locked until the stack ends."""

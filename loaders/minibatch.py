@@ -41,6 +41,8 @@ class SparseCounts:
     feature_indptr, cells, feature_values
         The transpose: (F + 1,) int32, (N,) int32 cell of each entry (ascending within a feature), (N,) as values.
         None where it was not asked for.
+    is_padded
+        The last cell is none: to it belong entries of value 0, which fill memory of a fixed size.
     """
 
     indptr: Tensor
@@ -50,6 +52,7 @@ class SparseCounts:
     feature_indptr: Tensor | None = None
     cells: Tensor | None = None
     feature_values: Tensor | None = None
+    is_padded: bool = False
 
     @property
     def num_cells(self) -> int:
@@ -153,6 +156,8 @@ class Minibatch:
         Further obs columns as (B,) int64 codes (-1: missing).
     lost
         Rows of the store, cells of this rank's share that stand in damaged chunks and were left out; see `Loader`.
+    counted
+        (B,) bool: which are cells, where others pad the minibatch to a fixed size and count nowhere; None: all.
     """
 
     counts: Mapping[str, SparseCounts]
@@ -165,6 +170,7 @@ class Minibatch:
     step: int = 0
     obs: Mapping[str, Tensor] = field(default_factory=dict)
     lost: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    counted: Tensor | None = None
 
     @property
     def num_cells(self) -> int:
@@ -189,6 +195,7 @@ class Minibatch:
             place=function(self.place),
             rows=function(self.rows),
             obs={name: function(codes) for name, codes in self.obs.items()},
+            counted=None if self.counted is None else function(self.counted),
         )
 
     def to(self, device: torch.device | str) -> Minibatch:

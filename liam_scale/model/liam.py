@@ -181,7 +181,7 @@ class Liam(nn.Module):
         minibatch: Minibatch,
         inference: Inference,
         *,
-        cell_weight: float = 1.0,
+        cell_weight: float | Tensor = 1.0,
         num_global_with: Mapping[str, int | Tensor] | None = None,
     ) -> CellTerms:
         """Every term of the objective for every cell; see `objective.CellTerms`."""
@@ -210,7 +210,11 @@ class Liam(nn.Module):
         adversarial = None
         if self.adversary is not None:
             adversarial = sample_cross_entropy(self.adversary(reverse_gradient(inference.z), sample), sample)
-        return CellTerms(reconstruction, kl_libraries, kl_latent(inference.latent), adversarial, masks, kernel_losses)
+        kl_z = kl_latent(inference.latent)
+        if minibatch.counted is not None:
+            kl_z = kl_z * minibatch.counted
+            adversarial = None if adversarial is None else adversarial * minibatch.counted
+        return CellTerms(reconstruction, kl_libraries, kl_z, adversarial, masks, kernel_losses)
 
     def library_prior(self, name: str) -> tuple[Tensor, Tensor]:
         """(S,) mean and (S,) variance of the log total of a modality."""
@@ -222,10 +226,11 @@ class Liam(nn.Module):
         *,
         step: int,
         seed: int,
-        kl_weight: float,
-        cell_weight: float,
+        kl_weight: float | Tensor,
+        cell_weight: float | Tensor,
         num_global_with: Mapping[str, int | Tensor] | None = None,
         noise: Mapping[str, Tensor] | None = None,
+        noise_key: Tensor | None = None,
     ) -> Objective:
         """Objective of the local cells of a minibatch.
 
@@ -244,13 +249,15 @@ class Liam(nn.Module):
             (`num_cells_with`, summed over ranks). None: this rank holds the whole minibatch.
         noise
             Normal noise to use instead of drawn: `z` (B, L), `<modality>.library` (B, 1).
+        noise_key
+            Key of the noise on the device, in the place of step and seed; see `model.noise.Noise`.
 
         Returns
         -------
         Objective
             Differentiable loss and detached terms, both over local cells.
         """
-        source = Noise(seed=seed, step=step, place=minibatch.place, given=noise or {})
+        source = Noise(seed=seed, step=step, place=minibatch.place, given=noise or {}, key=noise_key)
         inference = self.infer(minibatch, source)
         terms = self.cell_terms(minibatch, inference, cell_weight=cell_weight, num_global_with=num_global_with)
         assert self.config.alpha is not None

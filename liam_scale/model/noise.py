@@ -17,13 +17,7 @@ import torch
 from torch import Tensor
 
 from liam_scale.kernels.backends import backend_of
-from liam_scale.kernels.device.noise import Dropout, mix64
-
-
-def step_key(*, seed: int, step: int) -> int:
-    """Key of 64 bits, by which the noise of a step differs from that of all others."""
-    mask = 0xFFFFFFFFFFFFFFFF
-    return mix64(mix64(seed & mask) ^ (step & mask))
+from liam_scale.kernels.device.noise import Dropout, step_key
 
 
 def hash_bits(*, seed: int, step: int, place: Tensor, layer: str, units: int) -> Tensor:
@@ -67,16 +61,19 @@ class Noise:
         (B,) int64 place of each cell in the global minibatch.
     given
         Normal noise to use instead of drawn, by layer: (B, U). For comparisons with other implementations.
+    key
+        () int64 on the device, `step_key` of seed and step, in their place: for a step that is recorded.
     """
 
     seed: int
     step: int
     place: Tensor
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    key: Tensor | None = None
 
     @cached_property
     def _key(self) -> int | Tensor:
-        return step_key(seed=self.seed, step=self.step)
+        return step_key(seed=self.seed, step=self.step) if self.key is None else self.key
 
     def normal(self, layer: str, units: int, *, dtype: torch.dtype) -> Tensor:
         """(B, units) standard normal, by Box and Muller: the radius reaches 6.76, and no value is infinite."""

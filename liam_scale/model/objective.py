@@ -84,7 +84,7 @@ class CellTerms:
                 terms[f"kl_divergence_l_{name}"] = self.kl_library[name] * mask
         return terms if self.adversarial is None else terms | {"adversarial_loss": self.adversarial}
 
-    def objective(self, *, kl_weight: float, alpha: float, cell_weight: float) -> Objective:
+    def objective(self, *, kl_weight: float | Tensor, alpha: float, cell_weight: float | Tensor) -> Objective:
         """Weigh and sum over cells."""
         sums = {name: values.sum() for name, values in self.by_name().items()}
         weighted = (kl_weight * self.kl_z).sum()

@@ -22,9 +22,11 @@ from liam_scale.training.optim import KLSchedule, load_optimizer_tensors, optimi
 from liam_scale.training.options import TrainingConfig
 from liam_scale.training.progress import LossProgress
 from liam_scale.training.protocols import ByCell, MinibatchSource
+from liam_scale.training.recorded import as_recorded
 from liam_scale.training.shared_reduction import reduce_through_shared_memory
 from liam_scale.training.signals import INTERRUPT, StopRequest
 from liam_scale.training.soundness import NotFinite, Setback, Soundness, not_finite
+from liam_scale.training.update import Given, Update
 from loaders.minibatch import Minibatch
 
 STEPS_BETWEEN_AGREEMENTS = 10
@@ -112,6 +114,8 @@ class Trainer:
             options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
             self._module = DistributedDataParallel(model, device_ids=devices, **options)
             reduce_through_shared_memory(self._module, world)
+        update = Update(self._module, optimizer, self._soundness, self._give_up)
+        self._update = as_recorded(update, config.graph, world, couples_cells=couples_cells)
         self.max_steps = max_epochs * train.steps_per_epoch
         if config.max_steps is not None:
             self.max_steps = min(self.max_steps, config.max_steps)
@@ -224,21 +228,14 @@ class Trainer:
         minibatch = minibatch.to(self.world.device)
         self.at.epoch = minibatch.epoch
         cell_weight = self.world.size / minibatch.num_global
-        objective = self._module(
-            minibatch,
+        given = Given(
             step=self.at.global_step,
             seed=self._noise_seed(self.at.global_step),
             kl_weight=self.kl(self.at.epoch, self.at.global_step),
             cell_weight=cell_weight,
             num_global_with=self._cells_with(minibatch),
         )
-        self._soundness.spread(objective.loss).backward()
-        self._soundness.judge()
-        if self.world.device.type == "cpu" and self._soundness.is_broken:
-            gradients = {f"gradient of {n}": p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-            self._give_up(*(not_finite({"loss": objective.loss, **objective.terms}) or not_finite(gradients)[:1]))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        objective = self._update(minibatch, given)
         loss = objective.loss.detach() / cell_weight
         self._meter.add({"train_loss": loss, **objective.terms}, cells=minibatch.num_global)
         self.at.global_step += 1

@@ -79,9 +79,10 @@ def dense_counts(counts: SparseCounts) -> DenseCounts:
         return _made[counts.indices][1]
     rows, columns = _padded(counts)
     dense = torch.zeros(rows, columns, dtype=_dtype(counts), device=counts.values.device)
+    # entries of padding are zeros, which stand there already
     launch(
         scatter_counts,
-        (counts.num_cells, PARTS),
+        (counts.num_cells - counts.is_padded, PARTS),
         (counts.indptr, counts.indices, counts.values, dense, columns),
         ENTRIES=ENTRIES_AT_ONCE,
     )

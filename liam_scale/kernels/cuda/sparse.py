@@ -78,9 +78,11 @@ def product(entries: Entries, weight: Tensor) -> Tensor:
     if not entries.is_dense:
         counts = entries.counts
         partial = weight.new_empty(GATHER_PARTS, counts.num_cells, outputs)
+        if counts.is_padded:
+            partial[:, -1].zero_()
         launch(
             gather_product,
-            (counts.num_cells, GATHER_PARTS),
+            (counts.num_cells - counts.is_padded, GATHER_PARTS),
             (counts.indptr, counts.indices, counts.values, weight, partial, counts.num_cells),
             ROWS=GATHER_ROWS,
             **constants,

@@ -28,6 +28,11 @@ def mix64(value: Any) -> Any:
     return value ^ _shifted(value, 31)
 
 
+def step_key(*, seed: int, step: int) -> int:
+    """Key of 64 bits, by which the noise of a step differs from that of all others."""
+    return mix64(mix64(seed & _MASK64) ^ (step & _MASK64))
+
+
 def _wrapped(value: Any) -> Any:
     return value if isinstance(value, Tensor) else value & _MASK64
 

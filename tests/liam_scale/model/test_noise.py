@@ -6,8 +6,8 @@ import scipy.stats
 import torch
 
 from liam_scale.kernels.device import noise as plain
-from liam_scale.kernels.device.noise import signed
-from liam_scale.model.noise import Noise, hash_bits, step_key
+from liam_scale.kernels.device.noise import signed, step_key
+from liam_scale.model.noise import Noise, hash_bits
 
 FROZEN = [[1666083870, 4127905055], [4173138772, 548154276], [82272926, 2469955294]]
 

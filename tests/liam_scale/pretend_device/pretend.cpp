@@ -1,7 +1,8 @@
 // A pretend accelerator for tests. Its memory is the host's and its operators are those of the CPU, but it keeps devices
 // apart as CUDA does, and notes what a GPU would be slow at: launches, waits for the device, copies of pageable memory.
 // A copy of pinned memory on a side stream runs only when somebody waits for its event, and fresh memory is full of
-// NaN, so that a result that was not waited for is seen to be wrong.
+// NaN, so that a result that was not waited for is seen to be wrong. Launches can be recorded and replayed, as graphs of
+// CUDA are.
 #include <ATen/ATen.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/SparseCsrTensorImpl.h>
@@ -18,6 +19,7 @@
 
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <set>
@@ -37,8 +39,11 @@ void note(Tally& tally, const std::string& what, long by = 1) {
   tally[what] += by;
 }
 
+bool is_recording = false;
+
 void wait_for_device(const std::string& what) {
   note(waits, what);
+  TORCH_CHECK(!is_recording, "pretend device: the host waits for the device in ", what, " while a step is recorded");
   TORCH_CHECK(!refuses_waits, "pretend device: the host waits for the device in ", what);
 }
 
@@ -186,6 +191,67 @@ at::Tensor on_device(const at::Tensor& tensor) {
   return result;
 }
 
+// A recording: launches in their order, each on the memory that it had. Recording computes nothing: what launches
+// wrote meanwhile is put back, and what they made is poisoned.
+
+struct Recording {
+  struct Saved {
+    at::Tensor keeps;
+    char* memory;
+    std::string bytes;
+  };
+  std::vector<std::function<void()>> launches;
+  std::map<char*, Saved> before;
+  std::vector<at::Tensor> made;
+
+  void save(const at::Tensor& written) {
+    auto* memory = static_cast<char*>(written.storage().mutable_data());
+    if (memory && !before.count(memory))
+      before[memory] = {written, memory, std::string(memory, written.storage().nbytes())};
+  }
+  void end() {
+    for (auto& tensor : made) std::memset(tensor.data_ptr(), 0xFF, tensor.nbytes());
+    for (auto& [_, saved] : before) std::memcpy(saved.memory, saved.bytes.data(), saved.bytes.size());
+    before.clear(), made.clear();
+  }
+  void replay() const {
+    note(::launches, "replay");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (const auto& launch : launches) launch();
+  }
+};
+std::shared_ptr<Recording> recording;
+
+void each_tensor(const c10::IValue& value, const std::function<void(const at::Tensor&)>& look);
+
+void record_launch(
+    const c10::OperatorHandle& op, const std::vector<c10::IValue>& given, std::vector<c10::IValue> host,
+    const std::vector<c10::IValue>& results) {
+  std::set<void*> inputs;
+  for (size_t i = 0; i < host.size(); i++) {
+    // a number on the host is taken as it is now
+    if (given[i].isTensor() && given[i].toTensor().defined() && given[i].toTensor().is_cpu())
+      host[i] = given[i].toTensor().clone();
+    each_tensor(given[i], [&](const at::Tensor& tensor) { inputs.insert(tensor.storage().mutable_data()); });
+  }
+  std::vector<at::Tensor> kept;
+  for (const auto& result : results)
+    each_tensor(result, [&](const at::Tensor& tensor) {
+      kept.push_back(tensor);
+      if (tensor.numel() && !inputs.count(tensor.storage().mutable_data())) recording->made.push_back(tensor);
+    });
+  recording->launches.push_back([op, host, kept] {
+    torch::jit::Stack stack(host);
+    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack);
+    size_t place = 0;
+    for (const auto& result : stack)
+      each_tensor(result, [&](const at::Tensor& found) {
+        const auto& into = kept[place++];
+        if (found.numel() && found.data_ptr() != into.data_ptr()) into.copy_(found);
+      });
+  });
+}
+
 c10::IValue map_tensors(const c10::IValue& value, at::Tensor (*change)(const at::Tensor&)) {
   if (value.isTensor()) return change(value.toTensor());
   if (value.isTensorList()) {
@@ -276,7 +342,14 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       stack->push_back(given[i].isDevice() ? c10::IValue(c10::Device(c10::kCPU)) : map_tensors(given[i], &on_host));
     }
   }
+  const std::vector<c10::IValue> host(stack->end() - count, stack->end());
+  for (size_t i = 0; recording && i < count; i++) {
+    const auto* alias = schema.arguments()[i].alias_info();
+    if (alias && alias->isWrite())
+      each_tensor(given[i], [](const at::Tensor& tensor) { recording->save(tensor); });
+  }
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  if (recording) record_launch(op, given, host, {stack->end() - schema.returns().size(), stack->end()});
   for (auto& [kept, grown] : to_resize)
     if (grown.numel() > 0) {
       auto memory = on_device(grown);
@@ -317,8 +390,13 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
   const auto host = up ? from : to;
   const bool has_pinned = (up || down) && is_pinned(host.data_ptr());
   at::AutoDispatchBelowADInplaceOrView guard;
+  TORCH_CHECK(!recording || (!up && !down), "pretend device: a copy from or to the host while a step is recorded");
   if (!up && !down) {
     note(launches, "aten::copy_");
+    if (recording) {
+      recording->save(to);
+      recording->launches.push_back([from, to] { on_host(to).copy_(on_host(from)); });
+    }
   } else if (from.numel() > 0) {
     note(copies, has_pinned ? "pinned" : "pageable", from.nbytes());
     note(copies, std::string(up ? "to" : "from") + " the device");
@@ -372,7 +450,12 @@ at::Tensor multiply_csr(const at::Tensor& sparse, const at::Tensor& dense) {
   auto* csr = static_cast<at::SparseCsrTensorImpl*>(sparse.unsafeGetTensorImpl());
   const auto host = at::_sparse_csr_tensor_unsafe(
       on_host(csr->compressed_indices()), on_host(csr->plain_indices()), on_host(csr->values()), sparse.sizes());
-  return on_device(at::mm(host, on_host(dense)));
+  const auto table = on_host(dense), product = at::mm(host, table);
+  if (recording) {
+    recording->made.push_back(product);
+    recording->launches.push_back([host, table, product] { product.copy_(at::mm(host, table)); });
+  }
+  return on_device(product);
 }
 
 void record_stream(at::Tensor&, c10::Stream) {}
@@ -408,6 +491,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forget", [] {
     std::lock_guard<std::mutex> lock(mutex_);
     launches.clear(), waits.clear(), mixed.clear(), copies.clear();
+  });
+  py::class_<Recording, std::shared_ptr<Recording>>(m, "Recording")
+      .def("replay", &Recording::replay)
+      .def_property_readonly("num_launches", [](const Recording& own) { return own.launches.size(); });
+  m.def("begin_recording", [] { recording = std::make_shared<Recording>(), is_recording = true; });
+  m.def("end_recording", [] {
+    is_recording = false, recording->end();
+    return std::exchange(recording, nullptr);
   });
   m.def("refuse_waits", [](bool refuses) { refuses_waits = refuses; });
 }

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils import cpp_extension
@@ -18,6 +19,30 @@ _extension = cpp_extension.load(
     name="liam_scale_pretend", sources=[str(Path(__file__).with_name("pretend.cpp"))], extra_cflags=["-O1", "-w"]
 )
 torch.utils.rename_privateuse1_backend("pretend")
+
+
+class Graph:
+    """As `torch.cuda.CUDAGraph`: what is launched while it is recorded, none of which is computed before a replay."""
+
+    recording: Any = None
+
+    @property
+    def num_launches(self) -> int:
+        return self.recording.num_launches
+
+    def replay(self) -> None:
+        self.recording.replay()
+
+
+@contextmanager
+def recording(graph: Graph) -> Iterator[None]:
+    """As `torch.cuda.graph`."""
+    _extension.begin_recording()
+    try:
+        yield
+    finally:
+        graph.recording = _extension.end_recording()
+
 
 _module = types.ModuleType("torch.pretend")
 vars(_module).update(
@@ -33,6 +58,8 @@ vars(_module).update(
     Stream=lambda device=None: torch.Stream(device=device or "pretend"),
     Event=lambda: torch.Event(device="pretend"),
     stream=lambda stream: stream,
+    CUDAGraph=Graph,
+    graph=recording,
 )
 torch._register_device_module("pretend", _module)
 torch.utils.generate_methods_for_privateuse1_backend()

@@ -8,7 +8,7 @@ import scipy.sparse
 import torch
 
 from liam_scale.kernels import backends
-from liam_scale.kernels.device.noise import Dropout, signed
+from liam_scale.kernels.device.noise import Dropout, signed, step_key
 from liam_scale.kernels.hidden_layer import hidden_layer
 from liam_scale.kernels.negative_binomial import negative_binomial
 from liam_scale.kernels.negative_multinomial import negative_multinomial
@@ -216,7 +216,7 @@ def test_noise_is_that_of_plain_torch_bit_for_bit(units):
     place = torch.tensor([0, 1, 77, 2**31, 2**32 - 1])
     for step in range(4):
         source = {"seed": 5, "step": step, "layer": "rna.dropout"}
-        key, layer = noise.step_key(seed=5, step=step), zlib.crc32(b"rna.dropout")
+        key, layer = step_key(seed=5, step=step), zlib.crc32(b"rna.dropout")
         found = kernels.hash_bits(place, key, layer, units)
         assert torch.equal(found, noise.hash_bits(place=place, units=units, **source))
         held = torch.tensor(signed(key, 64))

@@ -1,44 +1,16 @@
 """A training step on the pretend device: numbers of the CPU, no wait for the device, no copy of pageable memory."""
 
-from dataclasses import replace
-
 import pretend
 import pytest
-import scipy.sparse
 import torch
+from small import as_stored, make_model, minibatch
 
 from liam_scale.kernels import options as kernel_options
-from liam_scale.model import Liam, ModelConfig, ModelData, logistic_normal_mean
+from liam_scale.model import logistic_normal_mean
 from liam_scale.training.distributed import World
 from liam_scale.training.history import Meter
 from liam_scale.training.optim import OptimConfig, build_optimizer
 from liam_scale.training.soundness import Soundness
-from loaders.minibatch import Minibatch, SparseCounts
-
-FEATURES = {"rna": 60, "atac": 150, "adt": 7}
-
-
-def minibatch(num_cells: int, modalities: tuple[str, ...], *, transpose: bool, density: float = 0.2) -> Minibatch:
-    counts = {}
-    for seed, name in enumerate(modalities):
-        matrix = scipy.sparse.random(num_cells, FEATURES[name], density, random_state=seed, format="csr")
-        matrix.data = (matrix.data * 5 + 1).round()
-        counts[name] = SparseCounts.from_scipy(matrix, transpose=transpose)
-        counts[name] = counts[name].map_tensors(lambda t: t.float() if t.is_floating_point() else t)
-    places = torch.arange(num_cells)
-    present = {name: c.totals() > 0 for name, c in counts.items()}
-    return Minibatch(counts, present, places % 3, places, places, num_cells)
-
-
-def make_model(modalities: tuple[str, ...], **options: object) -> Liam:
-    data = ModelData(
-        num_features={name: FEATURES[name] for name in modalities},
-        samples=("a", "b", "c"),
-        prior_mean=dict.fromkeys(modalities, (3.0,) * 3),
-        prior_variance=dict.fromkeys(modalities, (0.3,) * 3),
-    )
-    return Liam(ModelConfig(modalities=modalities, n_hidden=16, n_latent=4, **options), data)
-
 
 CASES = {
     "as a rule": {},
@@ -93,11 +65,6 @@ def test_a_step_is_that_of_the_cpu_and_never_waits(case: str, monkeypatch: pytes
         torch.testing.assert_close(gradients[name].cpu(), parameter.grad, rtol=1e-5, atol=atol, msg=name)
     for name, term in expected.terms.items():
         torch.testing.assert_close(found.terms[name].cpu(), term, rtol=1e-5, atol=1e-4)
-
-
-def as_stored(cells: Minibatch, dtype: torch.dtype) -> Minibatch:
-    counts = {name: replace(c, values=c.values.to(dtype)) for name, c in cells.counts.items()}
-    return replace(cells, counts=counts)
 
 
 def test_the_latent_space_and_its_mean_are_those_of_the_cpu() -> None:
