@@ -189,9 +189,10 @@ class _Scores:
         found = {key: float(np.nanmean(np.concatenate(values))) for key, values in self.of_cells.items() if values}
         number, one, other, squares, other_squares, products = self.sums
         covariance = products - one * other / number
-        spreads = (squares - one**2 / number) * (other_squares - other**2 / number)
-        varies = spreads > 1e-12
-        r = covariance[varies] / np.sqrt(spreads[varies])
+        variances = squares - one**2 / number, other_squares - other**2 / number
+        # What is left of a constant by rounding is no variance.
+        varies = (variances[0] > 1e-9 * squares) & (variances[1] > 1e-9 * other_squares)
+        r = covariance[varies] / np.sqrt((variances[0] * variances[1])[varies])
         found["feature_r"] = float(r.mean()) if len(r) else np.nan
         return {key: found[key] for key in TITLES if key in found}
 

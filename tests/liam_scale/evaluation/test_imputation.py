@@ -54,6 +54,8 @@ def test_every_measure_is_that_of_its_definition():
     }
     assert scores(counts, decoded) == pytest.approx(expected)
     assert "auroc" not in scores(counts, decoded, "rna")
+    constant = scores(counts, np.broadcast_to(decoded[0], decoded.shape))
+    assert np.isnan(constant["feature_r"])
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,167 @@
+"""What the experiments of the paper share: data, runs over seeds, the table beside published values, the verdict.
+
+Every experiment takes the user's own MuData (raw counts in `rna`, `atac`, `adt`, columns in obs); without one it runs
+on a simulated stand-in whose truth is known, in minutes. Published values are of the paper's data, all cells, scib's
+measures: comparable on those data alone, of a stand-in only the order of the methods.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mudata
+import numpy as np
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+
+from harness import describe_machine, table  # noqa: E402
+from quality import SHARED  # noqa: E402
+
+import liam_scale  # noqa: E402
+from liam_scale.evaluate import EvaluateConfig, evaluate  # noqa: E402
+from liam_scale.evaluation.found import Evaluation  # noqa: E402
+from liam_scale.evaluation.imputation import MEAN_PROFILE  # noqa: E402
+from loaders.ingest import ingest  # noqa: E402
+from loaders.synthetic import simulate_mudata  # noqa: E402
+
+STAND_IN = {"num_genes": 600, "num_peaks": 2_000, "genes_per_cell": 120, "peaks_per_cell": 250, "num_types": 8}
+"""Shape of the simulated data."""
+
+MEASURES = {"leiden_nmi": "NMI", "label_accuracy": "label across samples", "ilisi": "iLISI"}
+
+
+def parse(doc: str | None, **columns: str) -> argparse.Namespace:
+    """Options of every experiment, and one for each further obs column with its default; prints the machine."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="?", type=Path, help="a MuData; default: the simulated stand-in")
+    for name, default in {"batch_key": "sample", "label_key": "cell_type", **columns}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default)
+    parser.add_argument("--cells", type=int, default=2_400, help="of the stand-in")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max-epochs", type=int, default=None, help="default: as the training command")
+    parser.add_argument("--out", type=Path, default=None, help="folder for stores and runs; default: a temporary one")
+    options = parser.parse_args()
+    options.out = options.out or Path(tempfile.mkdtemp(prefix="liam-experiment-"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    describe_machine()
+    return options
+
+
+def load(options: argparse.Namespace, **stand_in: Any) -> mudata.MuData:
+    """The user's data, or what is simulated in its place."""
+    if options.data is not None:
+        return mudata.read_h5mu(options.data)
+    return simulate_mudata(num_cells=options.cells, **{**STAND_IN, "num_samples": 6, "sample_effect": 0.6, **stand_in})
+
+
+def ingested(data: mudata.MuData, store: Path) -> Path:
+    """A store of the data; one that is there is taken as it is."""
+    if not store.exists():
+        file = store.with_suffix(".h5mu")
+        data.write(file)
+        ingest(file, out=store)
+        file.unlink()
+    return store
+
+
+def thinned(data: mudata.MuData, share: float, seed: int = 0) -> mudata.MuData:
+    """The data with so large a share of the peaks, drawn at random, as the paper subsamples ATAC by features."""
+    rng = np.random.default_rng(seed)
+    peaks = data["atac"].n_vars
+    kept = np.sort(rng.choice(peaks, round(share * peaks), replace=False))
+    mods = {name: modality[:, kept].copy() if name == "atac" else modality for name, modality in data.mod.items()}
+    made = mudata.MuData(mods)
+    made.obs = data.obs
+    return made
+
+
+def without(data: mudata.MuData, batch_key: str, lost: Mapping[str, Sequence[str]]) -> mudata.MuData:
+    """The data as a mosaic: samples lose the modalities named for them."""
+    samples = data.obs[batch_key].astype(str)
+    mods = {}
+    for name, modality in data.mod.items():
+        lacking = samples.isin([sample for sample, names in lost.items() if name in names])
+        mods[name] = modality[modality.obs_names.isin(data.obs_names[~lacking])].copy()
+    made = mudata.MuData(mods)
+    made.obs = data.obs.loc[made.obs_names]
+    return made
+
+
+def measured(
+    store: Path,
+    runs: Mapping[str, Mapping[str, Any]],
+    options: argparse.Namespace,
+    *,
+    covariates: Sequence[str] = (),
+    truth: Path | None = None,
+) -> pd.DataFrame:
+    """A row for each run, by name with its training options, and seed: what `evaluate` says of the embedding."""
+    rows = []
+    for name, training in runs.items():
+        for seed in options.seeds:
+            own = f"{name.replace(' ', '-')}-{seed}"
+            chosen = {"batch_key": options.batch_key, "max_epochs": options.max_epochs, **training}
+            run = liam_scale.train(store, out=options.out / f"{store.stem}-{own}", seed=seed, **chosen)
+            run.embed(store, key=f"X_{own}")
+            columns = {"batch_key": (options.batch_key, *covariates), "label_key": (options.label_key,)}
+            imputed = {} if truth is None else {"run": run.path, "truth": str(truth)}
+            asked = {"embedding": f"X_{own}", "baseline": False, "scib": "quick", **columns, **imputed}
+            rows.append({"run": name, "seed": seed, **_row(evaluate(EvaluateConfig(str(store), **asked)), f"X_{own}")})
+            print(json.dumps(rows[-1]), flush=True)
+    return pd.DataFrame(rows)
+
+
+def _row(found: Evaluation, embedding: str) -> dict[str, float]:
+    """The measures of the first columns, iLISI of further ones, and imputation beside that of the mean profile."""
+    values = found.table.set_index("of", append=True)[embedding]
+    row: dict[str, float] = {}
+    for (key, of), value in values.items():
+        if key in MEASURES:
+            row[f"iLISI of {of}" if key in row else key] = float(value)
+    if found.imputation is not None:
+        for key, one in found.imputation.iterrows():
+            row[f"{one['of']} {key}"], row[f"{one['of']} {key}, mean profile"] = one[embedding], one[MEAN_PROFILE]
+    return row
+
+
+def means(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.drop(columns="seed").groupby("run", sort=False).mean()
+
+
+def show(title: str, frame: pd.DataFrame, published: Mapping[str, str] | None = None) -> None:
+    """Mean and standard deviation over seeds, beside the published NMI and iLISI of the model named for a run."""
+    grouped = frame.drop(columns="seed").groupby("run", sort=False)
+    mean, spread = grouped.mean(), grouped.std()
+    known, rows = published_scores(), []
+    for name in mean.index:
+        own = [
+            f"{value:.3f}" + (f" ± {sd:.3f}" if sd == sd else "") if value == value else "-"
+            for value, sd in zip(mean.loc[name], spread.loc[name], strict=True)
+        ]
+        entry = known.get((published or {}).get(str(name), ""), {})
+        shown = " / ".join(f"{float(entry[key]):.3f}" for key in ("nmi", "iLISI_batch") if entry.get(key)) or "-"
+        rows.append((name, *own, shown))
+    header = ("run", *(MEASURES.get(str(column), str(column)) for column in mean), "published NMI / iLISI")
+    print(f"\n{title}\n\n{table(header, rows)}\n", flush=True)
+
+
+def published_scores() -> dict[str, dict[str, str]]:
+    """Published scores by model; empty where the table does not stand beside the checkout."""
+    path = SHARED.parent / "reference" / "published-scores.csv"
+    if not path.exists():
+        return {}
+    with path.open() as file:
+        return {row["model"]: row for row in csv.DictReader(file)}
+
+
+def verdict(conclusion: str, came_out: bool, figures: str) -> None:
+    print(f"the paper: {conclusion}: {'came out' if came_out else 'did not come out'} ({figures})", flush=True)
