@@ -40,7 +40,8 @@ def compete(
     import numpy
     import pandas
 
-    mudata.set_options(pull_on_update=False)
+    if hasattr(mudata, "set_options"):
+        mudata.set_options(pull_on_update=False)
     data = mudata.read_h5mu(arguments.data)
     numpy.random.seed(arguments.seed)  # noqa: NPY002  rivals draw from it
     wall, cpu = time.perf_counter(), time.process_time()

@@ -10,6 +10,8 @@ def fit(data: Any, arguments: argparse.Namespace) -> tuple[Any, int]:
     import scvi
 
     scvi.settings.seed = arguments.seed
+    for modality in data.mod.values():
+        modality.X = modality.X.toarray() if hasattr(modality.X, "toarray") else modality.X  # proteins must be dense
     data.obs["batch"] = data.obs[arguments.batch_key].astype(str).astype("category")
     scvi.model.TOTALVI.setup_mudata(data, batch_key="batch", modalities={"rna_layer": "rna", "protein_layer": "adt"})
     model = scvi.model.TOTALVI(data, n_latent=20)
