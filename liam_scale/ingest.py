@@ -39,11 +39,16 @@ class IngestConfig:
     features: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Text file with the features to keep, a name on each line; a modality of which none is named keeps all."""
     memory: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "1GiB"
-    """Memory for chunks and shuffling; the peak does not grow with the number of cells."""
+    """Memory for chunks and shuffling, of each process that works; the peak does not grow with the number of cells."""
     seed: int = 0
     """Seed of the global shuffle."""
     overwrite: bool = False
     """Replace `out` if it exists."""
+    dask: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS")] = None
+    """Workers of a Dask cluster do the work: `tcp://host:8786` of its scheduler, or `local:2` for 2 processes of this
+    machine; default: threads of this process."""
+    resume: Literal["auto", "never"] = "auto"
+    """Go on with what a killed ingest of the same counts left beside `out`, or start anew."""
 
 
 def _ingest_and_tell(config: IngestConfig) -> None:

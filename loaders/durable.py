@@ -18,7 +18,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
@@ -34,7 +34,7 @@ HAS_FILE_LOCKS = fcntl is not None
 
 SUFFIX = ".partial"
 _LOCK = "lock"
-_REPLACED = "replaced"
+REPLACED = "replaced"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
 
@@ -128,14 +128,22 @@ class Staging:
     path
         Where to make what becomes `target` by `publish`.
     folder
-        The hidden folder; anything else in it is gone with `discard`.
+        The hidden folder; anything else in it is gone with `discard`. `adopt` says of one that a killed process left
+        whether this one goes on with it.
     """
 
-    def __init__(self, target: Path, *, hidden: Path | None = None, alone: bool = False) -> None:
+    def __init__(
+        self,
+        target: Path,
+        *,
+        hidden: Path | None = None,
+        alone: bool = False,
+        adopt: Callable[[Path], bool] | None = None,
+    ) -> None:
         self.target = target
         hidden = hidden or target
         hidden.parent.mkdir(parents=True, exist_ok=True)
-        self.folder, self._lock = _make_folder(hidden)
+        self.folder, self._lock = (adopt and _adopt(hidden, adopt)) or _make_folder(hidden)
         self.path = self.folder / target.name
         remove_leftovers(target, hidden=hidden)
         if alone and HAS_FILE_LOCKS:
@@ -147,17 +155,21 @@ class Staging:
         if not os.path.lexists(self.target) or not (self.path.is_dir() or self.target.is_dir()):
             os.replace(self.path, self.target)
         elif not _exchange(self.path, self.target):
-            os.rename(self.target, self.folder / _REPLACED)
+            os.rename(self.target, self.folder / REPLACED)
             try:
                 os.rename(self.path, self.target)
             except OSError:
-                os.rename(self.folder / _REPLACED, self.target)
+                os.rename(self.folder / REPLACED, self.target)
                 raise
         _sync(self.target.parent)
 
     def discard(self) -> None:
         """Remove the hidden folder and what is left in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    def leave(self) -> None:
+        """Let go of the hidden folder without removing it: who adopts it goes on."""
         self._lock.close()
 
     def _refuse_if_second(self, hidden: Path) -> None:
@@ -190,18 +202,25 @@ def leftovers(hidden: Path) -> list[Path]:
     return sorted(hidden.parent.glob(f".{name}.????????{SUFFIX}"))
 
 
-def remove_leftovers(target: Path, *, hidden: Path | None = None) -> list[Path]:
-    """Remove hidden folders whose process is gone: its lock died with it. An old version found in one is put back."""
+def remove_leftovers(
+    target: Path, *, hidden: Path | None = None, keep: Callable[[Path], bool] = lambda folder: False
+) -> list[Path]:
+    """Remove hidden folders whose process is gone: its lock died with it. An old version found in one is put back.
+
+    Those for which `keep` is true stay.
+    """
     removed = []
     # Without locks nobody can tell whose folder is left over.
     for folder in leftovers(hidden or target) if HAS_FILE_LOCKS else ():
+        if keep(folder):
+            continue
         try:
             with open(folder / _LOCK, "r+b") as file:
                 lock(file.fileno(), wait=False)
                 own = folder.name[1 : -len(f".????????{SUFFIX}")]
                 place = target.with_name(own) if "*" in target.name else target
-                if (folder / _REPLACED).exists() and not place.exists():
-                    os.rename(folder / _REPLACED, place)
+                if (folder / REPLACED).exists() and not place.exists():
+                    os.rename(folder / REPLACED, place)
                 shutil.rmtree(folder, ignore_errors=True)
         except FileNotFoundError:
             try:
@@ -223,11 +242,35 @@ def _make_folder(hidden: Path) -> tuple[Path, IO[bytes]]:
             continue
         lock(file.fileno())
         if (folder / _LOCK).exists():
-            who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
-            file.write(json.dumps(who).encode())
-            file.flush()
+            _sign(file)
             return folder, file
         file.close()
+
+
+def _adopt(hidden: Path, fits: Callable[[Path], bool]) -> tuple[Path, IO[bytes]] | None:
+    """The hidden folder of a process that is gone, and its lock."""
+    for folder in leftovers(hidden) if HAS_FILE_LOCKS else ():
+        try:
+            file = open(folder / _LOCK, "r+b")  # noqa: SIM115 (held open while the folder is in use)
+        except OSError:
+            continue
+        try:
+            lock(file.fileno(), wait=False)
+            if (folder / _LOCK).exists() and fits(folder):
+                _sign(file)
+                return folder, file
+        except OSError:  # Its process lives.
+            pass
+        file.close()
+    return None
+
+
+def _sign(file: IO[bytes]) -> None:
+    """Say in a lock who holds it."""
+    who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+    file.truncate(0)
+    file.write(json.dumps(who).encode())
+    file.flush()
 
 
 def _exchange(one: Path, other: Path) -> bool:

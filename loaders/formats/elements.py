@@ -102,8 +102,10 @@ class CompressedColumns(StoredMatrix):
             f" (`adata.X = adata.X.tocsr()`), or ingest it, which takes it by column"
         )
 
-    def chunks(self, *, memory: int, spill: Path | None = None) -> Iterator[tuple[int, SparseRows]]:
-        assert spill is not None
+    def parts(self, memory: int) -> list[tuple[int, int]]:
+        return [(0, self.num_rows)]
+
+    def chunks(self, part: tuple[int, int], *, memory: int, spill: Path) -> Iterator[tuple[int, SparseRows]]:
         columns = read_offsets(f"{self.where} (CSC)", self._indptr, num_values=self._data.shape[0])
         step = max(1, memory // (2 * ENTRY_BYTES))
         counts = np.zeros(self.num_rows, np.int64)

@@ -199,14 +199,19 @@ class StoredMatrix(Matrix):
         """Entries, at least about, without a pass."""
         return self.num_nonzeros()
 
+    def parts(self, memory: int) -> list[tuple[int, int]]:
+        """Ranges of rows that can be read apart from each other, each about `memory` bytes as `ranges` counts them."""
+        return list(self.ranges(memory))
+
     def peek(self) -> SparseRows | None:
         """Some of the first rows as they are held; None where that is not quickly done."""
         return self.stored(0, min(PEEK_ROWS, self.num_rows))
 
-    def chunks(self, *, memory: int, spill: Path | None = None) -> Iterator[tuple[int, SparseRows]]:
-        """All rows in their order as they are held; at most about `memory` bytes are in use, processing included."""
+    def chunks(self, part: tuple[int, int], *, memory: int, spill: Path) -> Iterator[tuple[int, SparseRows]]:
+        """The rows of a part in their order as they are held, in at most about `memory` bytes, processing included."""
         for start, stop in self.ranges(memory):
-            yield start, self.stored(start, stop)
+            if (first := max(start, part[0])) < (last := min(stop, part[1])):
+                yield first, self.stored(first, last)
 
     def read(self, start: int, stop: int) -> SparseRows:
         self._check_range(start, stop)

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from tqdm import tqdm
 
-from loaders.csr import narrowest_dtype
 from loaders.formats.compressed import CompressedRows
 from loaders.formats.features import Join, Joined, join_features
 from loaders.formats.root import addresses
 from loaders.formats.source import Part, Say, Source
-from loaders.ingest.cells import Cells, gather_cells, modality_columns, obs_columns
-from loaders.ingest.checks import Counted, Place, check_and_map
+from loaders.ingest.cells import gather_cells, modality_columns, obs_columns
+from loaders.ingest.checks import check_and_map
 from loaders.ingest.choice import chosen_cells, chosen_features, without_unused
-from loaders.ingest.shuffle import Shuffle, destinations
-from loaders.ingest.sources import open_source
-from loaders.ingest.writer import ModalityLayout, Staging, StoreWriter, check_out, explain_disk_errors
-from loaders.progress import Progress
+from loaders.ingest.matrices import Atlas, cut, key_of, write_matrices
+from loaders.ingest.runs import destinations
+from loaders.ingest.sources import open_source, parse_source
+from loaders.ingest.staging import Staging, check_out, explain_disk_errors
+from loaders.ingest.tasks import Job, keeping, place_of
+from loaders.ingest.workers import Workers, WorkersLost, open_workers
+from loaders.ingest.writer import StoreWriter
 from loaders.schema import MODALITIES, Schema
-from loaders.sizing import default_threads, parse_memory
+from loaders.sizing import describe_memory, parse_memory
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 _LEAST_MEMORY = 2**25
 """32 MiB: below it chunks are so small that the passes crawl."""
@@ -47,6 +51,9 @@ def ingest(
     memory: str | int = "1GiB",
     seed: int = 0,
     overwrite: bool = False,
+    dask: str | None = None,
+    client: Client | None = None,
+    resume: Literal["auto", "never"] = "auto",
     progress: bool = True,
 ) -> Schema:
     """Read source files, check their counts, shuffle the cells globally, write one store.
@@ -74,12 +81,20 @@ def ingest(
     features
         Names of the features to keep; a modality of which none is named keeps all.
     memory
-        Bytes or a text such as "512MiB" for chunks and shuffling. Beside it the process needs its base (0.3 GB), a
-        table of the features and about 150 bytes a cell for ids and one obs column at a time.
+        Bytes or a text such as "512MiB" for chunks and shuffling, in each process that works. Beside it a process
+        needs its base (0.3 GB), a table of the features, and about 150 bytes a cell for ids and one obs column at a
+        time.
     seed
         Seed of the shuffle.
     overwrite
         Replace a store that exists.
+    dask
+        Address of a Dask scheduler whose workers do the work (`tcp://host:8786`), or `local:N` for N processes of this
+        machine; default: threads of this process. The store is the same, byte by byte.
+    client
+        The same as an open client of `dask.distributed`.
+    resume
+        "auto" goes on with what a killed ingest of the same counts left beside `out`; "never" starts anew.
     progress
         Show progress and remarks on stderr.
 
@@ -88,7 +103,7 @@ def ingest(
     ValueError
         A source, an option or a count is not what it must be; nothing is left behind.
     RuntimeError
-        The disk is full.
+        The disk is full; no scheduler answers; the cluster was lost, after which the same call goes on.
     """
     texts = addresses(sources, "sources")
     if not texts:
@@ -96,11 +111,15 @@ def ingest(
     if join not in ("inner", "outer"):
         raise ValueError(f"join: got {join!r}; choose inner or outer")
     budget = max(_LEAST_MEMORY, parse_memory(memory))
+    if resume not in ("auto", "never"):
+        raise ValueError(f"resume: got {resume!r}; choose auto or never")
     out = Path(out)
     check_out(out, overwrite=overwrite)
     say = _Remarks(is_shown=progress)
+    named = [parse_source(text) for text in texts]
     with ExitStack() as files, explain_disk_errors(out):
-        opened = [open_source(text, layer=layer, files=files, say=say) for text in texts]
+        workers = files.enter_context(open_workers(dask, client, memory=budget))
+        opened = [open_source(one, layer=layer, files=files, say=say) for one in named]
         for source in opened:
             if not source.parts:
                 raise ValueError(f"{source.label}: got no counts, neither X nor layers; give a file that has them")
@@ -111,19 +130,51 @@ def ingest(
         if features is not None:
             joined = chosen_features(joined, features, say)
         _look(opened, say)
-        staging = Staging(out, overwrite=overwrite)
-        files.callback(staging.discard)
         if where is not None:
             have = {name for source in opened for name, part in source.parts.items() if _has_cells(part)}
             joined = {name: one for name, one in joined.items() if name in have}
-        order = np.argsort(destinations(cells.num_cells, seed))
+        atlas = Atlas(opened, cells, joined, np.argsort(destinations(cells.num_cells, seed)))
+        share = budget // workers.slots
+        plan = {"key": key_of(atlas, named, layer), "memory": share}
+        plan["parts"] = cut(atlas, memory=share, slots=workers.slots * max(1, workers.processes))
+        staging = Staging(out, overwrite=overwrite, plan=plan, resume=resume == "auto")
+        files.push(_letting_go(staging))
+        workers.check(staging.spill)
+        job = Job(staging.spill, tuple(one.absolute() for one in named), layer, staging.plan["memory"], workers.slots)
+        say.tell(_described(workers, budget, staging))
         provenance = {"sources": texts, "seed": seed, "join": join, "layer": layer or "X"}
         provenance |= {"where": where or ""} if where else {}
         with StoreWriter(out, modalities={}, staging=staging) as writer:
-            job = _Job(opened, cells, joined, order, budget, staging, say)
-            for modality in job.joined:
-                _shuffle_modality(job, modality, writer)
-            return _finish(job, writer, provenance)
+            with keeping(job, opened):
+                written = write_matrices(atlas, job, staging.plan["parts"], workers.executor, say, is_shown=progress)
+            for modality, (layout, rows) in written.items():
+                writer.take(modality, layout, rows)
+            return _finish(atlas, writer, provenance, say)
+
+
+def _described(workers: Workers, memory: int, staging: Staging) -> str:
+    """What a user may want to know of where the work is done."""
+    lines = []
+    if workers.processes:
+        lines.append(
+            f"{workers.processes} Dask workers, {workers.slots} tasks at a time in each, which take at most "
+            f"{describe_memory(memory)} of its memory together, beside about 0.4 GB of the process itself"
+        )
+    if staging.done:
+        lines.append(f"goes on where a killed ingest of the same counts stood: {staging.done} tasks are done")
+    return "; ".join(lines)
+
+
+def _letting_go(staging: Staging) -> Callable[..., None]:
+    """What becomes of the folder at the end: it stays where the same command can go on with it."""
+
+    def let_go(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, WorkersLost):
+            staging.leave()
+        else:
+            staging.discard()
+
+    return let_go
 
 
 @dataclass(frozen=True)
@@ -138,32 +189,10 @@ class _Remarks:
         if self.is_shown:
             tqdm.write(f"note: {remark}", file=sys.stderr)
 
-
-@dataclass(frozen=True)
-class _Job:
-    sources: Sequence[Source]
-    cells: Cells
-    joined: Mapping[str, Joined]
-    order: npt.NDArray[np.int64]
-    """(n,) cell at each place of the store."""
-    memory: int
-    staging: Staging
-    say: _Remarks
-
-    def with_modality(self, modality: str) -> list[tuple[int, Source, Part]]:
-        """First cell, source and part of the sources that have a modality."""
-        pairs = zip(self.cells.starts[:-1].tolist(), self.sources, strict=True)
-        return [(start, source, source.parts[modality]) for start, source in pairs if modality in source.parts]
-
-    def present(self, modality: str) -> npt.NDArray[np.bool_]:
-        """(n,) whether the cell at each place of the store has the modality."""
-        has = np.zeros(self.cells.num_cells, bool)
-        for start, source, part in self.with_modality(modality):
-            has[start : start + len(source.cell_ids)] = True if part.rows is None else part.rows >= 0
-        return has[self.order]
-
-    def progress(self, name: str, num_cells: int) -> Progress:
-        return Progress(name, num_cells, unit="cells", is_shown=self.say.is_shown, unit_scale=True)
+    def tell(self, text: str) -> None:
+        """Show what is not of the store, but of this run alone."""
+        if self.is_shown and text:
+            tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 def _join_all(sources: Sequence[Source], join: Join, say: Say) -> dict[str, Joined]:
@@ -208,7 +237,7 @@ def _look(sources: Sequence[Source], say: Say) -> None:
             raw = part.matrix.peek()
             if raw is not None:
                 columns = np.arange(part.matrix.num_features) if part.columns is None else part.columns
-                check_and_map(raw, columns, len(part.var), _place(source, part))
+                check_and_map(raw, columns, len(part.var), place_of(source, part))
 
 
 def _remark_on_barcodes(source: Source, part: Part, say: Say) -> None:
@@ -226,122 +255,17 @@ def _remark_on_barcodes(source: Source, part: Part, say: Say) -> None:
         )
 
 
-def _place(source: Source, part: Part) -> Place:
-    def cell_name(row: int) -> str:
-        cells = [row] if part.rows is None else np.flatnonzero(part.rows == row)
-        return str(source.cell_ids[cells[0]]) if len(cells) else f"of row {row}, which is not kept"
-
-    def feature_name(column: int) -> str:
-        place = column if part.columns is None else int(part.columns[column])
-        return str(part.var.index[place]) if place >= 0 else f"number {column}"
-
-    return Place(part.matrix.where, cell_name, feature_name, part.layers)
-
-
-def _shuffle_modality(job: _Job, modality: str, writer: StoreWriter) -> None:
-    joined = job.joined[modality]
-    num_rows = int(job.present(modality).sum())
-    shuffle = Shuffle(
-        job.staging.spill / modality,
-        num_rows=num_rows,
-        num_features=len(joined.var),
-        num_nonzeros=sum(part.matrix.estimated_nonzeros() for _, _, part in job.with_modality(modality)),
-        memory=job.memory // 2,
-    )
-    with closing(shuffle):
-        with job.progress(f"{modality}: read and check", num_rows) as progress:
-            seen = _scatter(job, modality, shuffle, progress)
-        for remark in seen.remarks(modality):
-            job.say(remark)
-        dtype = narrowest_dtype(seen.maximum)
-        writer.add_modality(modality, ModalityLayout(joined.var, dtype, seen.num_nonzeros / max(1, num_rows)))
-        with job.progress(f"{modality}: shuffle and write", num_rows) as progress:
-            for rows in shuffle.in_order(dtype):
-                writer.append(modality, rows)
-                progress.advance(rows.num_rows)
-
-
-def _scatter(job: _Job, modality: str, shuffle: Shuffle, progress: Progress) -> _Seen:
-    """Pass 1: every row of every source, checked, to its bucket."""
-    joined, seen = job.joined[modality], _Seen()
-    # Row in the store's matrix of each cell in the order of the sources; only read where the cell is present.
-    row_of_cell = np.empty(job.cells.num_cells, np.int64)
-    row_of_cell[job.order] = np.cumsum(job.present(modality)) - 1
-    for (start, source, part), columns in zip(job.with_modality(modality), joined.columns, strict=True):
-        cell_of_row = _cell_of_row(source, part)
-        for first, counted in _checked(job, source, part, columns, len(joined.var)):
-            of_rows = cell_of_row[first : first + counted.rows.num_rows]
-            if (of_rows < 0).any():
-                counted, of_rows = counted.only(of_rows >= 0), of_rows[of_rows >= 0]
-            shuffle.add(row_of_cell[start + of_rows], counted.rows)
-            seen.add(counted)
-            progress.advance(counted.rows.num_rows)
-    return seen
-
-
-def _cell_of_row(source: Source, part: Part) -> npt.NDArray[np.int64]:
-    """(rows of the matrix,) cell of the source each row belongs to, -1 where it is none that is kept."""
-    if part.rows is None:
-        return np.arange(len(source.cell_ids))
-    cells = np.full(part.matrix.num_rows, -1, np.int64)
-    has = np.flatnonzero(part.rows >= 0)
-    cells[part.rows[has]] = has
-    return cells
-
-
-def _checked(
-    job: _Job, source: Source, part: Part, columns: npt.NDArray[np.int64], num_features: int
-) -> Iterator[tuple[int, Counted]]:
-    """Checked chunks of a matrix in order; threads check while the next chunk is read."""
-    place = _place(source, part)
-    workers = default_threads()
-    # Chunks in flight share an eighth of the memory: those being checked, one being read, one being added.
-    chunk = job.memory // 8 // (workers + 2)
-    waiting: deque[tuple[int, Future[Counted]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
-        for start, raw in part.matrix.chunks(memory=chunk, spill=job.staging.spill):
-            waiting.append((start, pool.submit(check_and_map, raw, columns, num_features, place, start=start)))
-            if len(waiting) > workers:
-                first, done = waiting.popleft()
-                yield first, done.result()
-        while waiting:
-            first, done = waiting.popleft()
-            yield first, done.result()
-
-
-@dataclass
-class _Seen:
-    """Sums over the chunks of a modality."""
-
-    num_nonzeros: int = 0
-    maximum: int = 0
-    num_empty: int = 0
-    num_duplicates: int = 0
-
-    def add(self, counted: Counted) -> None:
-        self.num_nonzeros += len(counted.rows.indices)
-        self.maximum = max(self.maximum, counted.maximum)
-        self.num_empty += counted.num_empty
-        self.num_duplicates += counted.num_duplicates
-
-    def remarks(self, modality: str) -> Iterator[str]:
-        if self.num_empty:
-            yield f"{modality}: {self.num_empty} cells have no counts in the features kept; they stay as empty rows"
-        if self.num_duplicates:
-            yield f"{modality}: {self.num_duplicates} entries stood twice in a row of the matrix and were added up"
-
-
-def _finish(job: _Job, writer: StoreWriter, provenance: dict[str, object]) -> Schema:
-    masks = {modality: job.present(modality) for modality in job.joined}
+def _finish(atlas: Atlas, writer: StoreWriter, provenance: dict[str, object], say: _Remarks) -> Schema:
+    masks = {modality: atlas.present(modality) for modality in atlas.joined}
     nowhere = int((~np.any(list(masks.values()), axis=0)).sum())
     if nowhere:
-        job.say(f"{nowhere} cells have none of the modalities {', '.join(masks)}; they stay, empty")
-    columns = obs_columns(job.sources, job.cells, job.order, job.say)
+        say(f"{nowhere} cells have none of the modalities {', '.join(masks)}; they stay, empty")
+    columns = obs_columns(atlas.sources, atlas.cells, atlas.order, say)
     return writer.finish(
-        cell_ids=job.cells.ids[job.order],
+        cell_ids=atlas.cells.ids[atlas.order],
         obs=without_unused(columns) if "where" in provenance else columns,
         present={name: mask for name, mask in masks.items() if not mask.all()},
-        modality_obs={name: modality_columns(job.sources, name, job.order[mask]) for name, mask in masks.items()},
+        modality_obs={name: modality_columns(atlas.sources, name, atlas.order[mask]) for name, mask in masks.items()},
         is_shuffled=True,
-        provenance={**provenance, "remarks": job.say.remarks},
+        provenance={**provenance, "remarks": say.remarks},
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -20,28 +21,33 @@ from loaders.formats.source import Part, Say, Source
 from loaders.schema import MODALITIES, modality_of
 
 
-def open_source(text: str, *, layer: str | None, files: ExitStack, say: Say) -> Source:
-    """Open a source: a path, `modality=path`, or several of the latter joined by commas for one set of cells.
+@dataclass(frozen=True)
+class Named:
+    """What a user named as one source."""
+
+    text: str
+    files: Mapping[str | None, str]
+    """Path by modality; under None that of a file whose modalities are its own affair."""
+    sample: str | None = None
+    """The sample of all its cells."""
+
+    def absolute(self) -> Named:
+        """The same for a process in another folder."""
+        paths = {key: path if "://" in path else os.path.abspath(path) for key, path in self.files.items()}
+        return replace(self, files=paths)
+
+
+def parse_source(text: str) -> Named:
+    """Read what a user wrote: a path, `modality=path`, or several of the latter joined by commas for one set of cells.
 
     Before any of these, `NAME=` names the sample of its cells, where NAME is no modality's.
-
-    Parameters
-    ----------
-    text
-        What the user gave.
-    layer
-        Layer that holds the counts ("raw" also means `.raw`); None: X.
-    files
-        Closes the files.
-    say
-        Takes remarks on what was assumed.
     """
     before, _, after = text.partition("=")
     if Path(text).exists() or not after or re.search(r"[/\\,]", before):
-        return _open_one(text, None, layer, files, say)
+        return Named(text, {None: text})
     if modality_of(before) is None and ("," not in after or modality_of(after.partition("=")[0]) is not None):
-        return replace(open_source(after, layer=layer, files=files, say=say), sample=before)
-    named: dict[str, str] = {}
+        return replace(parse_source(after), sample=before)
+    named: dict[str | None, str] = {}
     for item in text.split(","):
         key, _, path = item.partition("=")
         modality = modality_of(key)
@@ -55,8 +61,24 @@ def open_source(text: str, *, layer: str | None, files: ExitStack, say: Say) -> 
                 f"source {text!r}: {modality} is named twice; give samples in separate files as sources of their own"
             )
         named[modality] = path
-    opened = {name: _open_one(path, name, layer, files, say) for name, path in named.items()}
-    return next(iter(opened.values())) if len(opened) == 1 else _pair(text, opened, say)
+    return Named(text, named)
+
+
+def open_source(named: Named, *, layer: str | None, files: ExitStack, say: Say) -> Source:
+    """Open a source.
+
+    Parameters
+    ----------
+    layer
+        Layer that holds the counts ("raw" also means `.raw`); None: X.
+    files
+        Closes the files.
+    say
+        Takes remarks on what was assumed.
+    """
+    opened = {name: _open_one(path, name, layer, files, say) for name, path in named.files.items()}
+    source = next(iter(opened.values())) if len(opened) == 1 else _pair(named.text, opened, say)
+    return source if named.sample is None else replace(source, sample=named.sample)
 
 
 def _open_one(text: str, modality: str | None, layer: str | None, files: ExitStack, say: Say) -> Source:

@@ -6,9 +6,9 @@ entry per cell (ids, obs columns, totals) is written column by column at the end
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,59 +22,13 @@ import pandas as pd
 import zarr
 from anndata.io import write_elem
 
-from loaders import durable
 from loaders.csr import SparseRows, index_dtype, offsets_of, row_sums
 from loaders.ecosystem import quiet_anndata
-from loaders.formats.root import HDF5_SUFFIXES
 from loaders.formats.sealed import CODECS, hash_all_metadata
-from loaders.ingest.shards import ShardedArrayWriter
+from loaders.ingest.shards import ShardWriter, create_sharded
+from loaders.ingest.staging import Staging, explain_disk_errors
 from loaders.schema import MODALITIES, SCHEMA_KEY, ModalitySchema, Schema, sha256_of_names
 from loaders.sizing import default_threads
-
-
-def _hidden(out: Path) -> Path:
-    return out.with_name(f"{out.name}.ingest-")
-
-
-def check_out(out: Path, *, overwrite: bool) -> None:
-    """Refuse an `out` that exists, or that is not a Zarr store and may therefore not be overwritten."""
-    if out.suffix in HDF5_SUFFIXES:
-        raise ValueError(f"out: got {out}, a store is a Zarr folder; name {out.with_suffix('.zarr')}")
-    durable.remove_leftovers(out, hidden=_hidden(out))
-    if not out.exists() and not out.is_symlink():
-        return
-    if not overwrite:
-        raise ValueError(f"out: {out} exists; name another path, or give overwrite=True to replace it")
-    is_store = out.is_dir() and any((out / name).exists() for name in ("zarr.json", ".zgroup"))
-    if not is_store:
-        raise ValueError(f"overwrite: {out} is not a Zarr store and is left alone; name another path")
-
-
-class Staging(durable.Staging):
-    """The folder in which a store is built, at `path`; what is in its folder `spill` is gone when it is published."""
-
-    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
-        check_out(out, overwrite=overwrite)
-        self._overwrite = overwrite
-        with explain_disk_errors(out):
-            super().__init__(out, hidden=_hidden(out), alone=True)
-            self.spill = self.folder / "spill"
-            self.spill.mkdir()
-
-    def publish(self) -> None:
-        check_out(self.target, overwrite=self._overwrite)
-        super().publish()
-        self.discard()
-
-
-def explain_disk_errors(out: Path) -> AbstractContextManager[None]:
-    """Turn a full disk into a message that names the disk and the cure."""
-    cure = (
-        ", or write to another disk: an ingest needs 5 (RNA) to 8 (ATAC) bytes a non-zero count while it runs, of "
-        "which a third stays"
-    )
-    return durable.writing(out, cure=cure, only_full=True)
-
 
 CELLS_PER_CHUNK = 256
 """Inner chunks hold about this many cells: small for random windows, still reads of 256 KB and more."""
@@ -96,8 +50,33 @@ class ModalityLayout:
     """Mean over cells, exact or estimated; decides the length of the inner chunks."""
 
     @property
+    def dtypes(self) -> dict[str, np.dtype[Any]]:
+        """Types of the two arrays that are sharded."""
+        return {"data": np.dtype(self.value_dtype), "indices": index_dtype(len(self.var))}
+
+    @property
     def chunk_length(self) -> int:
         return max(_MIN_CHUNK_LENGTH, round(CELLS_PER_CHUNK * self.nonzeros_per_cell))
+
+
+@dataclass(frozen=True)
+class WrittenRows:
+    """What is known of a matrix whose shards are written.
+
+    Attributes
+    ----------
+    lengths, totals
+        (R,) int64 entries and (R,) float64 sum of each row.
+    checksums
+        crc32c of all values and of all columns.
+    shards
+        Folders whose folders `data` and `indices` hold shards that do not stand in the store yet.
+    """
+
+    lengths: npt.NDArray[np.int64]
+    totals: npt.NDArray[np.float64]
+    checksums: tuple[int, int]
+    shards: tuple[Path, ...] = ()
 
 
 class StoreWriter:
@@ -140,21 +119,20 @@ class StoreWriter:
             _check_modality(name)
         self._layouts: dict[str, ModalityLayout] = {}
         self._streams: dict[str, _MatrixWriter] = {}
+        self._written: dict[str, WrittenRows] = {}
         self._owns_staging = staging is None
         self._staging = staging or Staging(self.out, overwrite=overwrite)
         self._pool = ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="encode")
         with explain_disk_errors(self.out):
             self._root = zarr.open_group(str(self._staging.path), mode="w", zarr_format=3)
         for name, layout in modalities.items():
-            self.add_modality(name, layout)
+            self._layouts[name] = layout
+            self._streams[name] = _MatrixWriter(self._staging.path / f"mod/{name}/X", layout, self._pool)
 
-    def add_modality(self, name: str, layout: ModalityLayout) -> None:
-        """Add a modality whose layout was not known at the start."""
+    def take(self, name: str, layout: ModalityLayout, rows: WrittenRows) -> None:
+        """Add a modality whose shards others have written."""
         _check_modality(name)
-        with explain_disk_errors(self.out):
-            group = self._root.require_group(f"mod/{name}/X")
-        self._layouts[name] = layout
-        self._streams[name] = _MatrixWriter(group, layout, self._pool)
+        self._layouts[name], self._written[name] = layout, rows
 
     def append(self, modality: str, rows: SparseRows) -> None:
         """Add rows at the end of a modality: columns ascending within each, values within the layout's dtype."""
@@ -193,7 +171,8 @@ class StoreWriter:
         self._layouts = {name: self._layouts[name] for name in MODALITIES if name in self._layouts}
         masks = {name: present.get(name) for name in self._layouts}
         with explain_disk_errors(self.out), quiet_anndata(), zarr.config.set({"array.write_empty_chunks": True}):
-            matrices = {name: self._streams[name].close() for name in self._layouts}
+            self._written |= {name: stream.close() for name, stream in self._streams.items()}
+            matrices = {name: self._write_matrix(name) for name in self._layouts}
             for name, mask in masks.items():
                 rows = len(cell_ids) if mask is None else int(mask.sum())
                 assert matrices[name].num_cells == rows, (name, matrices[name].num_cells, rows)
@@ -211,6 +190,9 @@ class StoreWriter:
             )
             self._root.attrs[SCHEMA_KEY] = schema.to_json()
             self._pool.shutdown()
+            for name, written in self._written.items():
+                for folder in written.shards:
+                    _place(folder, self._staging.path / f"mod/{name}/X")
             self._staging.publish()
         return schema
 
@@ -230,11 +212,34 @@ class StoreWriter:
     ) -> None:
         self.abort()
 
+    def _write_matrix(self, name: str) -> ModalitySchema:
+        """All of a CSR group but its shards."""
+        group, layout, rows = self._root.require_group(f"mod/{name}/X"), self._layouts[name], self._written[name]
+        indptr = offsets_of(rows.lengths)
+        for part, dtype in layout.dtypes.items():
+            create_sharded(group, part, length=int(indptr[-1]), dtype=dtype, chunk_length=layout.chunk_length)
+        # One chunk per 65,536 cells: a reader that wants all of it makes few requests.
+        array = group.create_array("indptr", shape=indptr.shape, chunks=(_OBS_CHUNK,), dtype=np.int64, **CODECS)
+        array[:] = indptr
+        checksums = (*rows.checksums, google_crc32c.value(indptr))
+        num_features = len(layout.var)
+        group.attrs.update(
+            {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [len(rows.lengths), num_features]}
+        )
+        return ModalitySchema(
+            name=name,
+            num_cells=len(rows.lengths),
+            num_features=num_features,
+            num_nonzeros=int(indptr[-1]),
+            value_dtype=layout.dtypes["data"].name,
+            features_sha256=sha256_of_names(str(name) for name in layout.var.index),
+            counts_crc32c="".join(f"{crc:08x}" for crc in checksums),
+        )
+
     def _write_modality(self, name: str, cell_ids: npt.NDArray[Any], own: Iterable[tuple[str, Any]]) -> None:
         group = self._root[f"mod/{name}"]
         group.attrs.update(_encoding("anndata", "0.1.0"))
-        totals = self._streams[name].totals()
-        _write_frame(group, "obs", cell_ids, [("total_counts", totals), *own])
+        _write_frame(group, "obs", cell_ids, [("total_counts", self._written[name].totals), *own])
         write_elem(group, "var", self._layouts[name].var, dataset_kwargs=CODECS)
         for empty in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
             write_elem(group, empty, {})
@@ -276,59 +281,50 @@ def _check_modality(name: str) -> None:
 
 
 class _MatrixWriter:
-    """The CSR group of one modality: two sharded streams; row lengths and totals stay in memory (16 bytes a cell)."""
+    """The shards of one modality; row lengths and totals stay in memory (16 bytes a cell)."""
 
-    def __init__(self, group: zarr.Group, layout: ModalityLayout, pool: ThreadPoolExecutor) -> None:
-        self._group = group
+    def __init__(self, folder: Path, layout: ModalityLayout, pool: ThreadPoolExecutor) -> None:
         self._layout = layout
-        self._num_features = len(layout.var)
-        self._value_dtype = np.dtype(layout.value_dtype)
-        length = layout.chunk_length
-        self._values = ShardedArrayWriter(group, "data", dtype=layout.value_dtype, chunk_length=length, pool=pool)
-        self._indices = ShardedArrayWriter(
-            group, "indices", dtype=index_dtype(self._num_features), chunk_length=length, pool=pool
-        )
+        self._shards = {
+            part: ShardWriter(folder / part / "c", dtype=dtype, chunk_length=layout.chunk_length, pool=pool)
+            for part, dtype in layout.dtypes.items()
+        }
         self._lengths: list[npt.NDArray[np.int64]] = []
         self._totals: list[npt.NDArray[np.float64]] = []
-        self._checksums = {"data": 0, "indices": 0}
+        self._checksums = dict.fromkeys(self._shards, 0)
 
     def append(self, rows: SparseRows) -> None:
-        assert rows.num_features == self._num_features, (rows.num_features, self._num_features)
-        assert np.can_cast(rows.values.dtype, self._value_dtype), (rows.values.dtype, self._value_dtype)
-        self._values.append(rows.values)
-        self._indices.append(rows.indices)
+        value_dtype = self._layout.dtypes["data"]
+        assert rows.num_features == len(self._layout.var), (rows.num_features, len(self._layout.var))
+        assert np.can_cast(rows.values.dtype, value_dtype), (rows.values.dtype, value_dtype)
         self._lengths.append(np.diff(rows.indptr))
-        for part, held in (("data", rows.values.astype(self._value_dtype, copy=False)), ("indices", rows.indices)):
+        for part, values in (("data", rows.values), ("indices", rows.indices)):
+            held = values.astype(self._layout.dtypes[part], copy=False)
+            self._shards[part].append(held)
             self._checksums[part] = google_crc32c.extend(self._checksums[part], np.ascontiguousarray(held))
         self._totals.append(row_sums(rows.indptr, rows.values))
 
-    def totals(self) -> npt.NDArray[np.float64]:
-        return np.concatenate([np.zeros(0), *self._totals])
-
-    def close(self) -> ModalitySchema:
-        self._values.close()
-        self._indices.close()
-        indptr = offsets_of(np.concatenate([np.zeros(0, np.int64), *self._lengths]))
-        # One chunk per 65,536 cells: a reader that wants all of it makes few requests.
-        array = self._group.create_array("indptr", shape=indptr.shape, chunks=(_OBS_CHUNK,), dtype=np.int64, **CODECS)
-        array[:] = indptr
-        of_offsets = google_crc32c.value(indptr)
-        self._group.attrs.update(
-            {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [len(indptr) - 1, self._num_features]}
-        )
-        return ModalitySchema(
-            name=self._group.path.split("/")[1],
-            num_cells=len(indptr) - 1,
-            num_features=self._num_features,
-            num_nonzeros=int(indptr[-1]),
-            value_dtype=self._value_dtype.name,
-            features_sha256=sha256_of_names(str(name) for name in self._layout.var.index),
-            counts_crc32c="".join(f"{crc:08x}" for crc in (*self._checksums.values(), of_offsets)),
-        )
+    def close(self) -> WrittenRows:
+        for shards in self._shards.values():
+            shards.close()
+        lengths = np.concatenate([np.zeros(0, np.int64), *self._lengths])
+        totals = np.concatenate([np.zeros(0), *self._totals])
+        return WrittenRows(lengths, totals, (self._checksums["data"], self._checksums["indices"]))
 
     def abort(self) -> None:
-        self._values.abort()
-        self._indices.abort()
+        for shards in self._shards.values():
+            shards.abort()
+
+
+def _place(shards: Path, matrix: Path) -> None:
+    """Put shards into their arrays; where the file system has links, an ingest that is killed now finds them again."""
+    for file in shards.glob("*/*"):
+        target = matrix / file.parent.name / "c" / file.name
+        target.parent.mkdir(exist_ok=True)
+        try:
+            os.link(file, target)
+        except OSError:
+            os.replace(file, target)
 
 
 def _encoding(kind: str, version: str) -> dict[str, str]:

@@ -11,6 +11,8 @@ import pytest
 import scipy.sparse
 from identifying import identifying_counts
 
+from loaders.ingest import ingest
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
@@ -88,3 +90,37 @@ def assert_store_has(read, modality, adata):
 def make():
     """The makers and the comparison above."""
     return SimpleNamespace(anndata=make_anndata, mudata=make_mudata, tenx=write_tenx, assert_store_has=assert_store_has)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    """A mosaic of two files, of which the first has no ATAC, and the second lacks it in some cells; 12,000 cells."""
+    folder = tmp_path_factory.mktemp("sources")
+    whole = make_mudata(300, num_features={"rna": 900, "atac": 2000}, absent={"atac": lambda n: n % 7 == 0})
+    for name, cells, modalities in (("a", 7000, ["rna"]), ("b", 5000, ["rna", "atac"])):
+        mods = {key: whole[key][np.arange(cells) % whole[key].n_obs].copy() for key in modalities}
+        mods = {key: data[: cells if key == "rna" else cells // 2].copy() for key, data in mods.items()}
+        for data in mods.values():
+            data.obs_names = [f"{name}{n}" for n in range(data.n_obs)]
+        both = mudata.MuData(mods)
+        both.obs["donor"] = [f"d{n % 3}" for n in range(cells)]
+        both.write(folder / f"{name}.h5mu")
+    return [str(folder / "a.h5mu"), str(folder / "b.h5mu")]
+
+
+def _bytes_of(store):
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def bytes_of():
+    """Every file of a store."""
+    return _bytes_of
+
+
+@pytest.fixture(scope="session")
+def expected(sources, tmp_path_factory):
+    """The store of `sources` that threads make without being disturbed, with more memory than any other."""
+    out = tmp_path_factory.mktemp("expected") / "o.zarr"
+    ingest(sources, out=out, memory="1GiB", sample_key="donor", progress=False)
+    return _bytes_of(out)

@@ -37,10 +37,10 @@ def start(source, out):
 
 
 def wait_for_spill(out, process):
-    """Until rows were written to the temporary folder."""
+    """Until a task has written rows to the temporary folder."""
     for _ in range(6000):
         for folder in out.parent.glob(f".{out.name}.ingest-*"):
-            if any(file.stat().st_size for file in (folder / "spill").glob("*")):
+            if any(file.stat().st_size for file in (folder / "spill").glob("*.scan.*/*")):
                 return folder
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)

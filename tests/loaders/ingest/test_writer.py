@@ -10,7 +10,7 @@ from identifying import identifying_counts
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from loaders.csr import SparseRows, index_dtype, narrowest_dtype
-from loaders.ingest.shards import CHUNKS_PER_SHARD, ShardedArrayWriter
+from loaders.ingest.shards import CHUNKS_PER_SHARD, ShardWriter, create_sharded
 from loaders.ingest.writer import ModalityLayout, StoreWriter
 from loaders.schema import SCHEMA_KEY
 
@@ -21,7 +21,8 @@ def test_shards_are_those_zarr_writes_byte_for_byte(tmp_path, length, dtype):
     values = (np.arange(length) * 7 % 251).astype(dtype)
     ours = zarr.open_group(tmp_path / "ours", mode="w", zarr_format=3)
     with ThreadPoolExecutor(3) as pool:
-        writer = ShardedArrayWriter(ours, "x", dtype=dtype, chunk_length=100, pool=pool)
+        folder = create_sharded(ours, "x", length=length, dtype=dtype, chunk_length=100)
+        writer = ShardWriter(folder, dtype=dtype, chunk_length=100, pool=pool)
         for start in range(0, length, 333):
             writer.append(values[start : start + 333])
         writer.close()
@@ -46,7 +47,8 @@ def test_shards_are_those_zarr_writes_byte_for_byte(tmp_path, length, dtype):
 def test_a_flipped_bit_is_found_by_zarr_too(tmp_path):
     group = zarr.open_group(tmp_path / "g", mode="w", zarr_format=3)
     with ThreadPoolExecutor(1) as pool:
-        writer = ShardedArrayWriter(group, "x", dtype=np.uint8, chunk_length=500, pool=pool)
+        folder = create_sharded(group, "x", length=2000, dtype=np.uint8, chunk_length=500)
+        writer = ShardWriter(folder, dtype=np.uint8, chunk_length=500, pool=pool)
         writer.append(np.random.default_rng(0).integers(0, 255, 2000).astype(np.uint8))
         writer.close()
     shard = tmp_path / "g/x/c/0"
