@@ -68,7 +68,8 @@ class Run:
 
     def head(self, folder: Path) -> dict[str, npt.NDArray[Any]]:
         """(R,) places, (R + 1,) starts and (R,) sums, mapped into memory."""
-        arrays, offset = {}, 0
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        offset = 0
         for name, dtype, more in _HEAD:
             shape = (self.num_rows + more,)
             arrays[name] = np.memmap(folder / self.file, dtype, "r", offset, shape)
@@ -155,7 +156,7 @@ class RunWriter:
                 gather_rows(self._indices, self._values, firsts[chosen], lengths[chosen], edges[:-1], *parts)
                 for k, part in enumerate(parts):
                     file.seek(at[k])
-                    at[k] += file.write(part)
+                    at[k] += file.write(part.data)
                     checksums[k + 1] = int(google_crc32c.extend(checksums[k + 1], part))
         shape = len(places), int(starts[-1]), self._num_features
         self.runs.append(Run(name, *shape, self._value_dtype.name, (checksums[0], checksums[1], checksums[2])))

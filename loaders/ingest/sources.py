@@ -77,7 +77,9 @@ def open_source(named: Named, *, layer: str | None, files: ExitStack, say: Say) 
         Takes remarks on what was assumed.
     """
     opened = {name: _open_one(path, name, layer, files, say) for name, path in named.files.items()}
-    source = next(iter(opened.values())) if len(opened) == 1 else _pair(named.text, opened, say)
+    source = next(iter(opened.values()))
+    if len(opened) > 1:
+        source = _pair(named.text, {str(name): one for name, one in opened.items()}, say)
     return source if named.sample is None else replace(source, sample=named.sample)
 
 
