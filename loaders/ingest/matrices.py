@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, as_completed, wait
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -22,6 +22,7 @@ from loaders.ingest.runs import row_table
 from loaders.ingest.shards import CHUNKS_PER_SHARD
 from loaders.ingest.sources import Named
 from loaders.ingest.tasks import Job, Record, Shard, runs_of, save_runs, scan, write_shard
+from loaders.ingest.workers import Workers
 from loaders.ingest.writer import ModalityLayout, WrittenRows
 from loaders.progress import Progress
 from loaders.schema import sha256_of_json
@@ -115,13 +116,37 @@ def write_matrices(
     atlas: Atlas,
     job: Job,
     parts: Mapping[str, Sequence[tuple[int, int, int]]],
-    executor: Executor,
+    workers: Workers,
     say: Say,
     *,
     is_shown: bool,
 ) -> dict[str, tuple[ModalityLayout, WrittenRows]]:
-    """Run all tasks, and what is known of each modality then."""
+    """Run all tasks, and what is known of each modality then. After an error none of them is at work any more."""
+    submitted: list[Future[Record]] = []
 
+    def submit(task: Callable[..., Record], *arguments: Any) -> Future[Record]:
+        submitted.append(workers.executor.submit(task, job, *arguments))
+        return submitted[-1]
+
+    try:
+        return _write_matrices(atlas, job, parts, submit, say, is_shown=is_shown)
+    except CancelledError:  # The scheduler is gone, and with it who could be asked.
+        raise
+    except BaseException:
+        wait([future for future in submitted if not future.cancel()])
+        workers.settle(job.spill)
+        raise
+
+
+def _write_matrices(
+    atlas: Atlas,
+    job: Job,
+    parts: Mapping[str, Sequence[tuple[int, int, int]]],
+    submit: Callable[..., Future[Record]],
+    say: Say,
+    *,
+    is_shown: bool,
+) -> dict[str, tuple[ModalityLayout, WrittenRows]]:
     def progress(name: str, num_cells: int) -> Progress:
         return Progress(name, num_cells, unit="cells", is_shown=is_shown, unit_scale=True)
 
@@ -131,7 +156,7 @@ def write_matrices(
             job.save_array(f"{modality}.{number}.columns", columns)
             job.save_array(f"{modality}.{number}.places", places)
         scans[modality] = {
-            executor.submit(scan, job, modality, number, (start, stop), len(joined.var)): stop - start
+            submit(scan, modality, number, (start, stop), len(joined.var)): stop - start
             for number, start, stop in parts[modality]
         }
     waiting = {}
@@ -148,7 +173,7 @@ def write_matrices(
         dtype = narrowest_dtype(max((record["maximum"] for record in records), default=0))
         layout = ModalityLayout(joined.var, dtype, int(lengths.sum()) / max(1, num_rows))
         shards = list(_shards(modality, layout, offsets_of(lengths)))
-        futures = {executor.submit(write_shard, job, shard): shard.rows[1] - shard.rows[0] for shard in shards}
+        futures = {submit(write_shard, shard): shard.rows[1] - shard.rows[0] for shard in shards}
         waiting[modality] = layout, lengths, totals, shards, futures
     written = {}
     for modality, (layout, lengths, totals, shards, futures) in waiting.items():

@@ -146,7 +146,7 @@ def ingest(
         provenance |= {"where": where or ""} if where else {}
         with StoreWriter(out, modalities={}, staging=staging) as writer:
             with keeping(job, opened):
-                written = write_matrices(atlas, job, staging.plan["parts"], workers.executor, say, is_shown=progress)
+                written = write_matrices(atlas, job, staging.plan["parts"], workers, say, is_shown=progress)
             for modality, (layout, rows) in written.items():
                 writer.take(modality, layout, rows)
             return _finish(atlas, writer, provenance, say)

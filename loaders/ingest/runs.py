@@ -66,15 +66,17 @@ class Run:
         except OSError:
             return False
 
-    def head(self, folder: Path) -> dict[str, npt.NDArray[Any]]:
-        """(R,) places, (R + 1,) starts and (R,) sums, mapped into memory."""
-        arrays: dict[str, npt.NDArray[Any]] = {}
+    def head(self, folder: Path, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """Elements [start, stop) of an array of the head: (R,) places, (R + 1,) starts or (R,) sums."""
+        # Mapped into memory it would keep the file busy as long as anything refers to it.
         offset = 0
-        for name, dtype, more in _HEAD:
-            shape = (self.num_rows + more,)
-            arrays[name] = np.memmap(folder / self.file, dtype, "r", offset, shape)
-            offset += arrays[name].nbytes
-        return arrays
+        for own, dtype, more in _HEAD:
+            length = self.num_rows + more
+            if own == name:
+                count = (length if stop is None else stop) - start
+                return np.fromfile(folder / self.file, dtype, count, offset=offset + start * dtype.itemsize)
+            offset += length * dtype.itemsize
+        raise AssertionError(name)
 
 
 def crc_of(file: IO[bytes], size: int) -> int:
@@ -186,10 +188,10 @@ def merge_runs(
     heads = []
     lengths, seen = np.zeros(stop - start, np.int64), np.zeros(stop - start, np.uint8)
     for folder, run in runs:
-        head = run.head(folder)
-        low, high = np.searchsorted(head["places"], (start, stop))
-        local = np.asarray(head["places"][low:high]) - np.uint32(start)
-        starts = np.array(head["starts"][low : high + 1])
+        places = run.head(folder, "places")
+        low, high = (int(place) for place in np.searchsorted(places, (start, stop)))
+        local = places[low:high] - np.uint32(start)
+        starts = run.head(folder, "starts", low, high + 1)
         lengths[local] = np.diff(starts)
         seen[local] += 1
         heads.append((local, starts))
@@ -239,7 +241,7 @@ def row_table(runs: Iterable[tuple[Path, Run]], num_rows: int) -> tuple[npt.NDAr
     """(R,) entries and (R,) sum of every row by its place."""
     lengths, sums = np.full(num_rows, -1, np.int64), np.zeros(num_rows)
     for folder, run in runs:
-        head = run.head(folder)
-        lengths[head["places"]], sums[head["places"]] = np.diff(head["starts"]), head["sums"]
+        places = run.head(folder, "places")
+        lengths[places], sums[places] = np.diff(run.head(folder, "starts")), run.head(folder, "sums")
     assert (lengths >= 0).all(), "a row was sorted into no run"
     return lengths, sums

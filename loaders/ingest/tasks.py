@@ -6,6 +6,7 @@ A task works in a folder of its own and gives it its name in one step, with a re
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -46,15 +47,15 @@ class Job:
     slots: int
     """Tasks at a time in one process."""
 
-    def save_array(self, name: str, values: npt.NDArray[Any]) -> None:
+    def save_array(self, name: str, values: npt.NDArray[np.int64]) -> None:
         """Put an array where tasks find it; whole, as one of a killed ingest may still be read."""
         with tempfile.NamedTemporaryFile(dir=self.spill, prefix=".", delete=False) as file:
-            np.save(file, values)
-        os.replace(file.name, self.spill / f"{name}.npy")
+            file.write(values.astype(np.int64, copy=False).tobytes())
+        os.replace(file.name, self.spill / name)
 
-    def array(self, name: str) -> npt.NDArray[Any]:
-        """An array of `save_array`, mapped into memory."""
-        return np.load(self.spill / f"{name}.npy", mmap_mode="r")
+    def array(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
+        """Elements [start, stop) of an array of `save_array`."""
+        return np.fromfile(self.spill / name, np.int64, -1 if stop is None else stop - start, offset=8 * start)
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,12 @@ def scan(job: Job, modality: str, source: int, part: tuple[int, int], num_featur
     def work(folder: Path) -> Record:
         own = here.source(source).parts[modality]
         place = place_of(here.source(source), own)
-        columns, places = (job.array(f"{modality}.{source}.{name}") for name in ("columns", "places"))
+        columns = job.array(f"{modality}.{source}.columns")
         writer = RunWriter(folder, num_features=num_features, memory=job.memory // 2)
         seen: Record = {"num_nonzeros": 0, "maximum": 0, "num_empty": 0, "num_duplicates": 0}
         for start, raw in own.matrix.chunks(part, memory=job.memory // 4, spill=folder):
-            counted = check_and_map(raw, np.asarray(columns), num_features, place, start=start)
-            of_rows = np.asarray(places[start : start + raw.num_rows])
+            counted = check_and_map(raw, columns, num_features, place, start=start)
+            of_rows = job.array(f"{modality}.{source}.places", start, start + raw.num_rows)
             if (of_rows < 0).any():
                 counted, of_rows = counted.only(of_rows >= 0), of_rows[of_rows >= 0]
             writer.add(of_rows, counted.rows)
@@ -248,6 +249,12 @@ def keeping(job: Job, opened: Sequence[Source]) -> Iterator[None]:
         with _lock:
             del _here[job.spill]
         here.close()
+
+
+async def quiet(spill: Path) -> None:
+    """Wait until no task of an ingest runs in this process."""
+    while (here := _here.get(spill)) is not None and here.users:
+        await asyncio.sleep(0.02)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loaders.ingest.tasks import quiet
 from loaders.sizing import default_threads
 
 _LEAST_SHARE = 2**24
@@ -39,12 +40,15 @@ class Workers:
         Tasks at a time in each process, which share its memory.
     check
         Called with the folder in which tasks work, before the first of them.
+    settle
+        Called with it after an error: waits for the tasks that cannot be called off.
     """
 
     executor: Executor
     processes: int
     slots: int
     check: Callable[[Path], None] = lambda folder: None
+    settle: Callable[[Path], None] = lambda folder: None
 
 
 @contextmanager
@@ -94,7 +98,13 @@ def open_workers(dask: str | None, client: Any, *, memory: int) -> Iterator[Work
         slots = min(most, max(worker["nthreads"] for worker in workers.values()))
         executor = client.get_executor(pure=False)
         try:
-            yield Workers(executor, len(workers), slots, lambda folder: _check_folder(client, folder))
+            yield Workers(
+                executor,
+                len(workers),
+                slots,
+                lambda folder: _check_folder(client, folder),
+                lambda folder: client.run(quiet, folder, on_error="ignore"),
+            )
         except CancelledError:
             raise WorkersLost(
                 f"dask: {where} was lost; what was done is kept: run the same command again and it goes on"
