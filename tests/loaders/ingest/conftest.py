@@ -1,5 +1,6 @@
 """Small source files of every format, whose counts name their cell and feature."""
 
+import warnings
 from types import SimpleNamespace
 
 import anndata
@@ -98,10 +99,12 @@ def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sources")
     whole = make_mudata(300, num_features={"rna": 900, "atac": 2000}, absent={"atac": lambda n: n % 7 == 0})
     for name, cells, modalities in (("a", 7000, ["rna"]), ("b", 5000, ["rna", "atac"])):
-        mods = {key: whole[key][np.arange(cells) % whole[key].n_obs].copy() for key in modalities}
-        mods = {key: data[: cells if key == "rna" else cells // 2].copy() for key, data in mods.items()}
-        for data in mods.values():
-            data.obs_names = [f"{name}{n}" for n in range(data.n_obs)]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Observation names are not unique")
+            mods = {key: whole[key][np.arange(cells) % whole[key].n_obs].copy() for key in modalities}
+            mods = {key: data[: cells if key == "rna" else cells // 2].copy() for key, data in mods.items()}
+            for data in mods.values():
+                data.obs_names = [f"{name}{n}" for n in range(data.n_obs)]
         both = mudata.MuData(mods)
         both.obs["donor"] = [f"d{n % 3}" for n in range(cells)]
         both.write(folder / f"{name}.h5mu")

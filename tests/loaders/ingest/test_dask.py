@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[3]
 OPTIONS: dict[str, Any] = {"memory": "32MiB", "progress": False, "sample_key": "donor"}
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:Observation names are not unique:UserWarning"),
     # Of its own sockets and event loops, when a worker is killed.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
