@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -31,9 +31,6 @@ from loaders.ingest.writer import StoreWriter
 from loaders.schema import MODALITIES, Schema
 from loaders.sizing import describe_memory, parse_memory
 
-if TYPE_CHECKING:
-    from distributed import Client
-
 _LEAST_MEMORY = 2**25
 """32 MiB: below it chunks are so small that the passes crawl."""
 
@@ -52,7 +49,7 @@ def ingest(
     seed: int = 0,
     overwrite: bool = False,
     dask: str | None = None,
-    client: Client | None = None,
+    client: Any = None,
     resume: Literal["auto", "never"] = "auto",
     progress: bool = True,
 ) -> Schema:
@@ -92,7 +89,7 @@ def ingest(
         Address of a Dask scheduler whose workers do the work (`tcp://host:8786`), or `local:N` for N processes of this
         machine; default: threads of this process. The store is the same, byte by byte.
     client
-        The same as an open client of `dask.distributed`.
+        The same as an open `distributed.Client`, which stays open.
     resume
         "auto" goes on with what a killed ingest of the same counts left beside `out`; "never" starts anew.
     progress
