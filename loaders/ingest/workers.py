@@ -177,7 +177,7 @@ def _check_folder(client: Any, folder: Path) -> None:
     try:
         sees = client.run(_sees, folder)
     except ImportError as error:
-        raise RuntimeError(f"dask: a worker cannot run ingest's tasks ({error}); install liam-scale there") from None
+        raise RuntimeError(f"dask: a worker cannot run ingest's tasks ({error}); install this package there") from None
     blind = [address for address, is_there in sees.items() if not is_there]
     if blind:
         raise RuntimeError(
