@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,8 @@ def __getattr__(name: str) -> Any:
     # its module not yet imported.
     if name == "__version__":
         return metadata.version("liam-scale")
+    if name == "pl":
+        return import_module("liam_scale.pl")
     if name not in __all__:
         raise AttributeError(f"module 'liam_scale' has no attribute {name!r}")
     _check_loaders()
@@ -58,4 +60,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, "pl", "__version__"]

@@ -9,230 +9,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
 from anndata import AnnData
 from mudata import MuData
 
-from liam_scale.attach import Missing, attach
 from liam_scale.config import TrainConfig
-from liam_scale.decode import DecodeConfig, Decoding, decode, normalized
-from liam_scale.elbo import elbo
-from liam_scale.embed import EmbedConfig, compute, embed
 from liam_scale.evaluate import EvaluateConfig, Evaluation
 from liam_scale.evaluate import evaluate as evaluate_cells
 from liam_scale.kernels.options import Impl
 from liam_scale.kernels.precision import Precision
-from liam_scale.map import MapConfig, map_store
-from liam_scale.model import Liam, ModelConfig
+from liam_scale.model import ModelConfig
 from liam_scale.model.config import ModelName
-from liam_scale.run import IN_MEMORY, RunDirectory, RunRecord, attributes_of, open_stores
+from liam_scale.run import IN_MEMORY, RunDirectory
 from liam_scale.train import train as train_run
+from liam_scale.trained import Run
 from liam_scale.training.devices import Device
-from liam_scale.training.history import read_history
 from liam_scale.training.optim import OptimConfig
 from liam_scale.training.options import TrainingConfig
 from loaders.check import check_store as check
 from loaders.formats.root import addresses
 from loaders.ingest import ingest
 from loaders.options import LoaderConfig
-from loaders.stores import Store, open_store, read_store
+from loaders.stores import open_store, read_store
 
 __all__ = ["Run", "check", "evaluate", "ingest", "load_run", "read_store", "train"]
 
 
-@dataclass(frozen=True)
-class Run:
-    """A trained (or interrupted) run on disk."""
-
-    directory: RunDirectory
-
-    @property
-    def path(self) -> Path:
-        return self.directory.path
-
-    @property
-    def record(self) -> RunRecord:
-        """Options of the model, samples, priors, and the schema's fingerprint."""
-        return self.directory.record()
-
-    @property
-    def history(self) -> pd.DataFrame:
-        """One row an evaluation, columns under scvi-tools' names (`elbo_validation`, ...)."""
-        return read_history(self.directory.parts()[0].history)
-
-    def __repr__(self) -> str:
-        if not self.directory.is_run:
-            return f"Run {self.path}: nothing trained there yet"
-        record, state = self.record, "finished" if self.directory.is_finished else "not finished"
-        samples = f"{record.data.num_samples} samples of {record.batch_key!r}" if record.batch_key else "no samples"
-        latent = sum(part.record().model.n_latent or 0 for part in self.directory.parts())
-        sizes = ", ".join(f"{name}: {size:,}" for name, size in record.data.num_features.items())
-        lines = [
-            f"Run {self.path}: {record.model.model}, {state}",
-            f"stores: {', '.join(record.stores)}",
-            f"features: {sizes}",
-            f"{samples}, {latent} latent dimensions, id {record.id}",
-        ]
-        return "\n    ".join(lines)
-
-    def model(self) -> Liam:
-        """The trained module, on the CPU, in evaluation mode."""
-        return self.directory.load_model()
-
-    def embed(self, store: str | Path | AnnData | MuData | None = None, **options: Any) -> str | None:
-        """Write `obsm["X_liam"]` of a store, and return where it stands; or that of an object in memory.
-
-        Options are the fields of `liam_scale.embed.EmbedConfig`, or for an object the keywords of `write_to`.
-        """
-        if isinstance(store, AnnData | MuData):
-            self.write_to(store, **options)
-            return None
-        return embed(EmbedConfig(run=self.path, store=_uris(store), **options))
-
-    def embedding(self, store: str | Path | AnnData | MuData | None = None, **options: Any) -> pd.DataFrame:
-        """The embedding in memory, a row for each cell, indexed by cell id; written nowhere.
-
-        `adata.obsm["X_liam"] = run.embedding().loc[adata.obs_names].to_numpy()` is what `run.embed(adata)` does.
-        """
-        config = EmbedConfig(run=self.path, **options)
-        opened = self._open(store)
-        values = compute(config, opened)
-        cells = pd.Index(opened.cell_ids(0, len(values)), name="cell")
-        return pd.DataFrame(values, index=cells, columns=[f"liam_{i + 1}" for i in range(values.shape[1])])
-
-    def write_to(
-        self,
-        target: AnnData | MuData | str | Path,
-        *,
-        store: str | Path | AnnData | MuData | None = None,
-        key: str = "X_liam",
-        overwrite: bool = False,
-        missing: Missing = "refuse",
-        **options: Any,
-    ) -> None:
-        """Put the embedding into your own object or file, by cell id and in its order of cells.
-
-        Parameters
-        ----------
-        target
-            An AnnData or MuData, or an h5ad, h5mu or Zarr file, in which nothing else changes. It may lack cells of
-            the store. Its ids are those of the store; or, where ingest put the name of the source before them, the
-            barcodes of one source.
-        store
-            Store with the counts of these cells; default: that of the training, or the target itself where that was an
-            object in memory.
-        key
-            Name in obsm.
-        overwrite
-            Replace an embedding of that name that another run made.
-        missing
-            Cells that the store lacks: "refuse" them, or fill their rows with "nan".
-        **options
-            Fields of `liam_scale.embed.EmbedConfig`: `kind`, `memory`, `threads`, `seed`.
-
-        Raises
-        ------
-        ValueError
-            Cells cannot be found, or another run's embedding stands there.
-        """
-        config, run = EmbedConfig(run=self.path, **options), self.record.id
-        is_held = self.record.stores[0].endswith(IN_MEMORY) and isinstance(target, AnnData | MuData)
-        opened = self._open(target if store is None and is_held else store)
-        attach(
-            target,
-            lambda: compute(config, opened),
-            opened,
-            key=key,
-            attributes=attributes_of(run),
-            run=run,
-            overwrite=overwrite,
-            missing=missing,
-        )
-
-    def _open(self, store: Any) -> Store:
-        """A store that was given, data in memory included, or those of the training."""
-        if isinstance(store, AnnData | MuData):
-            return open_store(store)
-        return open_stores(_uris(store) or self.record.stores)
-
-    def decode(self, out: str | Path, **options: Any) -> Path:
-        """Write decoded values; options are the fields of `liam_scale.decode.DecodeConfig`."""
-        return decode(DecodeConfig(run=self.path, out=Path(out), **options))
-
-    def normalized(
-        self,
-        features: str | Sequence[str] = (),
-        *,
-        modality: str | None = None,
-        groupby: str | None = None,
-        target_sample: str = "own",
-        num_samples: int = 25,
-        return_mean: bool = False,
-        out: str | Path | None = None,
-        store: str | Path | AnnData | MuData | None = None,
-        **options: Any,
-    ) -> pd.DataFrame | Path:
-        """Normalised expression, accessibility and protein; what `decode` writes.
-
-        Parameters
-        ----------
-        features
-            Names of features; `adt:CD4` names the modality where names coincide. None: all of `modality`.
-        groupby
-            Obs column: a row for each group of cells, their mean, instead of one for each cell.
-        target_sample
-            Sample that all cells are decoded as; own: that of each cell; mean: average over all samples.
-        num_samples
-            Posterior draws of each cell, reproducible by `seed`; 0: decode the embedding in the store, once.
-        return_mean
-            Return the mean over draws alone.
-        out
-            AnnData Zarr to write, chunk by chunk, instead of returning values: X is the mean, the layer `sd` the
-            standard deviation over draws.
-        store
-            Store with the cells; default: that of the training.
-        **options
-            The other fields of `liam_scale.decode.DecodeConfig`: `library_size`, `key`, `memory`, `seed`, `device`.
-
-        Returns
-        -------
-        DataFrame of cells (or groups) x features; of several draws with columns (`mean` or `sd`, feature), where the
-        standard deviation is that over draws: of the value of a cell, or of the mean of a group. With `out`: its path.
-        """
-        chosen = (features,) if isinstance(features, str) else tuple(features)
-        own = {"modality": modality, "groupby": groupby, "target_sample": target_sample, "num_samples": num_samples}
-        opened, asked = self._open(store), {"run": self.path, "features": chosen, **own, **options}
-        if out is not None:
-            return decode(DecodeConfig(out=Path(out), **asked), opened)
-        mean, sd = normalized(Decoding(**asked), opened)
-        return mean if return_mean or sd is None else pd.concat({"mean": mean, "sd": sd}, axis=1)
-
-    def map(self, store: str | Path, **options: Any) -> Run:
-        """Place the cells of new samples into this model; options are the fields of `liam_scale.map.MapConfig`."""
-        return Run(map_store(MapConfig(run=self.path, store=_uris(store)[0], **options)))
-
-    def elbo(self, store: str | Path | None = None, **options: Any) -> pd.DataFrame:
-        """Per-cell loss terms (nats), indexed by cell id; options are the keywords of `liam_scale.elbo.elbo`."""
-        return elbo(self.directory, store=_uris(store), **options)
-
-
-def _uris(store: str | Path | None) -> tuple[str, ...]:
-    return () if store is None else tuple(addresses(store, "store"))
-
-
-def load_run(path: str | Path) -> Run:
+def load_run(path: str | Path, *, store: str | Path | Sequence[str | Path] | None = None) -> Run:
     """Open the folder of a run.
+
+    Parameters
+    ----------
+    store
+        Store (or several, chained) that its methods use. Default: those of the training; where the run was moved, they
+        are looked for in its folder and in those above it.
 
     Raises
     ------
     ValueError
         There is no run in it.
     """
-    run = Run(RunDirectory(Path(path)))
+    run = Run(RunDirectory(Path(path)), () if store is None else tuple(addresses(store, "store")))
     run.directory.record()
     return run
 

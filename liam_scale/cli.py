@@ -22,6 +22,8 @@ COMMANDS = {
     "train": "store -> trained model (for several processes: torchrun -m liam_scale.train)",
     "embed": "trained model -> obsm['X_liam'] of the store",
     "decode": "trained model -> normalised expression, accessibility, protein",
+    "differential": "embedding -> features that change between groups of cells",
+    "archetypes": "embedding -> what the corners of the latent simplex stand for",
     "map": "cells of new samples -> the embedding of a trained model",
     "evaluate": "embedding -> table of metrics and pictures",
     "sweep": "several alphas, covariates and seeds -> curves, ranks, a recommendation",

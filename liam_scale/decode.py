@@ -16,9 +16,10 @@ import tyro
 from torch import Tensor
 
 from liam_scale.command import Command
+from liam_scale.finding import stores_of
 from liam_scale.model import Liam
 from liam_scale.posterior import Latents, drawn, embedded, group_codes, shares, single
-from liam_scale.run import RunDirectory, RunRecord, open_stores
+from liam_scale.run import RunDirectory, RunRecord
 from liam_scale.samples import sample_codes
 from liam_scale.training.devices import Device, check_device, device_of
 from loaders.durable import replacing
@@ -163,7 +164,7 @@ class _Work:
         record = single(directory, "decode")
         self.chosen = choose_features(directory.features(), config.features, config.modality)
         self.model = directory.load_model().to(device_of(config.device))
-        self.store = store or open_stores(config.store or record.stores)
+        self.store = store or stores_of(directory, config.store)
         self.targets = _target_codes(config, self.store, record)
         self.groups = None if config.groupby is None else group_codes(self.store, config.groupby)
         self.has_sd = config.num_samples > 1

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from liam_scale.finding import stores_of
 from liam_scale.model import Liam
 from liam_scale.model.noise import Noise
-from liam_scale.run import RunDirectory, check_features, open_stores
+from liam_scale.run import RunDirectory, check_features
 from liam_scale.samples import sample_codes
 from liam_scale.training.devices import Device, device_of
 from loaders.loader import Loader
@@ -64,7 +65,7 @@ def elbo(
         )
     used = device_of(device)
     model = directory.load_model().to(used)
-    opened = open_stores(store or record.stores)
+    opened = stores_of(directory, store)
     check_features(opened, record)
     frames = []
     loader = Loader(

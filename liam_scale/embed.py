@@ -20,11 +20,12 @@ import tyro
 import zarr
 
 from liam_scale.command import Command
+from liam_scale.finding import stores_of
 from liam_scale.model import Liam, logistic_normal_mean
 from liam_scale.model.layers import Gaussian
 from liam_scale.model.noise import Noise
 from liam_scale.posterior import ordered_loader
-from liam_scale.run import RunDirectory, attributes_of, check_features, check_maker, open_stores
+from liam_scale.run import RunDirectory, attributes_of, check_features, check_maker
 from liam_scale.training.devices import Device, check_device, device_of
 from liam_scale.training.distributed import World, join_world, launched_ranks
 from loaders.durable import holding, replacing, sha256_of
@@ -115,8 +116,7 @@ def embed(config: EmbedConfig) -> str:
         The run is not finished, the store has other features or samples or holds another run's embedding of that name,
         or `out` exists.
     """
-    record = RunDirectory(config.run).record()
-    return embed_store(config, open_stores(config.store or record.stores))
+    return embed_store(config, stores_of(RunDirectory(config.run), config.store))
 
 
 def embed_store(config: EmbedConfig, store: Store) -> str:
@@ -165,7 +165,7 @@ def _fingerprint(config: EmbedConfig, directory: RunDirectory, store: Store) -> 
 def compute(config: EmbedConfig, store: Store | None = None) -> np.ndarray:
     """The embedding in memory, (cells, latent) float32 in the order of the store's cells; writes nothing."""
     directory = RunDirectory(config.run)
-    store = store or open_stores(config.store or directory.record().stores)
+    store = store or stores_of(directory, config.store)
     columns, world = [], World(device=device_of(config.device))
     for part in directory.parts():
         check_features(store, part.record())

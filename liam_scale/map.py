@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import pandas as pd
 import torch
 import tyro
 from torch import Tensor
@@ -21,6 +22,7 @@ from liam_scale.command import Command
 from liam_scale.config import TrainConfig
 from liam_scale.embed import EmbedConfig, check_replaces, embed_store
 from liam_scale.fitting import training_loaders
+from liam_scale.labels import check_labelled, transfer_labels
 from liam_scale.model import Liam, ModelData
 from liam_scale.run import RunDirectory, RunRecord, open_stores
 from liam_scale.samples import model_data
@@ -31,10 +33,12 @@ from liam_scale.training.history import History
 from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer
 from liam_scale.training.options import TrainingConfig
 from liam_scale.training.trainer import Trainer
-from loaders.durable import holding
+from loaders.durable import holding, replacing
 from loaders.options import Range, check_options
 from loaders.sizing import parse_memory
 from loaders.stores import MatchedStore, Store
+
+LABELS_FILE = "labels.csv"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,12 @@ class MapConfig:
     """Obs column with the sample; default: that of the run."""
     max_epochs: Annotated[int, Range(least=1)] = 20
     """Epochs of training the parameters of the new samples."""
+    label_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
+    """Obs column of the training's store: label the new cells by their neighbours there, in labels.csv of `out`."""
+    neighbors: Annotated[int, Range(least=1)] = 50
+    """Labelled cells that a new one is compared with."""
+    unknown: Annotated[float, Range(least=0, most=1)] = 0.5
+    """Uncertainty (one minus the probability of a label) above which a cell is "unknown"."""
     key: str = "X_liam"
     """Name of the embedding in obsm."""
     overwrite: bool = False
@@ -71,6 +81,10 @@ class MapConfig:
 def _map_and_tell(config: MapConfig) -> None:
     directory = map_store(config)
     print(f'wrote obsm["{config.key}"] to {config.store}; the extended model is in {directory.path}')
+    if config.label_key is not None:
+        labels = pd.read_csv(directory.path / LABELS_FILE, usecols=["label"])["label"]
+        shown = ", ".join(f"{name} {count:,}" for name, count in labels.value_counts().items())
+        print(f"wrote {directory.path / LABELS_FILE}: {shown}")
 
 
 def map_store(config: MapConfig) -> RunDirectory:
@@ -95,6 +109,8 @@ def map_store(config: MapConfig) -> RunDirectory:
     if not directory.is_run:
         directory.check_free()
     model = source.load_model()
+    if config.label_key is not None:
+        check_labelled(source, label_key=config.label_key, key=config.key)
     store = MatchedStore(open_stores([config.store]), source.features())
     batch_key = config.batch_key or record.batch_key
     loader_config = replace(source.loader_config(), streams=16, memory=config.memory)
@@ -136,7 +152,25 @@ def map_store(config: MapConfig) -> RunDirectory:
         directory.save_weights(extended.state_dict())
         shared = {name: getattr(config, name) for name in ("key", "overwrite", "memory", "device")}
         embed_store(EmbedConfig(run=out, **shared), store)
+        if config.label_key is not None:
+            _label(config, source, store, directory)
     return directory
+
+
+def _label(config: MapConfig, source: RunDirectory, store: Store, directory: RunDirectory) -> None:
+    """Label the new cells as their neighbours in the training's store, which must hold the run's embedding."""
+    assert config.label_key is not None
+    labels = transfer_labels(
+        source,
+        store,
+        label_key=config.label_key,
+        key=config.key,
+        neighbors=config.neighbors,
+        unknown=config.unknown,
+        seed=config.seed,
+    )
+    with replacing(directory.path / LABELS_FILE) as path:
+        labels.to_csv(path, float_format="%.4g")
 
 
 def united_samples(old: ModelData, new: ModelData) -> ModelData:

@@ -218,6 +218,20 @@ def simulate_mudata(*, num_cells: int, **options: Any) -> mudata.MuData:
     return together
 
 
+def archetype_shares(modality: str, **options: Any) -> npt.NDArray[np.float64]:
+    """(K, F) expected share of every feature in each archetype's total, before the samples' effects.
+
+    Parameters
+    ----------
+    **options
+        Fields of `Simulation`. A cell of type a that is mixed with b has the shares
+        own_weight * a + (1 - own_weight) * b.
+    """
+    simulation = Simulation(**options)
+    table, features = _archetypes(simulation, modality), simulation.num_features[modality]
+    return np.stack([np.bincount(row, minlength=features) / len(row) for row in table.feature])
+
+
 def _blocks(
     simulation: Simulation, num_cells: int, threads: int | None
 ) -> Iterator[tuple[_Cells, dict[str, SparseRows]]]:

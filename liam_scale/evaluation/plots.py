@@ -70,8 +70,18 @@ def colours(num: int) -> list[str]:
 
 
 def draw_umaps(path: Path, *, panels: Sequence[Panel], columns: Sequence[tuple[str, ObsColumn]], title: str) -> None:
-    """One PNG: a row for each panel, a column for each way to colour the cells, one legend below each column."""
-    plt = _pyplot()
+    """One PNG of `umap_figure`."""
+    _pyplot()
+    _save(umap_figure(panels, columns, title=title), path)
+
+
+def umap_figure(panels: Sequence[Panel], columns: Sequence[tuple[str, ObsColumn]], *, title: str) -> Figure:
+    """A row for each panel, a column for each way to colour the cells, one legend below each column.
+
+    The axes of the panels come first, row by row.
+    """
+    import matplotlib.pyplot as plt
+
     entries = [min(len(column.categories), _MOST_LEGEND_ENTRIES) for _, column in columns]
     legend_columns = [-(-n // _LEGEND_ROWS) for n in entries]
     legend_rows = max(-(-n // c) for n, c in zip(entries, legend_columns, strict=True)) + 0.5
@@ -107,18 +117,25 @@ def draw_umaps(path: Path, *, panels: Sequence[Panel], columns: Sequence[tuple[s
     for c, (_, column) in enumerate(columns):
         box = ((0.15 + c * side + 0.05) / width, 0.0, (side - 0.1) / width, legend_height / height)
         _legend(figure.add_axes(box), column, legend_columns[c])
-    _save(figure, path)
+    return figure
 
 
 def draw_losses(path: Path, history: pd.DataFrame, *, title: str) -> None:
-    """One PNG with a panel for each loss term of a history.csv: training and validation by epoch.
+    """One PNG of `loss_figure`."""
+    _pyplot()
+    _save(loss_figure(history, title=title), path)
+
+
+def loss_figure(history: pd.DataFrame, *, title: str) -> Figure:
+    """A panel for each loss term of a history.csv: training and validation by epoch.
 
     Raises
     ------
     ValueError
         The history holds no loss.
     """
-    plt = _pyplot()
+    import matplotlib.pyplot as plt
+
     names = _terms(history)
     if not names:
         raise ValueError(
@@ -139,7 +156,7 @@ def draw_losses(path: Path, history: pd.DataFrame, *, title: str) -> None:
         axes.set_ylabel("nats per cell", fontsize=9.5)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper right", ncols=len(labels), frameon=False, fontsize=10)
-    _save(figure, path)
+    return figure
 
 
 def draw_curves(path: Path, summary: pd.DataFrame, *, keep: str = "", chosen: float | None = None) -> None:
@@ -174,6 +191,33 @@ def draw_curves(path: Path, summary: pd.DataFrame, *, keep: str = "", chosen: fl
             axes.spines[side].set_visible(False)
     handles, labels = np.atleast_1d(grid)[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), frameon=False, fontsize=9.5)
+    _save(figure, path)
+
+
+def draw_archetypes(path: Path, weights: pd.DataFrame, entropy: npt.NDArray[np.float32], *, title: str) -> None:
+    """One PNG: a bar for each group of cells of its mean weights (groups x archetypes), and how mixed cells are."""
+    plt = _pyplot()
+    shown = weights.head(_MOST_LEGEND_ENTRIES)
+    height = max(3.2, 0.27 * len(shown) + 1.6)
+    figure, (bars, spread) = plt.subplots(1, 2, figsize=(11.5, height), layout="constrained", width_ratios=(2.4, 1.0))
+    figure.suptitle(title, fontsize=13, fontweight="bold", x=0.01, ha="left")
+    left = np.zeros(len(shown))
+    for name, colour in zip(shown.columns, colours(shown.shape[1]), strict=True):
+        bars.barh(range(len(shown)), shown[name], left=left, color=colour, height=0.78, label=str(name))
+        left += shown[name].to_numpy()
+    names = [str(name) if len(str(name)) <= 28 else str(name)[:27] + "…" for name in shown.index]
+    bars.set_yticks(range(len(shown)), names)
+    bars.set(xlim=(0, 1), ylim=(len(shown) - 0.4, -0.6), xlabel="mean weight of each archetype")
+    bars.legend(
+        title="archetype", ncols=10, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, fontsize=8,
+        title_fontsize=8.5, handlelength=1.0, columnspacing=0.9,
+    )  # fmt: skip
+    spread.hist(entropy, bins=np.linspace(0, 1, 41).tolist(), color=_VALIDATION_COLOUR)
+    spread.set(xlabel="entropy of a cell (1: all archetypes alike)", ylabel="cells", xlim=(0, 1))
+    for axes in (bars, spread):
+        axes.tick_params(labelsize=9)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
     _save(figure, path)
 
 

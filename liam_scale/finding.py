@@ -1,0 +1,65 @@
+"""The stores of a run: where they were at its training, or where they are found after the run was moved."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from liam_scale.contents import differences
+from liam_scale.run import IN_MEMORY, RunDirectory, RunRecord, open_stores
+from loaders.formats.root import local_path
+from loaders.stores import Store
+
+_log = logging.getLogger(__name__)
+
+
+def stores_of(directory: RunDirectory, given: Sequence[str] = ()) -> Store:
+    """The store that is given, or that of the training, several chained.
+
+    One that no longer stands where it was is looked for in the folder of the run and in those above it: under its own
+    path where that was relative, and under its name. What is found must be what the run was trained on.
+
+    Raises
+    ------
+    ValueError
+        It is in none of these places, or something else is.
+    """
+    if given:
+        return open_stores(given)
+    record = directory.record()
+    found = [_found(directory, uri) for uri in record.stores]
+    store = open_stores(found)
+    if tuple(found) != record.stores:
+        _check_found(store, directory, record)
+        _log.info("run %s was moved: its store is %s", directory.path, store.uri)
+    return store
+
+
+def _found(directory: RunDirectory, uri: str) -> str:
+    path = None if uri.endswith(IN_MEMORY) else local_path(uri)
+    if path is None or path.exists():
+        return uri
+    home = directory.path.resolve()
+    places = [path.name] if path.is_absolute() else [str(path), path.name]
+    candidates = [folder / place for folder in (home, *home.parents) for place in places]
+    found = next((candidate for candidate in candidates if candidate.exists()), None)
+    if found is None:
+        raise ValueError(
+            f"store: {uri}, on which {directory.path} was trained, is not there, nor is {path.name} in the folder of "
+            "the run or above it; give the store anew, as --store STORE or liam_scale.load_run(run, store=STORE)"
+        )
+    return str(found)
+
+
+def _check_found(store: Store, directory: RunDirectory, record: RunRecord) -> None:
+    """Refuse another store of that name; what an older version or a mapping made does not remember its store."""
+    if record.contents is None:
+        return
+    features = {name: own for part in directory.parts() for name, own in part.features().items()}
+    lines = differences(record.contents, store, features)
+    if lines:
+        raise ValueError(
+            f"store: {store.uri} has the name of the store that {directory.path} was trained on and is another one:\n  "
+            + "\n  ".join(lines)
+            + "\n  give the store anew, as --store STORE or liam_scale.load_run(run, store=STORE)"
+        )
