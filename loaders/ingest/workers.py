@@ -145,7 +145,7 @@ def _connect(dask: str, stack: ExitStack) -> Iterator[Any]:
             address = stack.enter_context(cluster)
         try:
             client = distributed.Client(address, timeout=_SECONDS_TO_CONNECT, set_as_default=False)
-        except (OSError, ValueError, ImportError, distributed.CommClosedError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise RuntimeError(
                 f"dask: no scheduler answers at {dask} ({error}); start one (`dask scheduler`), or correct the address"
             ) from None
