@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py            # all; hours
     python benchmarks/faults.py 7 16       # two promises
-    python benchmarks/faults.py --write    # and put the counts into the page
+    python benchmarks/faults.py --write    # and put the counts into the page, with the revision they were counted at
 
 The page says which tests show a promise, the tests say what they did (`record_property("flips", 1200)`): numbers of one
 name are added up over the tests of a promise. Tests marked `gpu` are left out.
@@ -80,8 +80,10 @@ _OUTCOME_OF = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 
 
 def write(promises: Sequence[Promise]) -> None:
-    """Put what was counted into the last column of the page's table."""
-    measured = {promise.number: promise.measured() for promise in promises}
+    """Put what was counted, and at which revision, into the last column of the page's table."""
+    git = ["git", "describe", "--always", "--exclude=*"]
+    revision = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    measured = {promise.number: f"{promise.measured()} ({revision})" for promise in promises}
 
     def renew(row: re.Match[str]) -> str:
         number, *cells, old = row.groups()

@@ -237,13 +237,18 @@ def _make_folder(hidden: Path) -> tuple[Path, IO[bytes]]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{hidden.name}.", suffix=SUFFIX, dir=hidden.parent))
         try:
-            file = open(folder / _LOCK, "xb")  # noqa: SIM115 (held open while the folder is in use)
+            file = open(folder / _LOCK, "xb", buffering=0)  # noqa: SIM115 (held open while the folder is in use)
         except FileNotFoundError:  # taken for a leftover by another process
             continue
-        lock(file.fileno())
-        if (folder / _LOCK).exists():
-            _sign(file)
-            return folder, file
+        try:
+            lock(file.fileno())
+            if (folder / _LOCK).exists():
+                _sign(file)
+                return folder, file
+        except OSError:  # The disk is full.
+            file.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         file.close()
 
 

@@ -1,6 +1,7 @@
 """A file or folder is the old one or the new one, whatever happens while it is written."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -80,6 +81,15 @@ def test_a_full_disk_is_said_with_the_path_and_the_old_file_stays(
         overfill()
     assert (disk / "a").read_text() == "old"
     assert names(disk) == ["a"]
+
+
+def test_a_disk_on_which_not_even_the_lock_has_room_keeps_nothing_of_it(disk_of: Callable[[str], Path]) -> None:
+    disk = disk_of("1m")
+    with (disk / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free)
+    with pytest.raises(RuntimeError, match=rf"writing {disk}/a: disk full"):
+        write_text(disk / "a", "new")
+    assert [path.name for path in disk.iterdir()] == ["filler"]
 
 
 def test_a_folder_that_cannot_be_written_is_said_in_one_message(tmp_path: Path) -> None:

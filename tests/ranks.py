@@ -1,0 +1,102 @@
+"""Commands on some ranks as a scheduler starts them: nobody ends the others when one has ended.
+
+Processes are forked from one that has imported what they need: a start takes 2 s of a core instead of 12, and what
+happens to them after a random time meets the command at work.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest import mock
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+TRAIN = "import sys; from liam_scale.train import main; sys.exit(main(sys.argv[1:]))"
+NEEDED = ["liam_scale.train", "liam_scale.embed", "torch._dynamo", "torch.nn.parallel", "safetensors.torch"]
+"""The optimizer imports torch._dynamo, which takes as long as all the rest."""
+SECONDS = 600
+"""For what takes ten on a machine that does nothing else."""
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(NEEDED)
+
+
+@dataclass
+class Rank:
+    """A process, and the files of what it says."""
+
+    process: BaseProcess
+    out: Path
+    err: Path
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.process.is_alive():
+            os.kill(self.process.pid or 0, number)
+
+    def is_alive(self) -> bool:
+        return self.process.is_alive()
+
+    def ends(self, seconds: float = SECONDS) -> tuple[int, str]:
+        """Its code, and what it said on stderr."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still at work after {seconds:.0f} s: {self.err.read_text()}"
+        return self.process.exitcode, self.err.read_text()
+
+
+def start_ranks(
+    arguments: Sequence[object], size: int, *, only: Iterable[int] | None = None, code: str = TRAIN
+) -> list[Rank]:
+    """Start `python -c code *arguments` on the ranks of a world of a size: all of them, or those named."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    world |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    started = []
+    for rank in range(size) if only is None else only:
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **world} if size > 1 else {}
+        folder = Path(tempfile.mkdtemp(dir=_folder()))
+        files = folder / "out", folder / "err"
+        process = _FORKS.Process(target=_run, args=(code, [str(each) for each in arguments], own, files), daemon=True)
+        # What torch reads once, in the process that is forked; ranks have it in their environment.
+        with mock.patch.dict(os.environ, {"TORCH_CPP_LOG_LEVEL": "FATAL", "OMP_NUM_THREADS": "1"}):
+            process.start()
+        started.append(Rank(process, *files))
+    return started
+
+
+@cache
+def _folder() -> str:
+    """Of what ranks say, as long as this process lives."""
+    path = tempfile.mkdtemp(prefix="ranks")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def heed_interrupts() -> None:
+    """Also where the tests run in the background of a shell, which has them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def seconds(number: float) -> float:
+    """So many seconds of a machine that does nothing else, by the load of this one."""
+    return number * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def _run(code: str, arguments: list[str], environment: dict[str, str], files: tuple[Path, Path]) -> None:
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    heed_interrupts()
+    os.environ.update(environment)
+    sys.argv = ["-c", *arguments]
+    exec(code, {"__name__": "__main__"})
