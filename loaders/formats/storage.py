@@ -18,7 +18,7 @@ _PAUSES = (0.5, 2.0, 5.0)
 """Seconds before a request is made again whose answer broke off: obstore repeats only those that were not answered."""
 
 
-class RemoteStore(ObjectStore[Any]):
+class RemoteStore(ObjectStore):
     """Objects as Zarr reads them."""
 
     async def get(self, *arguments: Any, **options: Any) -> Any:
