@@ -44,7 +44,7 @@ class TrainingConfig:
     history and listed in run.json."""
     timeout_seconds: Annotated[float, Range(above=0), tyro.conf.arg(aliases=["--timeout"])] = 600.0
     """Time without a step on any rank after which the ranks that are missing or asleep are named, and all end."""
-    graph: Graph = "auto"
+    graph: Graph = "off"
     """Record a step once as a graph of the GPU and replay it, one launch instead of hundreds: `auto` where that is
     possible (one rank on an NVIDIA GPU, likelihood per cell, no batch norm), `on` there or an error, `off` nowhere."""
     tensorboard: bool = False

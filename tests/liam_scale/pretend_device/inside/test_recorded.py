@@ -32,7 +32,7 @@ def make_trainer(folder: Path, device: torch.device = pretend.DEVICE, **options:
     optimizer = build_optimizer(model, OptimConfig())
     optimizer.register_step_post_hook(lambda *_: model.keep_gradients())
     model.train()
-    config = TrainingConfig(**options)
+    config = TrainingConfig(**{"graph": "auto", **options})
     run = {"kl": KLSchedule("steps", 20, 1e-3), "max_epochs": 1, "seed": 5, "directory": folder}
     world, history = World(device=device), History(None)
     return Trainer(
