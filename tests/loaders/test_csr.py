@@ -24,7 +24,7 @@ from loaders.csr import (
 
 def random_rows(num_rows, num_features, density, *, indices=np.int32, values=np.float32, seed=0):
     rng = np.random.default_rng(seed)
-    matrix = scipy.sparse.random(num_rows, num_features, density, format="csr", rng=rng)
+    matrix = scipy.sparse.random(num_rows, num_features, density, format="csr", random_state=rng)
     matrix.data = rng.integers(1, 200, matrix.nnz).astype(values)
     matrix.sort_indices()
     return SparseRows(matrix.indptr.astype(np.int64), matrix.indices.astype(indices), matrix.data, num_features)

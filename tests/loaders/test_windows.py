@@ -144,7 +144,7 @@ def test_a_deleted_shard_is_an_error_and_not_zeros(path, tmp_path):
 def write_foreign(path, *, sharded, sort=True, indices=np.int32):
     """An AnnData Zarr store as other tools write it, without checksums."""
     rng = np.random.default_rng(0)
-    matrix = scipy.sparse.random(400, 150, 0.2, format="csr", dtype=np.float32, rng=rng)
+    matrix = scipy.sparse.random(400, 150, 0.2, format="csr", dtype=np.float32, random_state=rng)
     matrix.data = rng.integers(1, 9, matrix.nnz).astype(np.float32)
     matrix.sort_indices()
     with quiet_anndata():

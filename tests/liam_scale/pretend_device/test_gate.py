@@ -28,6 +28,6 @@ def test_on_a_pretend_device_all_is_as_on_the_cpu(page: str, environment: dict[s
         env={**environment, "PYTHONPATH": paths, "LIAM_SCALE_PRETEND": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -16,7 +16,7 @@ from loaders.stores import open_store
 
 @pytest.fixture
 def adata():
-    counts = scipy.sparse.random(300, 40, density=0.3, format="csr", dtype=np.float32, rng=1)
+    counts = scipy.sparse.random(300, 40, density=0.3, format="csr", dtype=np.float32, random_state=1)
     counts.data = np.ceil(counts.data * 9)
     obs = pd.DataFrame({"donor": pd.Categorical(["a", "b", "c"] * 100)}, index=[f"c{n}" for n in range(300)])
     return anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"g{n}" for n in range(40)]))
