@@ -34,7 +34,7 @@ def test_a_mosaic_says_which_cells_have_what_and_who_embedded_them(trimodal: Pat
 
 
 def test_json_is_the_same_and_the_command_takes_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    counts = scipy.sparse.random(30, 20, 0.3, "csr", random_state=np.random.default_rng(0))
+    counts = scipy.sparse.random(30, 20, 0.3, "csr", random_state=0)
     counts.data[:] = 1
     obs = pd.DataFrame({"donor": ["a", None, "b"] * 10, "id": [f"i{i}" for i in range(30)]})
     data = anndata.AnnData(counts, obs=obs.set_index(pd.Index([f"c{i}" for i in range(30)])))

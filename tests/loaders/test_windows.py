@@ -204,9 +204,9 @@ def test_each_array_is_opened_once(path, monkeypatch):
     """Training and validation share offsets, shard indexes and open files."""
     opened = []
 
-    def counted(folder):
-        opened.append(str(folder))
-        return ShardedArray(folder)
+    def counted(place):
+        opened.append(place.name(""))
+        return ShardedArray(place)
 
     monkeypatch.setattr(compressed, "ShardedArray", counted)
     store = open_store(path)

@@ -30,7 +30,7 @@ def test_pieces_of_a_zarr_store(own_store: Path, toy: ModuleType, modality: str)
 
 
 def test_pieces_of_an_experiment_are_whole_tiles(tmp_path: Path, toy: ModuleType, write_soma: Callable) -> None:
-    counts = scipy.sparse.random(5000, 30, density=0.1, format="csr", random_state=np.random.default_rng(0), dtype=np.float32)
+    counts = scipy.sparse.random(5000, 30, density=0.1, format="csr", random_state=0, dtype=np.float32)
     data = toy.anndata.AnnData(counts)
     write_soma(tmp_path / "exp", data)
     store = open_store(tmp_path / "exp")

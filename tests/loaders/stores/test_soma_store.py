@@ -99,7 +99,7 @@ def test_experiment_written_by_tiledbsoma_itself(tmp_path: Path, toy: ModuleType
 def test_cells_beyond_one_read_and_unaligned_ranges(tmp_path: Path, toy: ModuleType, write_soma: Callable) -> None:
     """5,000 cells over three rows of tiles, read at odd places and from several threads."""
     cells = np.arange(5000)
-    counts = scipy.sparse.random(5000, 40, density=0.1, format="csr", random_state=np.random.default_rng(0), dtype=np.float32)
+    counts = scipy.sparse.random(5000, 40, density=0.1, format="csr", random_state=0, dtype=np.float32)
     counts.data = np.arange(1, counts.nnz + 1, dtype=np.float32)
     obs = pd.DataFrame(index=[f"cell{c}" for c in cells])
     data = toy.anndata.AnnData(counts, obs=obs, var=pd.DataFrame(index=[f"g{f}" for f in range(40)]))
