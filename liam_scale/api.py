@@ -114,7 +114,7 @@ def train(
     max_rollbacks: int = 2,
     on_bad_chunk: Literal["stop", "skip"] = "stop",
     timeout_seconds: float = 600.0,
-    graph: Literal["auto", "on", "off"] = "auto",
+    graph: Literal["auto", "on", "off"] = "off",
     tensorboard: bool = False,
 ) -> Run:
     """Train liam on a store, in this process, or go on with the run in `out`.
