@@ -21,7 +21,7 @@ from loaders.ingest.cells import Cells
 from loaders.ingest.runs import row_table
 from loaders.ingest.shards import CHUNKS_PER_SHARD
 from loaders.ingest.sources import Named
-from loaders.ingest.tasks import Job, Record, Shard, runs_of, save_runs, scan, write_shard
+from loaders.ingest.tasks import Job, Record, Shard, save_runs, scan, scanned, write_shard
 from loaders.ingest.workers import Workers
 from loaders.ingest.writer import ModalityLayout, WrittenRows
 from loaders.progress import Progress
@@ -167,7 +167,7 @@ def _write_matrices(
         for remark in _remarks(modality, records):
             say(remark)
         names = [f"{modality}.scan.{number}.{start}-{stop}" for number, start, stop in parts[modality]]
-        runs = [(job.spill / name, run) for name, record in zip(names, records, strict=True) for run in runs_of(record)]
+        runs = [(job.spill / name, run) for name, record in zip(names, records, strict=True) for run in scanned(record)]
         save_runs(job, modality, runs)
         lengths, totals = row_table(runs, num_rows)
         dtype = narrowest_dtype(max((record["maximum"] for record in records), default=0))

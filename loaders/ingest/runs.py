@@ -46,6 +46,11 @@ class Run:
     checksums: tuple[int, int, int]
     """crc32c of the head, of the columns and of the values."""
 
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Run:
+        """What `dataclasses.asdict` made, after JSON, which has no tuples."""
+        return cls(**{**entry, "checksums": tuple(entry["checksums"])})
+
     @property
     def types(self) -> tuple[np.dtype[Any], np.dtype[Any]]:
         """Of columns and of values."""

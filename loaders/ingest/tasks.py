@@ -48,9 +48,13 @@ class Job:
     """Tasks at a time in one process."""
 
     def save_array(self, name: str, values: npt.NDArray[np.int64]) -> None:
-        """Put an array where tasks find it; whole, as one of a killed ingest may still be read."""
+        """Put an array where tasks find it."""
+        self.save(name, values.astype(np.int64, copy=False).tobytes())
+
+    def save(self, name: str, content: bytes) -> None:
+        """Write a file that tasks read; whole, as one of a killed ingest may still be read."""
         with tempfile.NamedTemporaryFile(dir=self.spill, prefix=".", delete=False) as file:
-            file.write(values.astype(np.int64, copy=False).tobytes())
+            file.write(content)
         os.replace(file.name, self.spill / name)
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.int64]:
@@ -100,12 +104,12 @@ def scan(job: Job, modality: str, source: int, part: tuple[int, int], num_featur
 
     with _working(job) as here:
         name = f"{modality}.scan.{source}.{part[0]}-{part[1]}"
-        return _once(job, name, work, lambda folder, record: all(run.is_whole(folder) for run in runs_of(record)))
+        return _once(job, name, work, lambda folder, record: all(run.is_whole(folder) for run in scanned(record)))
 
 
-def runs_of(record: Record) -> list[Run]:
+def scanned(record: Record) -> list[Run]:
     """The runs that a scan wrote."""
-    return [Run(**{**run, "checksums": tuple(run["checksums"])}) for run in record["runs"]]
+    return [Run.from_json(entry) for entry in record["runs"]]
 
 
 def write_shard(job: Job, shard: Shard) -> Record:
@@ -152,15 +156,13 @@ def _shards_are_whole(folder: Path, record: Record) -> bool:
 def save_runs(job: Job, modality: str, runs: Sequence[tuple[Path, Run]]) -> None:
     """Write which runs a modality has."""
     entries = [[folder.name, asdict(run)] for folder, run in runs]
-    with tempfile.NamedTemporaryFile("w", dir=job.spill, prefix=".", delete=False) as file:
-        json.dump(entries, file)
-    os.replace(file.name, job.spill / f"{modality}.runs.json")
+    job.save(f"{modality}.runs.json", json.dumps(entries).encode())
 
 
 def read_runs(job: Job, modality: str) -> list[tuple[Path, Run]]:
     """The folder of each run of a modality, and what it holds."""
     entries = json.loads((job.spill / f"{modality}.runs.json").read_text())
-    return [(job.spill / folder, Run(**run)) for folder, run in entries]
+    return [(job.spill / folder, Run.from_json(entry)) for folder, entry in entries]
 
 
 def place_of(source: Source, part: Part) -> Place:
