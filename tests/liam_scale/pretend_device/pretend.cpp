@@ -112,6 +112,8 @@ struct Event {
   long stream, ticket;
 };
 std::map<long, Queue> queues;
+std::recursive_mutex queues_mutex;  // several threads send while one waits for what was sent
+using Held = std::lock_guard<std::recursive_mutex>;
 thread_local long current_stream = 0;
 long last_stream = 0;
 
@@ -131,12 +133,14 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   c10::DeviceIndex deviceCount() const noexcept override { return 1; }
   void record(void** event, const c10::Stream& stream, const c10::DeviceIndex, const c10::EventFlag) const override {
+    Held lock(queues_mutex);
     auto& queue = queues[stream.id()];
     delete static_cast<Event*>(*event);
     *event = new Event{stream.id(), queue.done + static_cast<long>(queue.copies.size())};
   }
   void block(void* event, const c10::Stream&) const override { run(event); }
   bool queryEvent(void* event) const override {
+    Held lock(queues_mutex);
     auto* e = static_cast<Event*>(event);
     return !e || queues[e->stream].done >= e->ticket;
   }
@@ -144,14 +148,19 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     wait_for_device("event");
     run(event);
   }
-  bool queryStream(const c10::Stream& stream) const override { return queues[stream.id()].copies.empty(); }
+  bool queryStream(const c10::Stream& stream) const override {
+    Held lock(queues_mutex);
+    return queues[stream.id()].copies.empty();
+  }
   void synchronizeStream(const c10::Stream& stream) const override {
     wait_for_device("stream");
+    Held lock(queues_mutex);
     auto& queue = queues[stream.id()];
     queue.run(queue.done + queue.copies.size());
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
   static void run(void* event) {
+    Held lock(queues_mutex);
     if (auto* e = static_cast<Event*>(event)) queues[e->stream].run(e->ticket);
   }
 };
@@ -402,6 +411,7 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
     note(copies, std::string(up ? "to" : "from") + " the device");
     if (!non_blocking || (down && !has_pinned)) wait_for_device(up ? "copy to the device" : "copy to the host");
     if (up && non_blocking && has_pinned && current_stream != 0) {
+      Held lock(queues_mutex);
       queues[current_stream].copies.emplace_back(on_host(to), from);
       return to;
     }
