@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import tyro
 
-from liam_scale.command import Command
+from liam_scale.command import Answer, Command
 from loaders.check import check_store
 from loaders.options import Range, check_options
 
@@ -20,8 +19,6 @@ class CheckConfig:
 
     store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
     """Store made by ingest; of other formats all is read, and what cannot be known is said."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the report as JSON."""
     threads: Annotated[int | None, Range(least=1)] = None
     """Default: the cores of this process, at most 4."""
 
@@ -29,18 +26,20 @@ class CheckConfig:
         check_options(self)
 
 
-def _check_and_tell(config: CheckConfig) -> None:
-    report = check_store(config.store, threads=config.threads)
-    print(json.dumps({**asdict(report), "is_sound": report.is_sound}, indent=1) if config.json else report)
+def _check(config: CheckConfig) -> Answer:
+    report, failure = check_store(config.store, threads=config.threads), None
     if not report.is_sound:
         number = len(report.damages)
-        raise RuntimeError(
+        failure = (
             f"{report.store}: got {number:,} damaged place{'' if number == 1 else 's'}; copy or download the store "
             "again, or ingest again (an embedding: embed again)"
         )
+    return Answer(str(report), {**asdict(report), "is_sound": report.is_sound}, failure)
 
 
-main = Command(CheckConfig, _check_and_tell, prog="liam-scale check", description="Store -> all that is damaged in it.")
+main = Command(
+    CheckConfig, _check, prog="liam-scale check", description="Store -> all that is damaged in it.", answers=True
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import logging
+import math
 import os
 import platform
 import re
@@ -21,6 +23,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_type_hints
 
+import numpy as np
+import pandas as pd
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -53,6 +57,25 @@ class Given(Generic[T]):
 
 
 @dataclass(frozen=True)
+class GivenOrJson(Given[T]):
+    """A command line of a command that answers."""
+
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the answer as one JSON document on stdout, and all else on stderr."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found."""
+
+    text: str
+    document: dict[str, Any]
+    """The same for programs."""
+    failure: str | None = None
+    """Why the command ends with code 1 when it has told this."""
+
+
+@dataclass(frozen=True)
 class Command(Generic[T]):
     """A command: called with arguments it does its work and returns an exit code."""
 
@@ -61,11 +84,17 @@ class Command(Generic[T]):
     work: Callable[[T], object]
     prog: str
     description: str
+    answers: bool = False
+    """Whether `work` returns an `Answer`, which is printed as text, or as JSON with --json."""
 
     @property
     def form(self) -> Any:
         """What the parser fills in."""
-        return Given[self.kind]  # type: ignore[name-defined]
+        return self._given[self.kind]
+
+    @property
+    def _given(self) -> Any:
+        return GivenOrJson if self.answers else Given
 
     def parse(self, arguments: Sequence[str]) -> T:
         """Options from flags and `--config`.
@@ -75,7 +104,7 @@ class Command(Generic[T]):
         ValueError
             A file or a value cannot be used. What the parser itself refuses ends in SystemExit, as --help does.
         """
-        default = Given(_from_file(self.kind, arguments))
+        default = self._given(_from_file(self.kind, arguments))
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said), _READABLE:
@@ -101,12 +130,41 @@ class Command(Generic[T]):
                 "liam-scale %s, torch %s, Python %s", *map(version, ("liam-scale", "torch")), platform.python_version()
             )
             _log.debug("%s", to_toml(options))
-            self.work(options)
+            if not self.answers:
+                self.work(options)
+                return
+            as_json = "--json" in arguments
+            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                found = self.work(options)
+            assert isinstance(found, Answer)
+            if as_json:
+                print(json.dumps(plain(found.document), indent=1, allow_nan=False), flush=True)
+            elif found.text:
+                print(found.text, flush=True)
+            if found.failure is not None:
+                raise RuntimeError(found.failure)
 
         return run(work, self._worded, debug="--debug" in arguments, verbose="--verbose" in arguments)
 
     def _worded(self, message: str) -> str:
-        return as_typed(as_typed(message, self.kind), Given)
+        return as_typed(as_typed(message, self.kind), self._given)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: a dataclass is its fields, a table its rows, what is no finite number null."""
+    if is_dataclass(value):
+        return plain(vars(value))
+    if isinstance(value, pd.DataFrame):
+        return plain(value.to_dict("records"))
+    if isinstance(value, dict):
+        return {str(name): plain(held) for name, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(held) for held in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 
 def flag_of(key: str) -> str:

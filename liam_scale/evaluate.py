@@ -15,7 +15,7 @@ import pandas as pd
 import scipy.stats
 import tyro
 
-from liam_scale.command import Command
+from liam_scale.command import Answer, Command
 from liam_scale.evaluation import plots, report
 from liam_scale.evaluation.cells import (
     NUM_COMPONENTS,
@@ -30,7 +30,7 @@ from liam_scale.evaluation.cells import (
     read_embedding,
 )
 from liam_scale.evaluation.conservation import CellCycle, Trajectory, phase_genes
-from liam_scale.evaluation.found import Evaluation, describe, imputation_titles, titles
+from liam_scale.evaluation.found import Evaluation, describe, document, imputation_titles, titles
 from liam_scale.evaluation.imputation import TITLES, impute
 from liam_scale.evaluation.measures import MEASURES, require_extra, score
 from liam_scale.evaluation.scored import NUM_NEIGHBORS, Scored
@@ -188,11 +188,10 @@ def _first(config: EvaluateConfig, codes: dict[str, npt.NDArray[np.integer]]) ->
     return codes[config.batch_key[0]] if config.batch_key else None
 
 
-def _evaluate_and_tell(config: EvaluateConfig) -> None:
+def _evaluate(config: EvaluateConfig) -> Answer:
     found = evaluate(config)
-    print(describe(found))
-    for path in found.written:
-        print(f"wrote {path}")
+    text = "\n".join([describe(found), *(f"wrote {path}" for path in found.written)])
+    return Answer(text, {"store": config.store, "embedding": config.embedding, **document(found)})
 
 
 def _embeddings(
@@ -368,7 +367,11 @@ def _draw_losses(run_folder: Path, out: Path) -> list[Path]:
 
 
 main = Command(
-    EvaluateConfig, _evaluate_and_tell, prog="liam-scale evaluate", description="Score an embedding and draw it."
+    EvaluateConfig,
+    _evaluate,
+    prog="liam-scale evaluate",
+    description="Score an embedding and draw it.",
+    answers=True,
 )
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import tyro
 import zarr
 from anndata.io import read_elem
 
-from liam_scale.command import Command
+from liam_scale.command import Answer, Command
 from liam_scale.run import RUN_ATTRIBUTE
 from loaders.check import bytes_of
 from loaders.formats.root import local_path, open_root
@@ -31,8 +30,6 @@ class InfoConfig:
 
     store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
     """Any store that streams, or a file."""
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print JSON instead of text."""
 
 
 def info(store: Store) -> dict[str, Any]:
@@ -135,12 +132,14 @@ def _shown_one(value: Any) -> str:
     return ", ".join(map(str, value[:_SHOWN])) + (", ..." if len(value) > _SHOWN else "")
 
 
-def _show(config: InfoConfig) -> None:
+def _info(config: InfoConfig) -> Answer:
     found = info(open_store(config.store))
-    print(json.dumps(found, indent=2, default=str) if config.json else describe(found))
+    return Answer(describe(found), found)
 
 
-main = Command(InfoConfig, _show, prog="liam-scale info", description="What a store holds, on one screen.")
+main = Command(
+    InfoConfig, _info, prog="liam-scale info", description="What a store holds, on one screen.", answers=True
+)
 
 if __name__ == "__main__":
     sys.exit(main())

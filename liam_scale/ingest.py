@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from liam_scale.command import Command
+from liam_scale.command import Answer, Command
 from liam_scale.samples import is_unusual, possible_keys
 from loaders.ingest import ingest
 from loaders.schema import Schema
@@ -51,12 +51,16 @@ class IngestConfig:
     """Go on with what a killed ingest of the same counts left beside `out`, or start anew."""
 
 
-def _ingest_and_tell(config: IngestConfig) -> None:
+def _ingest(config: IngestConfig) -> Answer:
     if not config.sources:
         raise ValueError("sources: got none; name at least one file, e.g. a.h5mu")
     features = None if config.features is None else names_in(config.features)
-    describe_written(config.out, ingest(**{**vars(config), "features": features}))
-    print(_next_command(config.out))
+    schema = ingest(**{**vars(config), "features": features})
+    following, remark = _next_command(config.out)
+    names = ("modalities", "obs_columns", "is_shuffled")
+    document = {"uri": config.out, "cells": schema.num_cells, **{name: getattr(schema, name) for name in names}}
+    text = f"{described(config.out, schema)}\nnext: {following}{remark}"
+    return Answer(text, {**document, "next": following})
 
 
 def names_in(file: Path) -> list[str]:
@@ -70,29 +74,29 @@ def names_in(file: Path) -> list[str]:
     return [name for name in names if name]
 
 
-def describe_written(out: Path, schema: Schema) -> None:
-    """Print what was written."""
-    print(f"wrote {out}: {schema.num_cells:,} cells")
+def described(out: Path, schema: Schema) -> str:
+    """What was written."""
+    lines = [f"wrote {out}: {schema.num_cells:,} cells"]
     for m in schema.modalities.values():
-        print(
+        lines.append(
             f"  {m.name}: {m.num_cells:,} cells x {m.num_features:,} features, "
             f"{m.nonzeros_per_cell:,.0f} non-zeros a cell, {m.value_dtype}"
         )
-    print(f"  obs: {', '.join(schema.obs_columns)}")
+    return "\n".join([*lines, f"  obs: {', '.join(schema.obs_columns)}"])
 
 
-def _next_command(out: Path) -> str:
-    """How to train, with the batch key that the store suggests."""
+def _next_command(out: Path) -> tuple[str, str]:
+    """How to train, with the batch key that the store suggests, and a remark."""
     store = open_store(out)
     keys = ["sample"]
     if len(store.obs_column("sample").categories) < 2:
         keys = [name for name in possible_keys(store) if not is_unusual(name)]
     chosen = f" --batch-key {shlex.quote(keys[0])}" if keys else ""
     remark = "" if keys else "\n  (sample has one value; --batch-key would name the obs column whose effect to remove)"
-    return f"next: liam-scale train {shlex.quote(str(out))}{chosen} --out runs/a{remark}"
+    return f"liam-scale train {shlex.quote(str(out))}{chosen} --out runs/a", remark
 
 
-main = Command(IngestConfig, _ingest_and_tell, prog="liam-scale ingest", description="Source files -> one store.")
+main = Command(IngestConfig, _ingest, prog="liam-scale ingest", description="Source files -> one store.", answers=True)
 
 if __name__ == "__main__":
     sys.exit(main())

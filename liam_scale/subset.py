@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from liam_scale.command import Command
-from liam_scale.ingest import describe_written, names_in
+from liam_scale.ingest import described, names_in
 from loaders.ingest import ingest
 
 
@@ -42,7 +42,7 @@ def subset(config: SubsetConfig) -> None:
     """Make the store and print what it holds."""
     names = None if config.features is None else names_in(config.features)
     options = {key: value for key, value in vars(config).items() if key not in ("store", "features")}
-    describe_written(config.out, ingest(config.store, **options, features=names))
+    print(described(config.out, ingest(config.store, **options, features=names)))
 
 
 main = Command(SubsetConfig, subset, prog="liam-scale subset", description="Some cells or features -> a new store.")

@@ -22,7 +22,7 @@ import pandas as pd
 import tyro
 
 from liam_scale import launching
-from liam_scale.command import Command
+from liam_scale.command import Answer, Command
 from liam_scale.embed import EmbedConfig, embed_store
 from liam_scale.evaluate import EvaluateConfig, evaluate
 from liam_scale.evaluation import plots, report
@@ -317,11 +317,15 @@ def _write(table: pd.DataFrame, config: SweepConfig, members: Sequence[Member]) 
     return Sweep(table, ranked, found, tuple(files.values()))
 
 
+def _script(config: SweepConfig) -> Path:
+    return config.out / "sweep.sbatch"
+
+
 def _write_array(config: SweepConfig, waiting: Sequence[Member]) -> None:
     if not waiting:
         print("all runs are finished: the same command without --slurm embeds, scores and compares them")
         return
-    commands, script = config.out / "commands.txt", config.out / "sweep.sbatch"
+    commands, script = config.out / "commands.txt", _script(config)
     write_text(commands, "".join(f"{shlex.join(one.command)}\n" for one in waiting))
     lines = [
         "#!/bin/bash",
@@ -335,21 +339,24 @@ def _write_array(config: SweepConfig, waiting: Sequence[Member]) -> None:
     print("then the same command without --slurm embeds, scores and compares them")
 
 
-def _sweep_and_tell(config: SweepConfig) -> None:
+def _sweep(config: SweepConfig) -> Answer:
     found = sweep(config)
     if found is None:
-        return
-    print(found.ranks[["overall", "removal", "conservation"]].round(1).to_string())
-    print(found.recommendation)
-    for path in found.written:
-        print(f"wrote {path}")
+        waiting = [one for one in members_of(config) if not RunDirectory(one.folder).is_finished]
+        return Answer("", {"waiting": len(waiting), "script": _script(config) if waiting else None})
+    table = found.ranks[["overall", "removal", "conservation"]].round(1).to_string()
+    text = "\n".join([table, str(found.recommendation), *(f"wrote {path}" for path in found.written)])
+    recommended = {**vars(found.recommendation), "text": str(found.recommendation)}
+    tables = {"runs": found.table, "ranks": found.ranks.reset_index()}
+    return Answer(text, {**tables, "recommendation": recommended, "written": found.written})
 
 
 main = Command(
     SweepConfig,
-    _sweep_and_tell,
+    _sweep,
     prog="liam-scale sweep",
     description="Train with several alphas, covariates and seeds; score and compare.",
+    answers=True,
 )
 
 if __name__ == "__main__":

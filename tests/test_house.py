@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import re
 import shlex
 import tokenize
@@ -93,7 +94,7 @@ def commands(text: str) -> list[list[str]]:
     for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S):
         for line in block.replace("\\\n", " ").splitlines():
             for part in line.split("#")[0].split("&&"):
-                words = shlex.split(part)
+                words = list(itertools.takewhile(lambda word: word not in ("|", ">"), shlex.split(part)))
                 if "liam-scale" in words[:1]:
                     found.append(words[1:])
                 elif any(w.startswith("liam_scale.") for w in words) and "-m" in words:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +87,20 @@ def describe(found: Evaluation) -> str:
     if found.imputation is not None:
         lines += ["", "\n".join(_imputation_lines(found, found.imputation))]
     return "\n".join(lines)
+
+
+def document(found: Evaluation) -> dict[str, Any]:
+    """The same for programs."""
+    measures = found.table.assign(better=[MEASURES[str(key)].better for key in found.table.index])
+    intervals = found.interval.drop(columns="of").rename(columns=lambda name: f"{name} ±")
+    return {
+        "cells": found.num_cells,
+        "scored": len(found.rows),
+        "measures": pd.concat([measures, intervals], axis=1).reset_index(),
+        "by_modalities": found.by_modalities.reset_index(),
+        "imputation": None if found.imputation is None else found.imputation.reset_index(names="measure"),
+        "written": found.written,
+    }
 
 
 def _imputation_lines(found: Evaluation, table: pd.DataFrame) -> list[str]:
