@@ -26,6 +26,7 @@ from liam_scale.model.config import ModelName
 from liam_scale.run import IN_MEMORY, RunDirectory
 from liam_scale.train import train as train_run
 from liam_scale.trained import Run
+from liam_scale.training.callbacks import Callback, check_callbacks
 from liam_scale.training.devices import Device
 from liam_scale.training.optim import OptimConfig
 from liam_scale.training.options import TrainingConfig
@@ -35,7 +36,7 @@ from loaders.ingest import ingest
 from loaders.options import LoaderConfig
 from loaders.stores import open_store, read_store
 
-__all__ = ["Run", "check", "evaluate", "ingest", "load_run", "read_store", "train"]
+__all__ = ["Callback", "Run", "check", "evaluate", "ingest", "load_run", "read_store", "train"]
 
 
 def load_run(path: str | Path, *, store: str | Path | Sequence[str | Path] | None = None) -> Run:
@@ -116,6 +117,7 @@ def train(
     timeout_seconds: float = 600.0,
     graph: Literal["auto", "on", "off"] = "off",
     tensorboard: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train liam on a store, in this process, or go on with the run in `out`.
 
@@ -137,15 +139,20 @@ def train(
     lr
         Learning rate; the options down to `kl_weight_min` are those of `liam_scale.training.optim.OptimConfig`.
     max_epochs
-        Epochs; the options from here on are those of `liam_scale.training.options.TrainingConfig`.
+        Epochs; the options from here to `tensorboard` are those of `liam_scale.training.options.TrainingConfig`.
+    callbacks
+        Objects of subclasses of `liam_scale.Callback`, which are told when training starts, what each evaluation found,
+        and how it ended.
 
     Raises
     ------
     ValueError
         The options do not fit the store or the folder; the message says what to change.
     """
+    config = _config(locals())
+    check_callbacks(callbacks)
     held = open_store(store) if isinstance(store, AnnData | MuData) else None
-    directory, _ = train_run(_config(locals()), held)
+    directory, _ = train_run(config, held, callbacks)
     return Run(directory)
 
 

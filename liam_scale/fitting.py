@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,8 @@ from liam_scale.model import Liam, ModelData, check_ranks
 from liam_scale.resume import changed_options
 from liam_scale.run import Ending, RunDirectory, RunRecord
 from liam_scale.samples import sample_codes
-from liam_scale.tables import to_toml
+from liam_scale.tables import to_dotted, to_toml
+from liam_scale.training.callbacks import Callback, Told, telling
 from liam_scale.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, set_aside
 from liam_scale.training.distributed import World
 from liam_scale.training.history import History, Row
@@ -66,7 +67,9 @@ def check_world(config: TrainConfig, world: World) -> None:
     check_graph(config.training.graph, lacks_graph(world.device, num_ranks=world.size, **told))
 
 
-def fit_part(directory: RunDirectory, config: TrainConfig, store: Store, world: World) -> Outcome:
+def fit_part(
+    directory: RunDirectory, config: TrainConfig, store: Store, world: World, callbacks: Sequence[Callback] = ()
+) -> Outcome:
     """Train the model of a folder to its end, or to a signal; a training that has ended stays ended."""
     world.enters(f"reading {directory.path} and its newest checkpoint")
     record = world.decided(directory.record)
@@ -77,12 +80,15 @@ def fit_part(directory: RunDirectory, config: TrainConfig, store: Store, world: 
         assert record.ending is not None
         return record.ending["outcome"]
     tried: list[dict[str, Any]] = []
-    while True:
-        record, result = _fit(directory, record, config, store, world, checkpoint)
-        if not isinstance(result, Setback):
-            world.barrier()
-            return result
-        record, checkpoint = _roll_back(directory, record, result, tried, config, store, world)
+    with telling() as told:
+        world.decided(partial(told.start, callbacks, directory.path, _step_of(checkpoint), to_dotted(config)))
+        while True:
+            record, result = _fit(directory, record, config, store, world, checkpoint, told)
+            if not isinstance(result, Setback):
+                world.barrier()
+                told.outcome = result
+                return result
+            record, checkpoint = _roll_back(directory, record, result, tried, config, store, world)
 
 
 def _has_ended(directory: RunDirectory, record: RunRecord, config: TrainConfig) -> bool:
@@ -114,10 +120,11 @@ def _fit(
     store: Store,
     world: World,
     checkpoint: Checkpoint | None,
+    told: Told,
 ) -> tuple[RunRecord, Outcome | Setback]:
     """Train from a checkpoint to the end, to a signal, or to a number that is not finite."""
     world.enters("making the model and reading the first cells")
-    with trainer_of(directory, record, config, store, world) as trainer:
+    with trainer_of(directory, record, config, store, world, told) as trainer:
         if checkpoint is not None:
             trainer.restore(checkpoint)
         if world.is_main:
@@ -196,7 +203,12 @@ def _describe_setback(setback: Setback, store: Store) -> str:
 
 @contextmanager
 def trainer_of(
-    directory: RunDirectory, record: RunRecord, config: TrainConfig, store: Store, world: World
+    directory: RunDirectory,
+    record: RunRecord,
+    config: TrainConfig,
+    store: Store,
+    world: World,
+    told: Told | None = None,
 ) -> Iterator[Trainer]:
     """A trainer at the start of a run, with loaders that live as long as the block."""
     model = Liam(record.model, record.data, seed=config.seed).to(world.device)
@@ -218,7 +230,7 @@ def trainer_of(
             max_epochs=config.training.max_epochs or default_max_epochs(store.schema.num_cells),
             seed=config.seed,
             directory=directory.checkpoints,
-            history=_history(directory, config, world),
+            history=_history(directory, config, world, told),
             couples_cells=record.model.likelihood == "original",
             other_noise_from=[told["to"] for told in record.rollbacks],
             columns=columns,
@@ -281,12 +293,11 @@ def training_loaders(
         yield loader("train"), validation if validation.num_cells else None
 
 
-def _history(directory: RunDirectory, config: TrainConfig, world: World) -> History:
+def _history(directory: RunDirectory, config: TrainConfig, world: World, told: Told | None) -> History:
     if not world.is_main:
         return History(None)
-    return History(
-        directory.history, tensorboard=directory.path / "tensorboard" if config.training.tensorboard else None
-    )
+    board = directory.path / "tensorboard" if config.training.tensorboard else None
+    return History(directory.history, tensorboard=board, tell=None if told is None else told.evaluated)
 
 
 def _go_on(directory: RunDirectory, record: RunRecord, config: TrainConfig, trainer: Trainer) -> RunRecord:

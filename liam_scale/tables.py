@@ -28,6 +28,14 @@ def to_table(value: Any) -> Any:
     return value
 
 
+def to_dotted(value: Any) -> dict[str, Any]:
+    """A dataclass as one flat table: `{"model.alpha": 5.0}`."""
+    flat: dict[str, Any] = {}
+    for name, entry in to_table(value).items():
+        flat |= {f"{name}.{key}": held for key, held in entry.items()} if isinstance(entry, dict) else {name: entry}
+    return flat
+
+
 def to_toml(value: Any) -> str:
     return tomli_w.dumps(to_table(value))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from liam_scale.resume import labels_of, resolved, settle
 from liam_scale.run import RunDirectory, open_stores, record_of
 from liam_scale.samples import model_data
 from liam_scale.tables import to_toml
+from liam_scale.training.callbacks import Callback
 from liam_scale.training.distributed import describe, join_world, launched_ranks
 from liam_scale.training.trainer import Outcome
 from loaders.durable import holding
@@ -29,12 +31,12 @@ def _train_and_tell(config: TrainConfig) -> None:
         print(f"next: python -m liam_scale.embed {directory.path}")
 
 
-def train(config: TrainConfig, store: Store | None = None) -> tuple[RunDirectory, Outcome | None]:
+def train(
+    config: TrainConfig, store: Store | None = None, callbacks: Sequence[Callback] = ()
+) -> tuple[RunDirectory, Outcome | None]:
     """Train, or go on with, the run in `config.out`; on a store that is open, or on those that the options name.
 
-    Returns
-    -------
-    The folder of the run, and how training ended (None after a dry run).
+    Returns the folder of the run, and how training ended (None after a dry run).
 
     Raises
     ------
@@ -66,7 +68,7 @@ def train(config: TrainConfig, store: Store | None = None) -> tuple[RunDirectory
         world.enters("laying down the folder of the run")
         settled = world.decided(begin)
         for part in world.decided(directory.parts):
-            outcome = fit_part(part, settled, store, world)
+            outcome = fit_part(part, settled, store, world, callbacks)
             if outcome == "interrupted":
                 break
     return directory, outcome

@@ -68,7 +68,7 @@ def test_a_function_of_python_takes_the_options_of_its_command(
     hints = typing.get_type_hints(function)
     given = inspect.signature(function).parameters.values()
     taken = {p.name: (hints[p.name], dataclasses.MISSING if p.default is p.empty else p.default) for p in given}
-    for of_python_alone in ("progress", "client"):
+    for of_python_alone in ("progress", "client", "callbacks"):
         taken.pop(of_python_alone, None)
     assert list(taken) == list(options)
     for name in options:

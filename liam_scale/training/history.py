@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,13 @@ def read_history(path: Path) -> pd.DataFrame:
 
 
 class History:
-    """Rows in memory and, on the main rank, in `history.csv` (rewritten whole: it stays small)."""
+    """Rows in memory and, on the main rank, in `history.csv` (rewritten whole: it stays small); `tell` hears each."""
 
-    def __init__(self, path: Path | None, *, tensorboard: Path | None = None) -> None:
+    def __init__(
+        self, path: Path | None, *, tensorboard: Path | None = None, tell: Callable[[Row], None] | None = None
+    ) -> None:
         self.rows: list[Row] = []
+        self._tell = tell
         self._path = path
         self._board: Any = None
         if tensorboard is not None:
@@ -108,6 +111,8 @@ class History:
                 self._board.add_scalar(name, value, int(row["step"]))
             self._board.flush()
         self.write()
+        if self._tell is not None:
+            self._tell(row)
 
     def write(self) -> None:
         if self._path is None or not self.rows:
