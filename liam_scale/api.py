@@ -19,11 +19,12 @@ from mudata import MuData
 from liam_scale.config import TrainConfig
 from liam_scale.evaluate import EvaluateConfig, Evaluation
 from liam_scale.evaluate import evaluate as evaluate_cells
+from liam_scale.finding import chosen
 from liam_scale.kernels.options import Impl
 from liam_scale.kernels.precision import Precision
 from liam_scale.model import ModelConfig
 from liam_scale.model.config import ModelName
-from liam_scale.run import IN_MEMORY, RunDirectory
+from liam_scale.run import IN_MEMORY, RunDirectory, open_stores
 from liam_scale.train import train as train_run
 from liam_scale.trained import Run
 from liam_scale.training.callbacks import Callback, check_callbacks
@@ -34,7 +35,7 @@ from loaders.check import check_store as check
 from loaders.formats.root import addresses
 from loaders.ingest import ingest
 from loaders.options import LoaderConfig
-from loaders.stores import open_store, read_store
+from loaders.stores import choose, open_store, read_store
 
 __all__ = ["Callback", "Run", "check", "evaluate", "ingest", "load_run", "read_store", "train"]
 
@@ -63,6 +64,8 @@ def train(
     *,
     out: str | Path,
     batch_key: str | None = None,
+    where: str | None = None,
+    features: str | Path | Sequence[str] | None = None,
     seed: int = 0,
     resume: Literal["auto", "never"] = "auto",
     device: Device = "auto",
@@ -130,6 +133,11 @@ def train(
         Folder of the run.
     batch_key
         Obs column with the sample of each cell, the covariate to remove. Without it nothing is removed.
+    where
+        Cells to train on, an expression over obs columns as `pandas.DataFrame.query` takes it.
+    features
+        Features to train on: their names, or a text file with a name on each line. A modality of which none is named
+        keeps all.
     dry_run
         Print configuration, model size, and estimates of memory and time; train nothing.
     model
@@ -152,6 +160,10 @@ def train(
     config = _config(locals())
     check_callbacks(callbacks)
     held = open_store(store) if isinstance(store, AnnData | MuData) else None
+    if not isinstance(features, str | Path | None):
+        held = choose(held or open_stores(config.store), where=where, features=[str(name) for name in features])
+    elif held is not None:
+        held = chosen(held, config)
     directory, _ = train_run(config, held, callbacks)
     return Run(directory)
 
@@ -164,7 +176,8 @@ def _config(options: dict[str, Any]) -> TrainConfig:
     store = options["store"]
     is_held = isinstance(store, AnnData | MuData)
     named = [f"{type(store).__name__}{IN_MEMORY}"] if is_held else addresses(store, "store")
-    return TrainConfig(**{**own, "store": tuple(named)}, **made)
+    file = Path(own["features"]) if isinstance(own["features"], str | Path) else None
+    return TrainConfig(**{**own, "store": tuple(named), "features": file}, **made)
 
 
 def evaluate(

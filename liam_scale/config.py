@@ -17,6 +17,7 @@ from loaders.options import LoaderConfig, Range, check_options
 LOCKED = (
     "seed",
     "batch_key",
+    "where",
     "model",
     "optim",
     "loader.minibatch",
@@ -40,6 +41,10 @@ class TrainConfig:
     """Folder of the run: configuration, history, checkpoints, weights."""
     batch_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Obs column with the sample of each cell, the covariate to remove. Without it nothing is removed."""
+    where: Annotated[str | None, tyro.conf.arg(metavar="EXPRESSION")] = None
+    """Cells to train on, an expression over obs columns as pandas takes it: "tissue == 'blood' and n_counts > 500"."""
+    features: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """Text file with the features to train on, a name on each line; a modality of which none is named keeps all."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of weights, split, order and noise."""
     resume: Literal["auto", "never"] = "auto"

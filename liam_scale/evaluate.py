@@ -38,6 +38,7 @@ from liam_scale.run import RunDirectory, check_maker
 from liam_scale.tables import to_toml
 from loaders.options import Range, check_options
 from loaders.stores import ObsColumn, Store, open_store
+from loaders.stores.chosen import with_embedding
 
 BASELINE = "PCA"
 """Name of the baseline's column in the table."""
@@ -124,6 +125,7 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
     require_extra()
     given: Any = config.store if data is None else data
     store = open_store(given) if isinstance(given, str | anndata.AnnData | mudata.MuData) else given
+    store = with_embedding(store, config.embedding) if config.embedding_file is None else store
     holder = store if config.embedding_file is None else _embedding_file(config.embedding_file, store)
     if config.run is not None and data is None:
         _check_maker(config, config.run, holder)

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
+from liam_scale.config import TrainConfig
 from liam_scale.contents import differences
 from liam_scale.run import IN_MEMORY, RunDirectory, RunRecord, open_stores
 from loaders.formats.root import local_path
-from loaders.stores import Store
+from loaders.stores import MatchedStore, Store, choose
 
 _log = logging.getLogger(__name__)
 
 
+def names_in(file: Path) -> list[str]:
+    """The names in a text file, one a line."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--features: {file} is no text that can be read ({error}); give one name a line") from None
+    if not any(names):
+        raise ValueError(f"--features: {file} is empty; give one name a line")
+    return [name for name in names if name]
+
+
+def chosen(store: Store, config: TrainConfig) -> Store:
+    """The cells and features of a store that a training takes."""
+    return choose(store, where=config.where, features=None if config.features is None else names_in(config.features))
+
+
 def stores_of(directory: RunDirectory, given: Sequence[str] = ()) -> Store:
-    """The store that is given, or that of the training, several chained.
+    """The store that is given, with all its cells, or that of the training, several chained, with those it took.
 
     One that no longer stands where it was is looked for in the folder of the run and in those above it: under its own
     path where that was relative, and under its name. What is found must be what the run was trained on.
@@ -25,14 +43,27 @@ def stores_of(directory: RunDirectory, given: Sequence[str] = ()) -> Store:
         It is in none of these places, or something else is.
     """
     if given:
-        return open_stores(given)
+        return seen_by(directory, open_stores(given))
     record = directory.record()
     found = [_found(directory, uri) for uri in record.stores]
-    store = open_stores(found)
+    store = seen_by(directory, choose(open_stores(found), where=record.where))
     if tuple(found) != record.stores:
         _check_found(store, directory, record)
         _log.info("run %s was moved: its store is %s", directory.path, store.uri)
     return store
+
+
+def seen_by(directory: RunDirectory, store: Store) -> Store:
+    """The store with the features of the run alone, where it has all of them and others beside."""
+    features = _features(directory)
+    held = {name: store.feature_names(name) for name in features if name in store.schema.modalities}
+    has_all = len(held) == len(features) and all(set(features[name]) <= set(own.tolist()) for name, own in held.items())
+    has_more = any(len(own) > len(features[name]) for name, own in held.items())
+    return MatchedStore(store, features) if has_all and has_more else store
+
+
+def _features(directory: RunDirectory) -> dict[str, list[str]]:
+    return {name: own for part in directory.parts() for name, own in part.features().items()}
 
 
 def _found(directory: RunDirectory, uri: str) -> str:
@@ -55,8 +86,7 @@ def _check_found(store: Store, directory: RunDirectory, record: RunRecord) -> No
     """Refuse another store of that name; what an older version or a mapping made does not remember its store."""
     if record.contents is None:
         return
-    features = {name: own for part in directory.parts() for name, own in part.features().items()}
-    lines = differences(record.contents, store, features)
+    lines = differences(record.contents, store, _features(directory))
     if lines:
         raise ValueError(
             f"store: {store.uri} has the name of the store that {directory.path} was trained on and is another one:\n  "

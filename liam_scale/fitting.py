@@ -33,8 +33,8 @@ from liam_scale.training.skipping import SkippingSource, lost_rows
 from liam_scale.training.soundness import NotFinite, Setback
 from liam_scale.training.trainer import Outcome, Trainer
 from loaders.loader import Loader
-from loaders.selection import ids_of
 from loaders.stores import Store
+from loaders.stores.base import ids_of
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from loaders.formats.root import local_path, open_root
 from loaders.schema import SCHEMA_KEY, ObsColumn
 from loaders.sizing import describe_memory
 from loaders.stores import Store, open_store
+from loaders.stores.chosen import WHERE_ATTRIBUTE
 
 _SHOWN = 6
 """Values of a column, or embeddings, on one line."""
@@ -80,7 +81,9 @@ def _values(store: Store, name: str) -> dict[str, int] | None:
 def _embedding(store: Store, name: str) -> dict[str, Any]:
     attributes = store.embedding_attributes(name)
     makers = sorted({str(entry[RUN_ATTRIBUTE]) for entry in attributes if RUN_ATTRIBUTE in entry})
-    return {"dimensions": store.read_embedding(name, 0, 1).shape[1], "run": ", ".join(makers) or None}
+    cells = next((str(entry[WHERE_ATTRIBUTE]) for entry in attributes if WHERE_ATTRIBUTE in entry), None)
+    found = {"dimensions": store.read_embedding(name, 0, 1).shape[1], "run": ", ".join(makers) or None}
+    return found | ({"where": cells} if cells else {})
 
 
 def _made_by(uri: str) -> dict[str, Any] | None:
@@ -112,6 +115,7 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(f"  {name}: {'numbers' if values is None else _shown_values(values, found['cells'])}")
     for name, held in found["embeddings"].items():
         maker = "" if held["run"] is None else f", by run {held['run']}"
+        maker += f", of the cells with {held['where']}" if "where" in held else ""
         lines.append(f"embedding {name}: {held['dimensions']} dimensions{maker}")
     if made := found["made_by"]:
         lines.append("made by: " + ", ".join(f"{name} {_shown_one(value)}" for name, value in made.items() if value))

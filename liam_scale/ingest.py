@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from liam_scale.command import Answer, Command
+from liam_scale.finding import names_in
 from liam_scale.samples import is_unusual, possible_keys
 from loaders.ingest import ingest
 from loaders.schema import Schema
@@ -61,17 +62,6 @@ def _ingest(config: IngestConfig) -> Answer:
     document = {"uri": config.out, "cells": schema.num_cells, **{name: getattr(schema, name) for name in names}}
     text = f"{described(config.out, schema)}\nnext: {following}{remark}"
     return Answer(text, {**document, "next": following})
-
-
-def names_in(file: Path) -> list[str]:
-    """The names in a text file, one a line."""
-    try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--features: {file} is no text that can be read ({error}); give one name a line") from None
-    if not any(names):
-        raise ValueError(f"--features: {file} is empty; give one name a line")
-    return [name for name in names if name]
 
 
 def described(out: Path, schema: Schema) -> str:

@@ -135,6 +135,7 @@ def map_store(config: MapConfig) -> RunDirectory:
         data=data,
         fingerprint=store.schema.fingerprint,
         contents=None,
+        where=None,
         skipped=(),
         changes=(),
         ending=None,

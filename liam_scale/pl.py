@@ -22,6 +22,7 @@ from liam_scale.run import check_maker
 from liam_scale.trained import Run
 from loaders.selection import encode_column
 from loaders.stores import ObsColumn, Store
+from loaders.stores.chosen import with_embedding
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +83,7 @@ def umap(
     Axes, a list where several colours were asked for; None where the figure is shown.
     """
     require_extra()
-    opened = run.open_store(store)
+    opened = with_embedding(run.open_store(store), key)
     held = opened.embedding_attributes(key)
     what = f"obsm[{key!r}] of {opened.uri}"
     if not held:

@@ -112,5 +112,5 @@ def _check_same_run(config: TrainConfig, directory: RunDirectory, store: Store) 
         raise ValueError(
             f"store: {store.uri} is not what {directory.path} was trained on:\n  "
             + "\n  ".join(lines)
-            + "\n  give the run's own store, or name another --out"
+            + "\n  give the run's own store (and its own --features), or name another --out"
         )

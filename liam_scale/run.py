@@ -88,6 +88,8 @@ class RunRecord:
     features_sha256: dict[str, str]
     contents: Contents | None = None
     """None where an older version made the run."""
+    where: str | None = None
+    """Which cells of the stores; None: all."""
     parts: tuple[str, ...] = ()
     """Folders of the models of a late integration; empty for a single model."""
     id: str | None = None
@@ -240,10 +242,8 @@ class RunDirectory:
 
         The same training into the same folder has the same id; a folder that is moved keeps its own.
         """
-        path, named = (
-            self.path.resolve(),
-            dataclasses.replace(record, id=None, changes=(), rollbacks=(), skipped=(), ending=None),
-        )
+        named = dataclasses.replace(record, id=None, changes=(), rollbacks=(), skipped=(), ending=None)
+        path = self.path.resolve()
         digest = hashlib.sha256(json.dumps([str(path), options, named.to_json()]).encode()).hexdigest()
         return dataclasses.replace(record, id=f"{path.name}-{digest[:12]}")
 
@@ -365,6 +365,7 @@ def record_of(
         fingerprint=store.schema.fingerprint,
         features_sha256={name: modalities[name].features_sha256 for name in data.num_features},
         contents=contents,
+        where=config.where,
         parts=parts,
     )
 

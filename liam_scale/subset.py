@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from liam_scale.command import Command
-from liam_scale.ingest import described, names_in
+from liam_scale.finding import names_in
+from liam_scale.ingest import described
 from loaders.ingest import ingest
 
 

@@ -29,13 +29,14 @@ from liam_scale.evaluation import plots, report
 from liam_scale.evaluation.cells import read_column
 from liam_scale.evaluation.measures import MEASURES, require_extra
 from liam_scale.evaluation.recommendation import CONFIGURATION, Recommendation, ranks, recommend, summarised
+from liam_scale.finding import seen_by
 from liam_scale.model.config import ModelName
 from liam_scale.run import RunDirectory, open_stores
 from liam_scale.tables import to_toml
 from loaders.durable import holding, write_text
 from loaders.options import Range, check_options
 from loaders.sizing import num_cores
-from loaders.stores import Store
+from loaders.stores import Store, choose
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,8 @@ def _wait_until_free(one: Member) -> None:
 
 def _scored(one: Member, config: SweepConfig, store: Store) -> dict[str, object]:
     """The row of a run: its embedding is made and evaluated where that has not been done with these options."""
+    directory = RunDirectory(one.folder)
+    store = seen_by(directory, choose(store, where=directory.record().where))
     if not one.embedding.exists():
         embed_store(EmbedConfig(run=one.folder, store=config.store, out=one.embedding), store)
     keys = dict.fromkeys((one.batch_key, *config.batch_key, *config.keep_key))
@@ -276,7 +279,7 @@ def _scored(one: Member, config: SweepConfig, store: Store) -> dict[str, object]
         write_text(file, wanted)
     found = pd.read_csv(one.scores / "metrics.csv")
     scores = {f"{key}:{of}": value for key, of, value in found[["measure", "of", "X_liam"]].itertuples(index=False)}
-    ending = dict(RunDirectory(one.folder).record().ending or {})
+    ending = dict(directory.record().ending or {})
     row = {"model": one.model, "batch_key": one.batch_key, "alpha": one.alpha, "seed": one.seed}
     return row | {"best_epoch": ending.get("best_epoch")} | scores
 

@@ -11,6 +11,7 @@ from liam_scale.command import Command
 from liam_scale.config import TrainConfig
 from liam_scale.contents import contents_of
 from liam_scale.estimate import describe_plan
+from liam_scale.finding import chosen
 from liam_scale.fitting import check_world, fit_part
 from liam_scale.model import ModelConfig
 from liam_scale.resume import labels_of, resolved, settle
@@ -34,7 +35,7 @@ def _train_and_tell(config: TrainConfig) -> None:
 def train(
     config: TrainConfig, store: Store | None = None, callbacks: Sequence[Callback] = ()
 ) -> tuple[RunDirectory, Outcome | None]:
-    """Train, or go on with, the run in `config.out`; on a store that is open, or on those that the options name.
+    """Train, or go on with, the run in `config.out`; on a store of which all is taken, or as the options say.
 
     Returns the folder of the run, and how training ended (None after a dry run).
 
@@ -45,9 +46,8 @@ def train(
     RuntimeError
         The run failed: damaged store, full disk, a loss that is not finite.
     """
-    store = store or open_stores(config.store)
-    models = resolved(config, store)
-    directory = RunDirectory(config.out)
+    store = store or chosen(open_stores(config.store), config)
+    models, directory = resolved(config, store), RunDirectory(config.out)
     if config.dry_run:
         settled = settle(config, store, models, launched_ranks()[1])
         if launched_ranks()[0] == 0:

@@ -18,7 +18,7 @@ from liam_scale.decode import DecodeConfig, Decoding, decode, normalized
 from liam_scale.differential import DifferentialConfig, differential
 from liam_scale.elbo import elbo
 from liam_scale.embed import EmbedConfig, compute, embed
-from liam_scale.finding import stores_of
+from liam_scale.finding import seen_by, stores_of
 from liam_scale.labels import transfer_labels
 from liam_scale.map import MapConfig, map_store
 from liam_scale.model import Liam
@@ -143,7 +143,7 @@ class Run:
     def open_store(self, store: Any = None) -> Store:
         """A store that is given, data in memory included, or that of the run."""
         if isinstance(store, AnnData | MuData):
-            return open_store(store)
+            return seen_by(self.directory, open_store(store))
         return stores_of(self.directory, _uris(store) or self.stores)
 
     def decode(self, out: str | Path, **options: Any) -> Path:

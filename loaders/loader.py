@@ -27,9 +27,9 @@ from loaders.minibatch import Minibatch
 from loaders.options import LoaderConfig, Size, checked
 from loaders.plan import Epoch, Plan, Window
 from loaders.prefetch import Prefetch, Task, Workers, result_of
-from loaders.selection import encode_column, ids_of, sample_codes, select_rows, weights_of
+from loaders.selection import encode_column, sample_codes, select_rows, weights_of
 from loaders.sizing import Sizes, choose_sizes, default_threads, gpu_threads, parse_memory
-from loaders.stores.base import Store
+from loaders.stores.base import Store, ids_of
 from loaders.windows import ModalityInput, WindowCells, WindowRows, open_inputs, order_window, read_window
 
 _log = logging.getLogger(__name__)

@@ -10,10 +10,7 @@ import numpy.typing as npt
 
 from loaders.plan import Rows, split
 from loaders.schema import ObsColumn, hash_names
-from loaders.stores.base import Store
-
-IDS_PER_READ = 1 << 16
-"""Cell ids held at a time."""
+from loaders.stores.base import ROWS_PER_READ, Store
 
 
 def encode_column(store: Store, name: str, *, allow_missing: bool) -> ObsColumn:
@@ -59,19 +56,9 @@ def cell_keys(store: Store) -> npt.NDArray[np.uint64]:
 
 def _read_keys(store: Store) -> npt.NDArray[np.uint64]:
     count = store.schema.num_cells
-    starts = range(0, count, IDS_PER_READ)
-    keys = [hash_names(store.cell_ids(start, min(count, start + IDS_PER_READ))) for start in starts]
+    starts = range(0, count, ROWS_PER_READ)
+    keys = [hash_names(store.cell_ids(start, min(count, start + ROWS_PER_READ))) for start in starts]
     return np.concatenate([np.zeros(0, np.uint64), *keys])
-
-
-def ids_of(store: Store, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.str_]:
-    """Ids of some cells, in their order; reads every part of the ids that one of them stands in."""
-    found = np.empty(len(rows), object)
-    for part in np.unique(rows // IDS_PER_READ):
-        start = int(part) * IDS_PER_READ
-        mine = np.flatnonzero(rows // IDS_PER_READ == part)
-        found[mine] = store.cell_ids(start, min(store.schema.num_cells, start + IDS_PER_READ))[rows[mine] - start]
-    return found.astype(np.str_)
 
 
 def select_rows(

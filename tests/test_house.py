@@ -51,7 +51,7 @@ def test_train_reads_as_a_table_of_contents() -> None:
 @pytest.mark.parametrize(
     ("function", "kind", "wider"),
     [
-        (api.train, TrainConfig, {"store", "out", "modalities"}),
+        (api.train, TrainConfig, {"store", "out", "features", "modalities"}),
         (ingest, IngestConfig, {"sources", "out", "features", "memory"}),
     ],
 )

@@ -2,6 +2,7 @@
 
 from loaders.schema import ObsColumn
 from loaders.stores.base import Store, cell_totals
+from loaders.stores.chosen import choose
 from loaders.stores.open import open_store, read_store
 from loaders.stores.views import ChainedStore, MatchedStore
 
@@ -11,6 +12,7 @@ __all__ = [
     "ObsColumn",
     "Store",
     "cell_totals",
+    "choose",
     "open_store",
     "read_store",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,13 +75,33 @@ class Store(Protocol):
         """Attributes of obsm[name], such as who made it; one entry for each store underneath that holds it."""
         ...
 
-    def obs_frame(self) -> pd.DataFrame:
-        """All obs columns, indexed by cell id. Memory grows with the number of cells."""
+    def obs_frame(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """All obs columns, or some, indexed by cell id. Memory grows with the number of cells."""
         ...
 
     def close(self) -> None:
         """Close the files; nothing is asked of the store after it."""
         ...
+
+
+ROWS_PER_READ = 1 << 16
+"""Rows of a store that are read at a time where some of them are wanted."""
+
+
+def at_rows(read: Callable[[int, int], npt.NDArray[Any]], rows: npt.NDArray[np.integer]) -> npt.NDArray[Any]:
+    """What `read(start, stop)` gives at (m,) rows, m > 0, in their order; each part of the store is read once."""
+    places, parts = [], []
+    for part in np.unique(rows // ROWS_PER_READ):
+        mine = np.flatnonzero(rows // ROWS_PER_READ == part)
+        start, stop = int(rows[mine].min()), int(rows[mine].max()) + 1
+        places.append(mine)
+        parts.append(read(start, stop)[rows[mine] - start])
+    return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
+
+
+def ids_of(store: Store, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.str_]:
+    """Ids of some cells, in their order."""
+    return at_rows(store.cell_ids, rows) if len(rows) else np.zeros(0, np.str_)
 
 
 def check_embedding(store: Store, name: str, values: npt.NDArray[np.float32]) -> None:
@@ -116,8 +136,9 @@ def cell_totals(store: Store, modality: str, transform: str | None = None) -> np
         return store.totals(modality)
     if transform != "clr":
         raise ValueError(f"transform: got {transform!r} for {modality}; choose clr or none")
-    totals = np.zeros(store.schema.modalities[modality].num_cells)
-    for start, rows in store.matrix(modality).in_order():
+    matrix = store.matrix(modality)
+    totals = np.zeros(matrix.num_rows)
+    for start, rows in matrix.in_order():
         values = rows.values.astype(np.float32)
         centred_log_ratio(rows.indptr, values, rows.num_features)
         totals[start : start + rows.num_rows] = row_sums(rows.indptr, values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,9 +90,10 @@ class SourceStore:
         except ValueError as error:
             raise ValueError(f"obs[{name!r}] of {self.uri}: {error}") from None
 
-    def obs_frame(self) -> pd.DataFrame:
-        columns = {name: self._obs.column(name).array for name in self.schema.obs_columns}
-        return pd.DataFrame(columns, index=pd.Index(self.cell_ids(0, self.schema.num_cells), dtype=object))
+    def obs_frame(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        chosen = self.schema.obs_columns if columns is None else columns
+        held = {name: self._obs.column(name).array for name in chosen}
+        return pd.DataFrame(held, index=pd.Index(self.cell_ids(0, self.schema.num_cells), dtype=object))
 
     def feature_names(self, modality: str) -> npt.NDArray[np.str_]:
         return self._of(modality).feature_names()

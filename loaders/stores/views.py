@@ -76,6 +76,11 @@ class MatchedStore:
             )  # fmt: skip
         return target
 
+    def _is_whole(self, modality: str) -> bool:
+        """Whether the store has exactly these features, in this order."""
+        held = self.store.schema.modalities.get(modality)
+        return held is not None and held.features_sha256 == self.schema.modalities[modality].features_sha256
+
     __repr__ = describe_store
 
     def cell_ids(self, start: int, stop: int) -> npt.NDArray[np.str_]:
@@ -84,8 +89,8 @@ class MatchedStore:
     def obs_column(self, name: str) -> ObsColumn:
         return self.store.obs_column(name)
 
-    def obs_frame(self) -> pd.DataFrame:
-        return self.store.obs_frame()
+    def obs_frame(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        return self.store.obs_frame(columns)
 
     def feature_names(self, modality: str) -> npt.NDArray[np.str_]:
         return self._names[modality]
@@ -101,6 +106,8 @@ class MatchedStore:
         return self._matrices[modality]
 
     def _select(self, modality: str) -> Matrix:
+        if self._is_whole(modality):
+            return self.store.matrix(modality)
         if modality in self._targets:
             return SelectedColumns(self.store.matrix(modality), self._targets[modality], len(self._names[modality]))
         nothing = {"data": np.zeros(0, np.uint8), "indices": np.zeros(0, np.int32), "indptr": np.zeros(1, np.int64)}
@@ -109,7 +116,7 @@ class MatchedStore:
         return SelectedColumns(empty, np.arange(width, dtype=np.int32), width)
 
     def totals(self, modality: str) -> npt.NDArray[np.float64]:
-        return self.matrix(modality).sums()
+        return self.store.totals(modality) if self._is_whole(modality) else self.matrix(modality).sums()
 
     def write_embedding(
         self, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str] | None = None
@@ -228,8 +235,11 @@ class ChainedStore:
     def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
         return [entry for store in self.stores for entry in store.embedding_attributes(name)]
 
-    def obs_frame(self) -> pd.DataFrame:
-        return pd.concat([store.obs_frame() for store in self.stores])
+    def obs_frame(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        if columns is None:
+            return pd.concat([store.obs_frame() for store in self.stores])
+        held = [store.obs_frame([c for c in columns if c in store.schema.obs_columns]) for store in self.stores]
+        return pd.concat(held).reindex(columns=list(columns))
 
     def close(self) -> None:
         for store in self.stores:
