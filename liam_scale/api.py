@@ -33,11 +33,11 @@ from liam_scale.training.optim import OptimConfig
 from liam_scale.training.options import TrainingConfig
 from loaders.check import check_store as check
 from loaders.formats.root import addresses
-from loaders.ingest import ingest
+from loaders.ingest import append, ingest, merge
 from loaders.options import LoaderConfig
 from loaders.stores import choose, open_store, read_store
 
-__all__ = ["Callback", "Run", "check", "evaluate", "ingest", "load_run", "read_store", "train"]
+__all__ = ["Callback", "Run", "append", "check", "evaluate", "ingest", "load_run", "merge", "read_store", "train"]
 
 
 def load_run(path: str | Path, *, store: str | Path | Sequence[str | Path] | None = None) -> Run:

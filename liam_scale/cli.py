@@ -27,6 +27,8 @@ COMMANDS = {
     "map": "cells of new samples -> the embedding of a trained model",
     "evaluate": "embedding -> table of metrics and pictures",
     "sweep": "several alphas, covariates and seeds -> curves, ranks, a recommendation",
+    "append": "store + files of further cells -> the store with them",
+    "merge": "stores -> one store",
     "subset": "store -> a store of some of its cells or features",
     "export": "store -> one h5mu or h5ad, embeddings included",
     "info": "store -> one screen of what it holds",

@@ -38,9 +38,10 @@ def info(store: Store) -> dict[str, Any]:
 
     Returns
     -------
-    `uri`, `cells`, `is_shuffled`, `bytes` (None where the store is not on a local disk), `modalities` by name,
-    `cells_with` (number of cells by the modalities that they have), `obs` (by column the cells of each value, or None
-    where a column is no category), `embeddings` by name, `made_by` (None where ingest did not make the store).
+    `uri`, `cells`, `is_shuffled`, `parts` (cells of each, where there are several), `bytes` (None where the store is
+    not local), `modalities` by name, `cells_with` (number of cells by the modalities that they have), `obs` (by
+    column the cells of each value, or None where a column is no category), `embeddings` by name, `made_by` (None where
+    ingest did not make the store).
     """
     schema, path = store.schema, local_path(store.uri)
     rows = {name: store.modality_rows(name) for name in schema.modalities}
@@ -58,6 +59,7 @@ def info(store: Store) -> dict[str, Any]:
         "uri": store.uri,
         "cells": schema.num_cells,
         "is_shuffled": schema.is_shuffled,
+        "parts": schema.parts,
         "bytes": None if path is None else bytes_of(path),
         "modalities": modalities,
         "cells_with": dict(zip(kinds, counts.tolist(), strict=True)),
@@ -100,6 +102,7 @@ def describe(found: dict[str, Any]) -> str:
     """One screen of text of what `info` found."""
     size = "" if found["bytes"] is None else f", {describe_memory(found['bytes'])}"
     order = "shuffled" if found["is_shuffled"] else "in the order of its source"
+    order += f" in {len(found['parts'])} parts" if found["parts"] else ""
     lines = [f"{found['uri']}: {found['cells']:,} cells, {order}{size}"]
     for name, held in found["modalities"].items():
         per_cell = held["num_nonzeros"] / max(1, held["num_cells"])

@@ -155,12 +155,12 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             order="shuffled" if shuffle else "ranges" if subset == "all" else "disk",
             row_alignment=store.row_alignment if shuffle else 1,
             weights=None if drawn is None else weights_of(store, drawn, rows, is_allowed=shuffle),
+            parts=store.schema.parts,
         )
         if shuffle:
             _tell_about_order(store, sizes, streams)
-        self._epoch, self._step = 0, 0
+        self._epoch, self._step, self.waited_seconds = 0, 0, 0.0
         self._workers: Workers | None = None
-        self.waited_seconds = 0.0
 
     @property
     def num_cells(self) -> int:

@@ -106,6 +106,25 @@ def weighted_rows(rows: Rows, weights: npt.NDArray[np.floating], *, seed: int, e
     return np.repeat(rows, copies)
 
 
+LEAST_PIECE = 64
+"""Cells of a part of a store that are read together at least, where blocks are large: a chunk holds about 256."""
+
+
+def interleaved(sizes: npt.NDArray[np.integer], *, groups: int) -> npt.NDArray[np.int64]:
+    """Order of items that stand in parts of these sizes: each of the groups that are cut has its share of each part.
+
+    A part that has less than a piece worth reading for every group is in every second, third, ... of them, evenly.
+    """
+    total = int(sizes.sum())
+    least = max(1, min(LEAST_PIECE, total // max(1, 8 * groups)))
+    of_item = []
+    for size in sizes.tolist():
+        pieces = max(1, min(groups, size // least))
+        piece = np.arange(size, dtype=np.int64) * pieces // max(1, size)
+        of_item.append((2 * piece + 1) * groups // (2 * pieces))
+    return np.argsort(np.concatenate(of_item), kind="stable")
+
+
 @dataclass(frozen=True)
 class Window:
     """Cells of one stream that are held in memory and shuffled together.
@@ -135,6 +154,8 @@ class Plan:
     ----------
     rows
         (n,) rows of the store that take part, ascending.
+    parts
+        Cells of each part of the store, where each is in a random order of its own; none: it is one.
     minibatch
         Cells of a global minibatch; the last steps of an epoch are not smaller than the others.
     streams
@@ -159,6 +180,7 @@ class Plan:
     order: Order = "shuffled"
     row_alignment: int = 1
     weights: npt.NDArray[np.float32] | None = None
+    parts: tuple[int, ...] = ()
 
     @cached_property
     def num_cells(self) -> int:
@@ -184,6 +206,14 @@ class Plan:
         """Cuts of the epoch's rows into blocks, for every epoch the same unless rows are weighted."""
         return self._cut(self.rows)
 
+    @cached_property
+    def _mixed(self) -> npt.NDArray[np.int64] | slice:
+        """Places of the rows in the order in which blocks are cut: each block has its share of each part."""
+        if len(self.parts) < 2 or self.row_alignment > 1:
+            return slice(None)
+        sizes = np.diff(np.searchsorted(self.rows, np.cumsum((0, *self.parts))))
+        return interleaved(sizes, groups=len(self.block_edges) - 1)
+
     def _cut(self, rows: Rows) -> npt.NDArray[np.int64]:
         count, streams = len(rows), self.used_streams
         if self.row_alignment > 1 and count:
@@ -199,9 +229,10 @@ class Plan:
         """Order of the cells in epoch `number`, a pure function of plan and number."""
         if self.order != "shuffled":
             return Epoch(self, number, self.rows, _sequential_pieces(self))
-        rows, edges = self.rows, self.block_edges
+        edges, mixed = self.block_edges, self._mixed
+        rows = self.rows[mixed]
         if self.weights is not None:
-            rows = weighted_rows(self.rows, self.weights, seed=self.seed, epoch=number)
+            rows = weighted_rows(rows, self.weights[mixed], seed=self.seed, epoch=number)
             edges = self._cut(rows)
         bits = random_bits(len(edges) - 1, seed=self.seed, purpose=BLOCKS, epoch=number)
         order = np.argsort(bits, kind="stable")
@@ -275,7 +306,8 @@ class Epoch:
     Attributes
     ----------
     rows
-        (num_cells,) rows of the store this epoch draws from, ascending; a weighted row may stand several times.
+        (num_cells,) rows of the store this epoch draws from, in the order in which blocks are cut; a weighted row may
+        stand several times.
     stream_cells
         (V,) cells of each stream.
     """

@@ -14,8 +14,8 @@ import pandas as pd
 
 from loaders.options import Range, check_options
 
-FORMAT = 1
-"""Version of the store's layout; a reader refuses a higher one."""
+FORMAT = 2
+"""Version of the store's layout; a reader refuses a higher one. A store in one part is written as version 1."""
 
 SCHEMA_KEY = "liam_scale"
 """Key of the schema in the root attributes of a Zarr store; written last, so without it there is no store."""
@@ -168,6 +168,8 @@ class Schema:
     metadata: dict[str, str] | None = None
     """Hash of the metadata of each array and group, which says that all of them carry checksums; None where an older
     version wrote the store."""
+    parts: tuple[int, ...] = ()
+    """Cells of each of the parts that follow each other, each in random order; readers mix them. None: one part."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -183,12 +185,16 @@ class Schema:
 
     def __repr__(self) -> str:
         order = "shuffled" if self.is_shuffled else "in the order of their sources"
+        order += f" in {len(self.parts)} parts" if self.parts else ""
         columns = ", ".join(map(repr, self.obs_columns)) or "no columns"
         lines = [f"{self.num_cells:,} cells, {order}", *map(str, self.modalities.values()), f"obs: {columns}"]
         return "\n    ".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         entry = {"format": FORMAT, **asdict(self)}
+        if not self.parts:
+            entry["format"] = 1
+            del entry["parts"]
         return {**entry, "sha256": sha256_of_json(entry)}
 
     @classmethod
@@ -205,7 +211,9 @@ class Schema:
         modalities = {name: ModalitySchema(**m) for name, m in fields.pop("modalities").items()}
         if not modalities or any(name not in MODALITIES or m.name != name for name, m in modalities.items()):
             raise ValueError(f"its modalities are {', '.join(modalities) or 'none'}")
-        schema = cls(modalities=modalities, **fields)
+        schema = cls(modalities=modalities, **{**fields, "parts": tuple(fields.get("parts", ()))})
+        if schema.parts and sum(schema.parts) != schema.num_cells:
+            raise ValueError(f"its parts have {sum(schema.parts)} cells, it has {schema.num_cells}")
         if wrong := [name for name in schema.obs_columns if not is_folder_name(name)]:
             raise ValueError(f"its obs has a column {wrong[0]!r}")
         return schema

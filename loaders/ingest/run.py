@@ -112,7 +112,7 @@ def ingest(
         raise ValueError(f"resume: got {resume!r}; choose auto or never")
     out = Path(out)
     check_out(out, overwrite=overwrite)
-    say = _Remarks(is_shown=progress)
+    say = Remarks(is_shown=progress)
     named = [parse_source(text) for text in texts]
     with ExitStack() as files, explain_disk_errors(out):
         workers = files.enter_context(open_workers(dask, client, memory=budget))
@@ -123,7 +123,7 @@ def ingest(
         if where is not None:
             opened = chosen_cells(opened, where, say)
         cells = gather_cells(opened, sample_key, say, sample_from_file=sample_from_file)
-        joined = _join_all(opened, join, say)
+        joined = join_all(opened, join, say)
         if features is not None:
             joined = chosen_features(joined, features, say)
         _look(opened, say)
@@ -146,7 +146,7 @@ def ingest(
                 written = write_matrices(atlas, job, staging.plan["parts"], workers, say, is_shown=progress)
             for modality, (layout, rows) in written.items():
                 writer.take(modality, layout, rows)
-            return _finish(atlas, writer, provenance, say)
+            return finish(atlas, writer, provenance, say, is_shuffled=True)
 
 
 def _described(workers: Workers, memory: int, staging: Staging) -> str:
@@ -175,7 +175,7 @@ def _letting_go(staging: Staging) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class _Remarks:
+class Remarks:
     """Tells what an ingest assumes and finds, and keeps it for the store's provenance."""
 
     is_shown: bool
@@ -192,7 +192,7 @@ class _Remarks:
             tqdm.write(f"note: {text}", file=sys.stderr)
 
 
-def _join_all(sources: Sequence[Source], join: Join, say: Say) -> dict[str, Joined]:
+def join_all(sources: Sequence[Source], join: Join, say: Say) -> dict[str, Joined]:
     joined = {}
     for modality in MODALITIES:
         having = [source for source in sources if modality in source.parts]
@@ -252,7 +252,7 @@ def _remark_on_barcodes(source: Source, part: Part, say: Say) -> None:
         )
 
 
-def _finish(atlas: Atlas, writer: StoreWriter, provenance: dict[str, object], say: _Remarks) -> Schema:
+def finish(atlas: Atlas, writer: StoreWriter, provenance: dict[str, object], say: Remarks, **order: Any) -> Schema:
     masks = {modality: atlas.present(modality) for modality in atlas.joined}
     nowhere = int((~np.any(list(masks.values()), axis=0)).sum())
     if nowhere:
@@ -263,6 +263,6 @@ def _finish(atlas: Atlas, writer: StoreWriter, provenance: dict[str, object], sa
         obs=without_unused(columns) if "where" in provenance else columns,
         present={name: mask for name, mask in masks.items() if not mask.all()},
         modality_obs={name: modality_columns(atlas.sources, name, atlas.order[mask]) for name, mask in masks.items()},
-        is_shuffled=True,
         provenance={**provenance, "remarks": say.remarks},
+        **order,
     )

@@ -7,7 +7,7 @@ entry per cell (ids, obs columns, totals) is written column by column at the end
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +147,7 @@ class StoreWriter:
         present: Mapping[str, npt.NDArray[np.bool_]] | None = None,
         modality_obs: Mapping[str, Iterable[tuple[str, Any]]] | None = None,
         is_shuffled: bool = False,
+        parts: Sequence[int] = (),
         provenance: Mapping[str, Any] | None = None,
     ) -> Schema:
         """Write ids, obs and the schema, and give the store its name.
@@ -163,6 +164,8 @@ class StoreWriter:
             Further columns of a modality's own obs, of as many entries as it has rows.
         is_shuffled
             The cells stand in a random order.
+        parts
+            Cells of each part of the store, where each stands in a random order of its own.
         provenance
             JSON-like mapping kept in `uns["liam_scale"]`.
         """
@@ -187,6 +190,7 @@ class StoreWriter:
                 is_shuffled=is_shuffled,
                 cells_sha256=sha256_of_names(str(cell) for cell in cell_ids),
                 metadata=hash_all_metadata(self._staging.path),
+                parts=tuple(parts),
             )
             self._root.attrs[SCHEMA_KEY] = schema.to_json()
             self._pool.shutdown()

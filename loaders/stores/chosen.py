@@ -109,7 +109,10 @@ class ChosenCells:
                 number = int(store.matrix(name).lengths()[own].sum())
                 modalities[name] = replace(held, num_cells=len(own), num_nonzeros=number)
         digest = sha256_of_names([store.schema.cells_sha256, *map(str, rows.tolist())])
-        self.schema = replace(store.schema, num_cells=len(rows), modalities=modalities, cells_sha256=digest)
+        parts = np.diff(np.searchsorted(rows, np.cumsum((0, *store.schema.parts)))).tolist()
+        self.schema = replace(
+            store.schema, num_cells=len(rows), modalities=modalities, cells_sha256=digest, parts=tuple(parts)
+        )
 
     __repr__ = describe_store
 

@@ -207,3 +207,17 @@ def test_small_blocks_and_large_windows_mix_a_store_sorted_by_type():
     mean, lowest = relative_entropy(Plan(rows, 1_024, 16, block_cells=2_048, window_cells=2_048), mixed, 20)
     assert mean > 0.999
     assert lowest > 0.99
+
+
+def test_blocks_of_a_store_in_parts_take_their_share_of_each_part_in_long_pieces() -> None:
+    sizes, block = (60_000, 30_000, 9_000, 1_000), 1_000
+    plan = Plan(np.arange(100_000, dtype=np.uint32), 500, block_cells=block, window_cells=block, parts=sizes)
+    epoch = plan.epoch(0)
+    assert np.array_equal(np.sort(epoch.rows), plan.rows)
+    part = np.searchsorted(np.cumsum(sizes), epoch.rows, side="right")
+    shares = np.array([np.bincount(own, minlength=4) for own in np.split(part, plan.block_edges[1:-1])])
+    assert np.abs(shares[:, :3] - np.array(sizes[:3]) / len(shares)).max() <= 64
+    assert (np.diff(np.flatnonzero(part == 3)) > 1).sum() == 1_000 // 64 - 1, "few cells come in pieces worth reading"
+    assert (np.diff(epoch.rows.astype(np.int64)) != 1).sum() <= 3.3 * len(shares)
+    one = Plan(plan.rows, 500, block_cells=block, window_cells=block, parts=(100_000,))
+    assert np.array_equal(one.epoch(0).rows, plan.rows)

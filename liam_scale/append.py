@@ -1,0 +1,46 @@
+"""Append: `liam-scale append atlas.zarr donor9.h5mu --sample-key donor` adds cells to a store."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from liam_scale.command import Command
+from liam_scale.ingest import described
+from loaders.ingest import append
+
+
+@dataclass(frozen=True)
+class AppendConfig:
+    """Add the cells of further files to a store that ingest made. What stands there is linked, not written again."""
+
+    store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+    """Store to add to; it is the old one until all is written. Embeddings are left out, as new cells have none."""
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
+    """The new cells, as ingest takes them."""
+    sample_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
+    """Obs column that becomes `sample`; default: the column `sample`, else the name of each file."""
+    join: Literal["inner", "outer"] = "inner"
+    """inner: sources must have the features of the store; outer: features of either are kept, zero where they lack."""
+    layer: str | None = None
+    """Layer that holds the counts; default: X."""
+    memory: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "1GiB"
+    """Memory for chunks and shuffling; the peak does not grow with the number of cells."""
+    seed: int = 0
+    """Seed of the order of the new cells."""
+    reshuffle: bool = False
+    """Write the whole store anew in one random order, instead of mixing old and new cells at reading."""
+
+
+def _append(config: AppendConfig) -> None:
+    print(described(config.store, append(**vars(config))))
+
+
+main = Command(AppendConfig, _append, prog="liam-scale append", description="Further cells -> into a store.")
+
+if __name__ == "__main__":
+    sys.exit(main())
