@@ -9,9 +9,33 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from liam_scale.api import Callback, Run, append, check, evaluate, ingest, load_run, merge, read_store, train
+    from liam_scale.api import (
+        Callback,
+        Run,
+        append,
+        check,
+        evaluate,
+        features,
+        ingest,
+        load_run,
+        merge,
+        read_store,
+        train,
+    )
 
-__all__ = ["Callback", "Run", "append", "check", "evaluate", "ingest", "load_run", "merge", "read_store", "train"]
+__all__ = [
+    "Callback",
+    "Run",
+    "append",
+    "check",
+    "evaluate",
+    "features",
+    "ingest",
+    "load_run",
+    "merge",
+    "read_store",
+    "train",
+]
 
 
 class _Package(ModuleType):

@@ -19,6 +19,7 @@ from mudata import MuData
 from liam_scale.config import TrainConfig
 from liam_scale.evaluate import EvaluateConfig, Evaluation
 from liam_scale.evaluate import evaluate as evaluate_cells
+from liam_scale.features import features
 from liam_scale.finding import chosen
 from liam_scale.kernels.options import Impl
 from liam_scale.kernels.precision import Precision
@@ -37,7 +38,19 @@ from loaders.ingest import append, ingest, merge
 from loaders.options import LoaderConfig
 from loaders.stores import choose, open_store, read_store
 
-__all__ = ["Callback", "Run", "append", "check", "evaluate", "ingest", "load_run", "merge", "read_store", "train"]
+__all__ = [
+    "Callback",
+    "Run",
+    "append",
+    "check",
+    "evaluate",
+    "features",
+    "ingest",
+    "load_run",
+    "merge",
+    "read_store",
+    "train",
+]
 
 
 def load_run(path: str | Path, *, store: str | Path | Sequence[str | Path] | None = None) -> Run:

@@ -29,6 +29,7 @@ COMMANDS = {
     "sweep": "several alphas, covariates and seeds -> curves, ranks, a recommendation",
     "append": "store + files of further cells -> the store with them",
     "merge": "stores -> one store",
+    "features": "store -> the names of variable genes, of peaks in enough cells",
     "subset": "store -> a store of some of its cells or features",
     "export": "store -> one h5mu or h5ad, embeddings included",
     "info": "store -> one screen of what it holds",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from loaders import intervals
 from loaders.formats.compressed import CompressedRows
 from loaders.formats.elements import open_matrix
 from loaders.formats.frame import Frame, ObsTable, View, read_strings
@@ -19,9 +19,6 @@ from loaders.formats.matrix import StoredMatrix
 from loaders.formats.root import check_foreign, not_a_store, reading
 from loaders.formats.source import Part, Say, Source, split_by_type
 from loaders.schema import MODALITIES, check_modality, check_unique, modality_of
-
-_INTERVAL = re.compile(r"^[\w.]+[:\-_]\d+[\-_]\d+$")
-"""Genomic intervals such as chr1:100-600, the usual names of peaks."""
 
 
 class HeldGroup(dict[str, Any]):
@@ -114,7 +111,7 @@ def open_anndata(label: str, path: Path, root: Any, *, modality: str | None, lay
 
 
 def _guess_modality(label: str, names: pd.Index, say: Say) -> str:
-    share = float(np.mean([bool(_INTERVAL.match(str(name))) for name in names])) if len(names) else 0.0
+    share = float(np.mean([bool(intervals.NAME.match(str(name))) for name in names])) if len(names) else 0.0
     if 0.05 < share < 0.95:
         raise ValueError(
             f"{label}: {share:.0%} of the features are named like peaks (chr1:100-600) and nothing says which modality "
