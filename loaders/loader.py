@@ -290,10 +290,9 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
                 self._forget_buffers()
 
     def _forget_buffers(self) -> None:
-        for source in self._sources.values():
-            source.indices_pool.clear()
-            source.values_pool.clear()
-        self._pool.clear()
+        pools = [pool for source in self._sources.values() for pool in (source.indices_pool, source.values_pool)]
+        for pool in (self._pool, *pools):
+            pool.clear()
 
     def _schedule(self, epoch: Epoch, step: int, workers: Workers) -> Iterator[Task[Ready]]:
         """Tasks that gather the groups of an epoch; each first submits the windows it opens.
@@ -354,8 +353,9 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         return minibatches if self._handover is None else self._handover.send(minibatches, block)
 
     def close(self) -> None:
-        """Stop the reader threads; an iterator that is still in use ends with an error."""
+        """Stop the reader threads and free their memory; an iterator that is still in use ends with an error."""
         self._stop()
+        self._forget_buffers()
 
     def _stop(self) -> None:
         workers, self._workers = self._workers, None

@@ -350,6 +350,16 @@ def test_leaving_an_epoch_early_stops_its_threads(store):
         list(iterator)
 
 
+def test_a_closed_loader_keeps_no_memory_for_a_next_pass(store):
+    """Lightning holds its loaders after training."""
+    with Loader(store, LoaderConfig(minibatch=64)) as loader:
+        for minibatch in loader:
+            del minibatch
+        pools = [loader._pool, *(pool for s in loader._sources.values() for pool in (s.indices_pool, s.values_pool))]
+        assert any(pool._free for pool in pools)
+    assert not any(pool._free for pool in pools)
+
+
 def test_an_unshuffled_store_says_so(store, caplog):
     with caplog.at_level(logging.INFO, logger="loaders"):
         raw(store, minibatch=32)
