@@ -8,10 +8,11 @@ import re
 import shlex
 import tokenize
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from liam_scale import api
 from liam_scale.cli import COMMANDS, command
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "liam_scale").rglob("*.py"), *(ROOT / "loaders").rglob("*.py")])
 KERNELS = [path for path in SOURCES if "numba" in path.read_text() or "compiled" in path.read_text()]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted(path for path in (ROOT / "docs" / "cluster").rglob("*") if path.is_file() and path.suffix != ".pyc")
 OPTIONS = Path(__file__).with_name("options.txt")
 
 
@@ -88,25 +90,73 @@ def test_the_covariate_is_never_called_batch_alone(path: Path) -> None:
     assert not names & {"batch", "batches", "n_batch", "num_batches"}
 
 
-def commands(text: str) -> list[list[str]]:
-    """Command lines of this package in the bash blocks of a page."""
+def commands(script: str) -> list[list[str]]:
+    """Command lines of this package in a shell script."""
     found = []
-    for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            for part in line.split("#")[0].split("&&"):
-                words = list(itertools.takewhile(lambda word: word not in ("|", ">"), shlex.split(part)))
-                if "liam-scale" in words[:1]:
-                    found.append(words[1:])
-                elif any(w.startswith("liam_scale.") for w in words) and "-m" in words:
-                    index = next(i for i, w in enumerate(words) if w.startswith("liam_scale."))
-                    found.append([words[index].removeprefix("liam_scale."), *words[index + 1 :]])
+    for line in script.replace("\\\n", " ").splitlines():
+        for part in line.split("#")[0].split("&&"):
+            if "liam" not in part:
+                continue
+            words = list(itertools.takewhile(lambda word: word not in ("|", ">"), shlex.split(part)))
+            if "liam-scale" in words[:1]:
+                found.append(words[1:])
+            elif any(w.startswith("liam_scale.") for w in words) and "-m" in words:
+                index = next(i for i, w in enumerate(words) if w.startswith("liam_scale."))
+                found.append([words[index].removeprefix("liam_scale."), *words[index + 1 :]])
     return found
+
+
+def bash_blocks(page: str) -> list[str]:
+    return re.findall(r"```bash\n(.*?)```", page, flags=re.S)
+
+
+def scripts(path: Path) -> list[str]:
+    """The shell scripts and argument lists in an example file, with 1 in place of what is filled in."""
+    text = path.read_text()
+    if path.suffix in (".yaml", ".yml"):
+        found = [*parts_of(yaml.safe_load(text))]
+    elif path.suffix == ".py":
+        lists = [node.elts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.List)]
+        words = [[e.value if isinstance(e, ast.Constant) else "1" for e in elements] for elements in lists]
+        found = [shlex.join(map(str, itertools.chain.from_iterable(words)))]
+    else:
+        blocks = re.findall(r'"""\n(.*?)"""', text, flags=re.S)
+        found = blocks or [re.sub("^RUN ", "", text, flags=re.M)]
+    return [re.sub(r"\$?\{\{.*?\}\}|\$?\{[^{}]*\}|\$\w+", "1", script) for script in found]
+
+
+def parts_of(document: object) -> Iterator[str]:
+    if isinstance(document, str):
+        yield document
+    elif isinstance(document, list) and all(isinstance(part, str) for part in document):
+        yield from (shlex.join(document), *document)
+    elif isinstance(document, dict | list):
+        for part in document.values() if isinstance(document, dict) else document:
+            yield from parts_of(part)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_the_commands_in_the_docs_parse(page: Path) -> None:
-    for name, *arguments in commands(page.read_text()):
-        command(name).parse(arguments)
+    for block in bash_blocks(page.read_text()):
+        for name, *arguments in commands(block):
+            command(name).parse(arguments)
+
+
+def test_the_commands_in_the_examples_for_clusters_parse() -> None:
+    found = {}
+    for path in EXAMPLES:
+        every = [words for script in scripts(path) for words in commands(script)]
+        own = [words for words in every if words and words[0].isidentifier()]
+        for name, *arguments in own:
+            command(name).parse(arguments)
+        found[path.name] = [name for name, *_ in own]
+    assert {name: words for name, words in found.items() if words} == {
+        "Snakefile": ["ingest", "train", "embed", "evaluate"],
+        "main.nf": ["ingest", "train", "embed", "evaluate"],
+        "pytorchjob.yaml": ["train"],
+        "ray_train.py": ["train"],
+        "skypilot.yaml": ["train"],
+    }
 
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)*(?![\w.]*1)")

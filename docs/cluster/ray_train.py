@@ -1,0 +1,29 @@
+"""Train on a Ray cluster: python ray_train.py /shared/atlas.zarr sample /shared/runs/a 4"""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+
+def train_rank(given: dict[str, Any]) -> None:
+    """Ray has set RANK, WORLD_SIZE and MASTER_ADDR; its own process group keeps MASTER_PORT."""
+    environment = {**os.environ, "MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + 1)}
+    command = [sys.executable, "-m", "liam_scale.train", given["store"]]
+    command += ["--batch-key", given["batch_key"], "--out", given["out"]]
+    subprocess.run(command, env=environment, check=True)
+
+
+if __name__ == "__main__":
+    store, batch_key, out, ranks = sys.argv[1:]
+    TorchTrainer(
+        train_rank,
+        train_loop_config={"store": store, "batch_key": batch_key, "out": out},
+        scaling_config=ScalingConfig(num_workers=int(ranks), use_gpu=torch.cuda.is_available()),
+        # A lost worker ends all ranks; they start again and go on from the newest checkpoint.
+        run_config=RunConfig(failure_config=FailureConfig(max_failures=3)),
+    ).fit()
