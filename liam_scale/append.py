@@ -26,6 +26,8 @@ class AppendConfig:
     """Obs column that becomes `sample`; default: the column `sample`, else the name of each file."""
     join: Literal["inner", "outer"] = "inner"
     """inner: sources must have the features of the store; outer: features of either are kept, zero where they lack."""
+    peaks: Literal["names", "reference"] = "names"
+    """reference: counts of ATAC go to the peak of the store with which theirs shares most bases."""
     layer: str | None = None
     """Layer that holds the counts; default: X."""
     memory: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "1GiB"

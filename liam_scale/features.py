@@ -114,7 +114,7 @@ def _peaks(store: Store, least: float | None, blacklist: str | Path | None, prog
     names = store.feature_names("atac")
     kept: npt.NDArray[np.bool_] = np.ones(len(names), bool)
     if blacklist is not None:
-        bed, peaks = read_bed(Path(blacklist)), intervals_of(names.tolist(), f"atac of {store.uri}")
+        bed, peaks = read_bed(Path(blacklist), option="blacklist"), intervals_of(names.tolist(), f"atac of {store.uri}")
         if not set(bed.chromosome) & set(peaks.chromosome):
             raise ValueError(
                 f"blacklist: {blacklist} has no chromosome of the peaks (it has {', '.join(bed.chromosome[:1])}, peaks"

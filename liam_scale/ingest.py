@@ -33,6 +33,9 @@ class IngestConfig:
     """Each file's name becomes `sample`, even where the files have such a column."""
     join: Literal["inner", "outer"] = "inner"
     """Features kept when several sources differ: those of all, or those of any."""
+    peaks: Annotated[str, tyro.conf.arg(metavar="names|union|reference|PATH")] = "names"
+    """How ATAC is matched: by name; or by overlap: overlapping peaks are one (union), or counts go to the peaks of the
+    first source (reference), of a store or of a BED file."""
     layer: str | None = None
     """Layer that holds the counts; default: X."""
     where: Annotated[str | None, tyro.conf.arg(metavar="EXPRESSION")] = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,19 +34,58 @@ class Intervals:
     def __len__(self) -> int:
         return len(self.start)
 
-    def overlaps(self, others: Intervals) -> npt.NDArray[np.bool_]:
-        """(n,) whether each overlaps one of the others by a base or more."""
-        found = np.zeros(len(self), bool)
-        for name, rows in pd.Series(self.chromosome).groupby(self.chromosome).indices.items():
-            theirs = np.flatnonzero(others.chromosome == name)
-            if not len(theirs):
-                continue
-            order = theirs[np.argsort(others.start[theirs], kind="stable")]
-            # Of all that begin before an interval's end, the one that reaches furthest decides.
-            furthest = np.maximum.accumulate(others.end[order])
-            before = np.searchsorted(others.start[order], self.end[rows], side="left")
-            found[rows] = (before > 0) & (furthest[np.maximum(before - 1, 0)] > self.start[rows])
+    def names(self) -> list[str]:
+        """As peaks are named, chr1:100-600."""
+        parts = zip(self.chromosome, self.start.tolist(), self.end.tolist(), strict=True)
+        return [f"{chromosome}:{start}-{end}" for chromosome, start, end in parts]
+
+    def best(self, others: Intervals) -> npt.NDArray[np.int64]:
+        """(n,) which of the others shares most bases with each, the first of several; -1 where none shares any."""
+        found = np.full(len(self), -1, np.int64)
+        for name, rows in _by_chromosome(self):
+            order = np.flatnonzero(others.chromosome == name)
+            order = order[np.argsort(others.start[order], kind="stable")]
+            start, end = others.start[order], others.end[order]
+            # Only those can overlap that begin before its end, from the first on that reaches beyond its start.
+            stop = np.searchsorted(start, self.end[rows], side="left")
+            first = np.searchsorted(np.maximum.accumulate(end), self.start[rows], side="right")
+            most = np.zeros(len(rows), np.int64)
+            for step in range(int((stop - first).max(initial=0))):
+                place = np.flatnonzero(first + step < stop)
+                other = (first + step)[place]
+                shared = np.minimum(self.end[rows[place]], end[other]) - np.maximum(
+                    self.start[rows[place]], start[other]
+                )
+                is_more = shared > most[place]
+                most[place[is_more]] = shared[is_more]
+                found[rows[place[is_more]]] = order[other[is_more]]
         return found
+
+    def overlaps(self, others: Intervals) -> npt.NDArray[np.bool_]:
+        """(n,) whether each shares a base with one of the others."""
+        return self.best(others) >= 0
+
+
+def _by_chromosome(intervals: Intervals) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """Names of chromosomes in the order of their appearance, and the intervals on each."""
+    codes, names = pd.factorize(intervals.chromosome)
+    for code, name in enumerate(names):
+        yield str(name), np.flatnonzero(codes == code)
+
+
+def united(parts: Sequence[Intervals]) -> Intervals:
+    """The intervals of several sets, those that overlap made one; by chromosome and start."""
+    whole = Intervals(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("chromosome", "start", "end"))
+    )
+    found = []
+    for name, rows in _by_chromosome(whole):
+        order = rows[np.argsort(whole.start[rows], kind="stable")]
+        furthest = np.maximum.accumulate(whole.end[order])
+        begins = np.flatnonzero(np.append(True, whole.start[order][1:] >= furthest[:-1]))
+        ends = furthest[np.append(begins[1:] - 1, len(order) - 1)]
+        found.append((np.full(len(begins), name, dtype=object), whole.start[order][begins], ends))
+    return Intervals(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
 def intervals_of(names: Sequence[str], where: str) -> Intervals:
@@ -60,7 +99,7 @@ def intervals_of(names: Sequence[str], where: str) -> Intervals:
     return Intervals(chromosome, start, end)
 
 
-def read_bed(path: Path) -> Intervals:
+def read_bed(path: Path, *, option: str) -> Intervals:
     """The first three columns of a BED file, of which `#`, `track` and `browser` lines are none; .gz is unpacked."""
     try:
         table = pd.read_csv(path, sep="\t", header=None, usecols=[0, 1, 2], comment="#", dtype=str)
@@ -69,4 +108,4 @@ def read_bed(path: Path) -> Intervals:
         return Intervals(chromosome.to_numpy(object), start.to_numpy(np.int64), end.to_numpy(np.int64))
     except (OSError, ValueError, TypeError) as error:
         cure = "give chromosome, start and end in columns that tabs part"
-        raise ValueError(f"blacklist: {path} is no BED file that can be read ({error}); {cure}") from None
+        raise ValueError(f"{option}: {path} is no BED file that can be read ({error}); {cure}") from None

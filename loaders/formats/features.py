@@ -62,7 +62,7 @@ def join_features(modality: str, sources: Sequence[tuple[str, pd.DataFrame]], jo
         names = known
     if not len(names):
         raise ValueError(f"{modality}: {sources[0][0]} has no features; leave the modality out or give another file")
-    return Joined(_storable(var), tuple(names.get_indexer(own.index).astype(np.int64) for _, own in sources))
+    return Joined(storable(var), tuple(names.get_indexer(own.index).astype(np.int64) for _, own in sources))
 
 
 def shared_names(modality: str, sources: Sequence[tuple[str, pd.Index]]) -> pd.Index:
@@ -91,7 +91,7 @@ def _first(names: pd.Index) -> str:
     return repr(str(names[0])) if len(names) else "none: it is empty"
 
 
-def _storable(var: pd.DataFrame) -> pd.DataFrame:
+def storable(var: pd.DataFrame) -> pd.DataFrame:
     """The same table with mixed columns as text, which is what an anndata file can hold."""
     columns = {}
     for name in var.columns:

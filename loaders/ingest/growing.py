@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import google_crc32c
 import numpy as np
@@ -32,6 +32,7 @@ from loaders.formats.sealed import open_sealed
 from loaders.formats.source import Source
 from loaders.ingest.cells import SAMPLE, gather_cells
 from loaders.ingest.matrices import Atlas
+from loaders.ingest.peaks import NAMES, REFERENCE, join_peaks
 from loaders.ingest.run import Remarks, finish, ingest, join_all
 from loaders.ingest.shards import CHUNKS_PER_SHARD, ShardWriter
 from loaders.ingest.sources import open_source, parse_source
@@ -52,6 +53,7 @@ def append(
     *,
     sample_key: str | None = None,
     join: Join = "inner",
+    peaks: Literal["names", "reference"] = "names",
     layer: str | None = None,
     memory: str | int = "1GiB",
     seed: int = 0,
@@ -72,6 +74,8 @@ def append(
     join
         "inner": the store keeps its features; sources must have all of them, and others of theirs are left out.
         "outer": features that only one side has are kept, and are zero in the cells of the other.
+    peaks
+        "reference": counts of ATAC go to the peak of the store with which theirs shares most bases.
     seed
         Of the order of the new cells.
     reshuffle
@@ -88,6 +92,8 @@ def append(
     path, texts, say = _folder(store), addresses(sources, "sources"), Remarks(is_shown=progress)
     if not texts:
         raise ValueError("sources: got none; name the files of the cells to add")
+    if peaks not in (NAMES, REFERENCE):
+        raise ValueError(f"peaks: got {peaks!r}; choose {NAMES} or {REFERENCE}, as the store keeps its own")
     hidden = path.with_name(f".{path.name}.append")
     made = hidden / f"{path.stem}-new.zarr"
     with explain_disk_errors(path), holding(path):
@@ -95,9 +101,11 @@ def append(
             with ExitStack() as files:
                 old = _opened(path)
                 new = [open_source(parse_source(text), layer=layer, files=files, say=_unsaid) for text in texts]
-                _check_fit(old, new, sample_key, join)
+                _check_fit(old, new, sample_key, join, peaks)
             options: dict[str, Any] = {"memory": memory, "join": join, "seed": seed, "progress": progress}
-            ingest(texts, out=made, sample_key=sample_key, layer=layer, overwrite=True, **options)
+            reference = str(path) if peaks == REFERENCE and "atac" in old.source.parts else NAMES
+            own: dict[str, Any] = {"sample_key": sample_key, "layer": layer, "peaks": reference}
+            ingest(texts, out=made, overwrite=True, **own, **options)
             if reshuffle:
                 return ingest([path, made], out=path, sample_key=SAMPLE, overwrite=True, **options)
             return _chained([path, made], path, join, say, overwrite=True, texts=texts)
@@ -179,7 +187,7 @@ def _unsaid(remark: str) -> None:
     """What is said when the sources are read."""
 
 
-def _check_fit(old: _Held, new: Sequence[Source], sample_key: str | None, join: Join) -> None:
+def _check_fit(old: _Held, new: Sequence[Source], sample_key: str | None, join: Join, peaks: str) -> None:
     """Refuse cells that the store has, or that lack its features, before hours of reading."""
     held = pd.Index(old.source.cell_ids.astype(object))
     ids = pd.Index(gather_cells(new, sample_key, _unsaid).ids.astype(object))
@@ -191,6 +199,10 @@ def _check_fit(old: _Held, new: Sequence[Source], sample_key: str | None, join: 
         )
     for source in new:
         for name, part in source.parts.items():
+            if name == "atac" and peaks == REFERENCE and name in old.source.parts:
+                held_peaks = (old.source.label, old.source.parts[name].var)
+                join_peaks([held_peaks, (source.label, part.var)], peaks, _unsaid)
+                continue
             var = old.source.parts[name].var.index if name in old.source.parts else part.var.index
             lacking = var[~var.isin(part.var.index)]
             if len(lacking) and (join == "inner" or len(lacking) == len(var)):

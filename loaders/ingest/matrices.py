@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from loaders.csr import index_dtype, narrowest_dtype, offsets_of
 from loaders.formats.features import Joined
@@ -164,7 +165,7 @@ def _write_matrices(
         with progress(f"{modality}: read and check", sum(scans[modality].values())) as bar:
             records = _results(scans[modality], bar)
         num_rows = int(atlas.present(modality).sum())
-        for remark in _remarks(modality, records):
+        for remark in _remarks(joined, modality, records):
             say(remark)
         names = [f"{modality}.scan.{number}.{start}-{stop}" for number, start, stop in parts[modality]]
         runs = [(job.spill / name, run) for name, record in zip(names, records, strict=True) for run in scanned(record)]
@@ -209,11 +210,13 @@ def _shards(modality: str, layout: ModalityLayout, indptr: npt.NDArray[np.int64]
         yield Shard(modality, number, (start, stop), skipped, last - first, layout.chunk_length, dtypes)
 
 
-def _remarks(modality: str, records: Sequence[Record]) -> Iterator[str]:
+def _remarks(joined: Joined, modality: str, records: Sequence[Record]) -> Iterator[str]:
     if num_empty := sum(record["num_empty"] for record in records):
         yield f"{modality}: {num_empty} cells have no counts in the features kept; they stay as empty rows"
     if num_duplicates := sum(record["num_duplicates"] for record in records):
-        yield f"{modality}: {num_duplicates} entries stood twice in a row of the matrix and were added up"
+        is_one_to_one = all(pd.Index(own[own >= 0]).is_unique for own in joined.columns)
+        what = "stood twice in a row of the matrix" if is_one_to_one else "came to the peak of another of their cell"
+        yield f"{modality}: {num_duplicates} entries {what} and were added up"
 
 
 def joined_crc(first: int, second: int, num_bytes: int) -> int:

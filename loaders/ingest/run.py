@@ -22,6 +22,7 @@ from loaders.ingest.cells import gather_cells, modality_columns, obs_columns
 from loaders.ingest.checks import check_and_map
 from loaders.ingest.choice import chosen_cells, chosen_features, without_unused
 from loaders.ingest.matrices import Atlas, cut, key_of, write_matrices
+from loaders.ingest.peaks import NAMES, check_peaks, join_peaks
 from loaders.ingest.runs import destinations
 from loaders.ingest.sources import open_source, parse_source
 from loaders.ingest.staging import Staging, check_out, explain_disk_errors
@@ -42,6 +43,7 @@ def ingest(
     sample_key: str | None = None,
     sample_from_file: bool = False,
     join: Join = "inner",
+    peaks: str = NAMES,
     layer: str | None = None,
     where: str | None = None,
     features: Sequence[str] | None = None,
@@ -70,6 +72,11 @@ def ingest(
         Each file's name is the sample, even where there is a column `sample`.
     join
         Features kept where sources differ: "inner" those of all, "outer" those of any (zero where a source lacks one).
+    peaks
+        How ATAC of several sources is matched: "names"; or by overlap of the intervals that peaks are named after, each
+        to the one with which it shares most bases: "union", overlapping peaks of all sources are one; "reference",
+        those of the first source; or the path of a store or a BED file with the peaks. Counts that come together are
+        added up.
     layer
         Layer that holds the counts ("raw" also means `.raw`); default X.
     where
@@ -108,6 +115,7 @@ def ingest(
     if join not in ("inner", "outer"):
         raise ValueError(f"join: got {join!r}; choose inner or outer")
     budget = max(_LEAST_MEMORY, parse_memory(memory))
+    check_peaks(peaks)
     if resume not in ("auto", "never"):
         raise ValueError(f"resume: got {resume!r}; choose auto or never")
     out = Path(out)
@@ -123,7 +131,7 @@ def ingest(
         if where is not None:
             opened = chosen_cells(opened, where, say)
         cells = gather_cells(opened, sample_key, say, sample_from_file=sample_from_file)
-        joined = join_all(opened, join, say)
+        joined = join_all(opened, join, say, peaks)
         if features is not None:
             joined = chosen_features(joined, features, say)
         _look(opened, say)
@@ -141,6 +149,7 @@ def ingest(
         say.tell(_described(workers, budget, staging))
         provenance = {"sources": texts, "seed": seed, "join": join, "layer": layer or "X"}
         provenance |= {"where": where or ""} if where else {}
+        provenance |= {"peaks": peaks} if peaks != NAMES else {}
         with StoreWriter(out, modalities={}, staging=staging) as writer:
             with keeping(job, opened):
                 written = write_matrices(atlas, job, staging.plan["parts"], workers, say, is_shown=progress)
@@ -192,19 +201,23 @@ class Remarks:
             tqdm.write(f"note: {text}", file=sys.stderr)
 
 
-def join_all(sources: Sequence[Source], join: Join, say: Say) -> dict[str, Joined]:
+def join_all(sources: Sequence[Source], join: Join, say: Say, peaks: str = NAMES) -> dict[str, Joined]:
     joined = {}
     for modality in MODALITIES:
         having = [source for source in sources if modality in source.parts]
         if not having:
             continue
         parts = [source.parts[modality] for source in having]
-        result = join_features(modality, [(s.label, p.var) for s, p in zip(having, parts, strict=True)], join)
+        named = [(source.label, part.var) for source, part in zip(having, parts, strict=True)]
+        is_by_overlap = modality == "atac" and peaks != NAMES
+        result = join_peaks(named, peaks, say) if is_by_overlap else join_features(modality, named, join)
         columns = tuple(
             own if part.columns is None else np.where(part.columns >= 0, own[part.columns], -1)
             for own, part in zip(result.columns, parts, strict=True)
         )
         joined[modality] = Joined(result.var, columns)
+        if is_by_overlap:
+            continue
         for source, part in zip(having, parts, strict=True):
             absent = result.var.index[~result.var.index.isin(part.var.index)]
             if len(absent):

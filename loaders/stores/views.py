@@ -68,6 +68,7 @@ class MatchedStore:
                 f"store: {modality} of {self.uri} has no feature name in common with the {len(column):,} asked for "
                 f"(it has {str(self.store.feature_names(modality)[0])!r}, ...; asked for is {next(iter(column))!r}, "
                 "...); rename one of them"
+                + (", or ingest the cells with the peaks of the other store: peaks=PATH" if modality == "atac" else "")
             )
         if found < len(column):
             _log.info(

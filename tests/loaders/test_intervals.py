@@ -38,7 +38,7 @@ def test_names_and_bed_files_say_where_intervals_are(tmp_path: Path) -> None:
         intervals_of(["chr1:1-2", "CD4"], "atac of a.zarr")
     bed = tmp_path / "a.bed"
     bed.write_text("#made by hand\ntrack name=x\t\t\nchr1\t599\t700\tHigh Signal\nchrX\t9\t12\tlow\n")
-    assert peaks.overlaps(read_bed(bed)).tolist() == [True, False, False]
+    assert peaks.overlaps(read_bed(bed, option="blacklist")).tolist() == [True, False, False]
     bed.write_text("no bed at all\n")
     with pytest.raises(ValueError, match=r"blacklist: .*a.bed is no BED file that can be read"):
-        read_bed(bed)
+        read_bed(bed, option="blacklist")

@@ -1,0 +1,109 @@
+"""Peaks of several sources matched by overlap: counts of what comes together add up, and what is lost is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import scipy.sparse
+
+from loaders.check import check_store
+from loaders.ingest import append, ingest
+from loaders.stores import open_store, read_store
+
+ONE = ["chr1:100-200", "chr1:300-400", "chr2:100-200"]
+OTHER = ["chr1:150-180", "chr1:190-320", "chr1:380-390", "chr2:500-600", "chr9:1-5"]
+
+
+def source(path: Path, peaks: Sequence[str], *, genome: str | None = None) -> Path:
+    """30 cells of counts up to 200, so that sums need a wider type."""
+    counts = np.random.default_rng(len(peaks)).integers(0, 200, (30, len(peaks))).astype(np.float32)
+    data = anndata.AnnData(scipy.sparse.csr_matrix(counts))
+    data.obs_names, data.var_names = [f"{path.stem}{c}" for c in range(30)], list(peaks)
+    if genome is not None:
+        data.var["genome"] = genome
+    data.write_h5ad(path)
+    return path
+
+
+def counts_of(path: Path, name: str) -> np.ndarray:
+    """Counts of the cells of a source, in the order of the source, as a store holds them."""
+    atac = read_store(path)["atac"]
+    return atac[[f"{name}{c}" for c in range(30)]].X.toarray()
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> list[Path]:
+    return [source(tmp_path / "a.h5ad", ONE), source(tmp_path / "b.h5ad", OTHER)]
+
+
+def test_peaks_of_a_reference_take_the_counts_of_those_that_overlap_them_most(
+    both: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ingest(both, out=tmp_path / "s.zarr", peaks="reference")
+    one, other = (anndata.read_h5ad(path).X.toarray() for path in both)
+    assert open_store(tmp_path / "s.zarr").feature_names("atac").tolist() == ONE
+    np.testing.assert_array_equal(counts_of(tmp_path / "s.zarr", "a"), one)
+    # 190-320 shares 10 bases with 100-200 and 20 with 300-400.
+    expected = np.stack([other[:, 0], other[:, 1] + other[:, 2], np.zeros(30)], axis=1)
+    np.testing.assert_array_equal(counts_of(tmp_path / "s.zarr", "b"), expected)
+    assert check_store(tmp_path / "s.zarr").is_sound
+    said = capsys.readouterr().err
+    assert "2 of 5 peaks of" in said
+    assert "1 share one with another, and their counts are added up" in said
+
+
+def test_overlapping_peaks_of_all_sources_are_one_in_their_union(both: list[Path], tmp_path: Path) -> None:
+    ingest(both, out=tmp_path / "s.zarr", peaks="union", progress=False)
+    one, other = (anndata.read_h5ad(path).X.toarray() for path in both)
+    names = ["chr1:100-400", "chr2:100-200", "chr2:500-600", "chr9:1-5"]
+    assert open_store(tmp_path / "s.zarr").feature_names("atac").tolist() == names
+    zeros = np.zeros(30)
+    expected = np.stack([one[:, 0] + one[:, 1], one[:, 2], zeros, zeros], axis=1)
+    np.testing.assert_array_equal(counts_of(tmp_path / "s.zarr", "a"), expected)
+    expected = np.stack([other[:, :3].sum(axis=1), zeros, other[:, 3], other[:, 4]], axis=1)
+    np.testing.assert_array_equal(counts_of(tmp_path / "s.zarr", "b"), expected)
+
+
+def test_the_reference_may_be_a_bed_file_or_a_store_to_which_cells_are_added(both: list[Path], tmp_path: Path) -> None:
+    bed = tmp_path / "r.bed"
+    bed.write_text("chr1\t0\t1000\nchr2\t0\t150\n")
+    ingest(both[0], out=tmp_path / "bed.zarr", peaks=str(bed), progress=False)
+    one, other = (anndata.read_h5ad(path).X.toarray() for path in both)
+    expected = np.stack([one[:, 0] + one[:, 1], one[:, 2]], axis=1)
+    np.testing.assert_array_equal(counts_of(tmp_path / "bed.zarr", "a"), expected)
+    ingest(both[0], out=tmp_path / "s.zarr", progress=False)
+    with pytest.raises(ValueError, match=r"lacks 3 of the 3 features of"):
+        append(tmp_path / "s.zarr", both[1], progress=False)
+    append(tmp_path / "s.zarr", both[1], peaks="reference", progress=False)
+    expected = np.stack([other[:, 0], other[:, 1] + other[:, 2], np.zeros(30)], axis=1)
+    np.testing.assert_array_equal(counts_of(tmp_path / "s.zarr", "b"), expected)
+    np.testing.assert_array_equal(counts_of(tmp_path / "s.zarr", "a"), one)
+    assert check_store(tmp_path / "s.zarr").is_sound
+
+
+@pytest.mark.parametrize(
+    ("peaks", "genomes", "message"),
+    [
+        (
+            ["chr7:1-9"],
+            (None, None),
+            r"peaks: no peak of .*b.h5ad overlaps one of those of .*a.h5ad .*chr7:1-9 and",
+        ),
+        (OTHER, ("GRCh38", "mm10"), r"peaks: .*b.h5ad is of the genome mm10, .*a.h5ad of GRCh38; lift one over"),
+        (["peakA", *OTHER[1:]], (None, None), r"atac of .*b.h5ad: got a feature 'peakA'; peaks are named like"),
+    ],
+)
+def test_cohorts_that_do_not_go_together_are_refused(
+    tmp_path: Path, peaks: list[str], genomes: tuple[str | None, str | None], message: str
+) -> None:
+    one = source(tmp_path / "a.h5ad", ONE, genome=genomes[0])
+    other = source(tmp_path / "b.h5ad", peaks, genome=genomes[1])
+    with pytest.raises(ValueError, match=message):
+        ingest([f"atac={one}", f"atac={other}"], out=tmp_path / "s.zarr", peaks="reference", progress=False)
+    with pytest.raises(ValueError, match=r"peaks: got 'nowhere'; choose names, union or reference"):
+        ingest(one, out=tmp_path / "s.zarr", peaks="nowhere", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5ad", "b.h5ad"]
