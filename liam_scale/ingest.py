@@ -36,6 +36,8 @@ class IngestConfig:
     peaks: Annotated[str, tyro.conf.arg(metavar="names|union|reference|PATH")] = "names"
     """How ATAC is matched: by name; or by overlap: overlapping peaks are one (union), or counts go to the peaks of the
     first source (reference), of a store or of a BED file."""
+    feature_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
+    """Column of var by which genes and proteins are called, such as gene_ids; versions (ENSG00000141510.17) go."""
     layer: str | None = None
     """Layer that holds the counts; default: X."""
     where: Annotated[str | None, tyro.conf.arg(metavar="EXPRESSION")] = None

@@ -33,9 +33,9 @@ from loaders.formats.source import Source
 from loaders.ingest.cells import SAMPLE, gather_cells
 from loaders.ingest.matrices import Atlas
 from loaders.ingest.peaks import NAMES, REFERENCE, join_peaks
-from loaders.ingest.run import Remarks, finish, ingest, join_all
+from loaders.ingest.run import Remarks, finish, ingest, join_all, open_all
 from loaders.ingest.shards import CHUNKS_PER_SHARD, ShardWriter
-from loaders.ingest.sources import open_source, parse_source
+from loaders.ingest.sources import parse_source
 from loaders.ingest.staging import Staging, check_out, explain_disk_errors
 from loaders.ingest.writer import CELLS_PER_CHUNK, ModalityLayout, StoreWriter, WrittenRows
 from loaders.progress import Progress
@@ -54,6 +54,7 @@ def append(
     sample_key: str | None = None,
     join: Join = "inner",
     peaks: Literal["names", "reference"] = "names",
+    feature_key: str | None = None,
     layer: str | None = None,
     memory: str | int = "1GiB",
     seed: int = 0,
@@ -69,7 +70,7 @@ def append(
     ----------
     store
         A store that ingest made, on a local disk.
-    sources, sample_key, layer, memory
+    sources, sample_key, feature_key, layer, memory
         The new cells, as for `ingest`.
     join
         "inner": the store keeps its features; sources must have all of them, and others of theirs are left out.
@@ -100,11 +101,13 @@ def append(
         try:
             with ExitStack() as files:
                 old = _opened(path)
-                new = [open_source(parse_source(text), layer=layer, files=files, say=_unsaid) for text in texts]
+                named = [parse_source(text) for text in texts]
+                new = open_all(named, layer=layer, feature_key=feature_key, files=files, say=_unsaid)
                 _check_fit(old, new, sample_key, join, peaks)
             options: dict[str, Any] = {"memory": memory, "join": join, "seed": seed, "progress": progress}
             reference = str(path) if peaks == REFERENCE and "atac" in old.source.parts else NAMES
-            own: dict[str, Any] = {"sample_key": sample_key, "layer": layer, "peaks": reference}
+            own: dict[str, Any] = {"sample_key": sample_key, "feature_key": feature_key, "layer": layer}
+            own["peaks"] = reference
             ingest(texts, out=made, overwrite=True, **own, **options)
             if reshuffle:
                 return ingest([path, made], out=path, sample_key=SAMPLE, overwrite=True, **options)

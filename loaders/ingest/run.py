@@ -22,9 +22,10 @@ from loaders.ingest.cells import gather_cells, modality_columns, obs_columns
 from loaders.ingest.checks import check_and_map
 from loaders.ingest.choice import chosen_cells, chosen_features, without_unused
 from loaders.ingest.matrices import Atlas, cut, key_of, write_matrices
+from loaders.ingest.naming import renamed
 from loaders.ingest.peaks import NAMES, check_peaks, join_peaks
 from loaders.ingest.runs import destinations
-from loaders.ingest.sources import open_source, parse_source
+from loaders.ingest.sources import Named, open_source, parse_source
 from loaders.ingest.staging import Staging, check_out, explain_disk_errors
 from loaders.ingest.tasks import Job, keeping, place_of
 from loaders.ingest.workers import Workers, WorkersLost, open_workers
@@ -44,6 +45,7 @@ def ingest(
     sample_from_file: bool = False,
     join: Join = "inner",
     peaks: str = NAMES,
+    feature_key: str | None = None,
     layer: str | None = None,
     where: str | None = None,
     features: Sequence[str] | None = None,
@@ -77,6 +79,9 @@ def ingest(
         to the one with which it shares most bases: "union", overlapping peaks of all sources are one; "reference",
         those of the first source; or the path of a store or a BED file with the peaks. Counts that come together are
         added up.
+    feature_key
+        Column of var by which genes and proteins are called, such as "gene_ids", where sources name them differently.
+        Versions of Ensembl identifiers (ENSG00000141510.17) are left out; a source without the column keeps its names.
     layer
         Layer that holds the counts ("raw" also means `.raw`); default X.
     where
@@ -124,10 +129,7 @@ def ingest(
     named = [parse_source(text) for text in texts]
     with ExitStack() as files, explain_disk_errors(out):
         workers = files.enter_context(open_workers(dask, client, memory=budget))
-        opened = [open_source(one, layer=layer, files=files, say=say) for one in named]
-        for source in opened:
-            if not source.parts:
-                raise ValueError(f"{source.label}: got no counts, neither X nor layers; give a file that has them")
+        opened = open_all(named, layer=layer, feature_key=feature_key, files=files, say=say)
         if where is not None:
             opened = chosen_cells(opened, where, say)
         cells = gather_cells(opened, sample_key, say, sample_from_file=sample_from_file)
@@ -150,12 +152,24 @@ def ingest(
         provenance = {"sources": texts, "seed": seed, "join": join, "layer": layer or "X"}
         provenance |= {"where": where or ""} if where else {}
         provenance |= {"peaks": peaks} if peaks != NAMES else {}
+        provenance |= {"feature_key": feature_key} if feature_key else {}
         with StoreWriter(out, modalities={}, staging=staging) as writer:
             with keeping(job, opened):
                 written = write_matrices(atlas, job, staging.plan["parts"], workers, say, is_shown=progress)
             for modality, (layout, rows) in written.items():
                 writer.take(modality, layout, rows)
             return finish(atlas, writer, provenance, say, is_shuffled=True)
+
+
+def open_all(
+    named: Sequence[Named], *, layer: str | None, feature_key: str | None, files: ExitStack, say: Say
+) -> list[Source]:
+    """The sources, their features as they are to be called."""
+    opened = [open_source(one, layer=layer, files=files, say=say) for one in named]
+    for source in opened:
+        if not source.parts:
+            raise ValueError(f"{source.label}: got no counts, neither X nor layers; give a file that has them")
+    return opened if feature_key is None else renamed(opened, feature_key, say)
 
 
 def _described(workers: Workers, memory: int, staging: Staging) -> str:
