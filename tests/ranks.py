@@ -37,6 +37,7 @@ class Rank:
     """A process, and the files of what it says."""
 
     process: BaseProcess
+    port: int
     out: Path
     err: Path
 
@@ -60,7 +61,7 @@ def start_ranks(
     """Start `python -c code *arguments` on the ranks of a world of a size: all of them, or those named."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port := free.getsockname()[1])}
     world |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     started = []
     for rank in range(size) if only is None else only:
@@ -71,7 +72,7 @@ def start_ranks(
         # What torch reads once, in the process that is forked; ranks have it in their environment.
         with mock.patch.dict(os.environ, {"TORCH_CPP_LOG_LEVEL": "FATAL", "OMP_NUM_THREADS": "1"}):
             process.start()
-        started.append(Rank(process, *files))
+        started.append(Rank(process, port, *files))
     return started
 
 

@@ -17,6 +17,7 @@ from liam_scale.kernels.backends import triton_serves
 from liam_scale.kernels.device.compiled import can_compile
 from liam_scale.training.devices import Device, device_of, name_of
 from liam_scale.training.errors import AgreedError
+from liam_scale.training.signals import interrupts_end_at_once
 from liam_scale.training.watch import Watch
 
 T = TypeVar("T")
@@ -136,8 +137,9 @@ def join_world(device: Device = "auto", *, timeout_seconds: float | None = None)
     try:
         # The watch ends what takes too long, in words; the backends' own end follows should it not.
         limit = timedelta(seconds=60 + (timeout_seconds or 30 * 60))
-        dist.init_process_group(backend_of(chosen), timeout=limit, **at_once)
-        yield World(rank, size, chosen, watch)
+        with interrupts_end_at_once():
+            dist.init_process_group(backend_of(chosen), timeout=limit, **at_once)
+            yield World(rank, size, chosen, watch)
     except BaseException as error:
         told = error if watch is None else watch.explained(error)
         # Peers may stand in a collective, for which NCCL's farewell waits: the process ends without one.

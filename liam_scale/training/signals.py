@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,8 +36,6 @@ class StopRequest:
 
         def note(number: int, frame: Any) -> None:
             self.wish = max(self.wish, INTERRUPT if number == signal.SIGINT else SAVE)
-            if number == signal.SIGINT:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
             _forget(terminals)
 
         before: dict[int, Any] = {}
@@ -50,10 +50,50 @@ class StopRequest:
             yield
             return
         try:
-            yield
+            with _second_interrupt_ends():
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def interrupts_end_at_once() -> Iterator[None]:
+    """Where there is nothing to save and the process waits for others: inside torch no handler of Python would run."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _second_interrupt_ends() -> Iterator[None]:
+    """A handler of Python waits until torch returns, which another rank may never let it; this thread is told at once."""
+    told, tells = socket.socketpair()
+    tells.setblocking(False)
+
+    def watch() -> None:
+        interrupts = 0
+        while numbers := told.recv(64):
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts > 1:
+                os._exit(128 + signal.SIGINT)
+
+    watcher = threading.Thread(target=watch, name="interrupts", daemon=True)
+    watcher.start()
+    before = signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        tells.close()
+        watcher.join()
+        told.close()
 
 
 def _forget(terminals: list[int]) -> None:
