@@ -12,9 +12,11 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.process import BaseProcess
@@ -22,7 +24,6 @@ from pathlib import Path
 from unittest import mock
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-TRAIN = "import sys; from liam_scale.train import main; sys.exit(main(sys.argv[1:]))"
 NEEDED = ["liam_scale.train", "liam_scale.embed", "torch._dynamo", "torch.nn.parallel", "safetensors.torch"]
 """The optimizer imports torch._dynamo, which takes as long as all the rest."""
 SECONDS = 600
@@ -30,6 +31,14 @@ SECONDS = 600
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(NEEDED)
+
+
+def main_of(module: str) -> str:
+    """Code that runs a module's command."""
+    return f"import sys; from {module} import main; sys.exit(main(sys.argv[1:]))"
+
+
+TRAIN = main_of("liam_scale.train")
 
 
 @dataclass
@@ -74,6 +83,25 @@ def start_ranks(
             process.start()
         started.append(Rank(process, port, *files))
     return started
+
+
+def run_ranks(arguments: Sequence[object], size: int, *, code: str = TRAIN) -> subprocess.CompletedProcess[str]:
+    """`start_ranks`, and what all have said when all have ended; the code is that of the first that has failed."""
+    started = start_ranks(arguments, size, code=code)
+    codes = [rank.ends()[0] for rank in started]
+    out, err = (
+        "".join(file.read_text() for file in files) for files in zip(*((r.out, r.err) for r in started), strict=True)
+    )
+    return subprocess.CompletedProcess([*map(str, arguments)], next((c for c in codes if c), 0), out, err)
+
+
+def wait_for(there: Callable[[], bool], ranks: Sequence[Rank]) -> None:
+    """Until something is there; that a rank ends before is an error."""
+    deadline = time.monotonic() + SECONDS
+    while not there():
+        assert time.monotonic() < deadline
+        assert all(rank.is_alive() for rank in ranks), [rank.err.read_text() for rank in ranks]
+        time.sleep(0.02)
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -139,7 +140,11 @@ def join_world(device: Device = "auto", *, timeout_seconds: float | None = None)
         limit = timedelta(seconds=60 + (timeout_seconds or 30 * 60))
         with interrupts_end_at_once():
             dist.init_process_group(backend_of(chosen), timeout=limit, **at_once)
-            yield World(rank, size, chosen, watch)
+            world = World(rank, size, chosen, watch)
+            hosts = world.gather(socket.gethostname())
+            if watch is not None:
+                watch.joined(hosts)
+            yield world
     except BaseException as error:
         told = error if watch is None else watch.explained(error)
         # Peers may stand in a collective, for which NCCL's farewell waits: the process ends without one.

@@ -73,7 +73,7 @@ def interrupts_end_at_once() -> Iterator[None]:
 
 @contextmanager
 def _second_interrupt_ends() -> Iterator[None]:
-    """A handler of Python waits until torch returns, which another rank may never let it; this thread is told at once."""
+    """A handler of Python waits until torch returns, which another rank may never let it; a thread is told at once."""
     told, tells = socket.socketpair()
     tells.setblocking(False)
 

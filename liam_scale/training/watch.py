@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -34,11 +35,11 @@ class _Seen:
     """A rank as another one sees it."""
 
     host: str = ""
-    phase: str = ""
+    phase: str = "joining the other ranks"
     count: int = -1
     beat: int = -1
-    lives_at: float = 0.0
-    """When its last beat came."""
+    lives_at: float = math.inf
+    """When its last beat came; before it told any, when that was first seen."""
     goes_on_at: float = 0.0
     """When it last began something new."""
 
@@ -53,7 +54,7 @@ class Watch:
     def __init__(self, rank: int, size: int, *, timeout_seconds: float) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout_seconds
         self._interval = min(SECONDS_BETWEEN_BEATS, timeout_seconds / 10)
-        self._phase, self._count, self._beat = "joining the other ranks", 0, 0
+        self._phase, self._count, self._beat = _Seen.phase, 0, 0
         self._seen = [_Seen() for _ in range(size)]
         self._store: dist.TCPStore | None = None
         self._ended = threading.Event()
@@ -64,6 +65,12 @@ class Watch:
     def enters(self, phase: str) -> None:
         """The main thread begins something; all ranks begin the same things in the same order."""
         self._phase, self._count = phase, self._count + 1
+
+    def joined(self, hosts: list[str]) -> None:
+        """All ranks have come, from these machines: one that falls silent before it has told anything has a name."""
+        for rank, host in enumerate(hosts):
+            if not self._seen[rank].host:
+                self._seen[rank] = _Seen(host, goes_on_at=time.monotonic())
 
     def close(self) -> None:
         self._ended.set()
@@ -82,7 +89,7 @@ class Watch:
             time.sleep(self._interval / 4)
             if any(seen.phase == _FAILED for seen in self._seen):
                 return LostRank("another rank has failed", teller=None)
-            gone = self._silent()
+            gone = self._silent() or ([0] if self._is_cut_off() else [])
             if gone:
                 return LostRank(self._describe(gone, "is gone"), teller=self._teller(gone))
         return error
@@ -124,25 +131,31 @@ class Watch:
 
     def _look(self) -> None:
         store, now = self._connected(), time.monotonic()
-        come = [rank for rank in range(self.size) if self._seen[rank].host or store.check([self._key(rank)])]
+        come = [rank for rank in range(self.size) if self._seen[rank].beat >= 0 or store.check([self._key(rank)])]
         for rank, told in zip(come, store.multi_get([self._key(rank) for rank in come]), strict=True):
             seen = self._seen[rank]
             host, phase, count, beat = json.loads(told)
             lives_at = now if beat != seen.beat else seen.lives_at
             goes_on_at = now if count != seen.count else seen.goes_on_at
             self._seen[rank] = _Seen(host, phase, count, beat, lives_at, goes_on_at)
+        for seen in self._seen:
+            seen.lives_at = min(seen.lives_at, now)
+
+    def _is_cut_off(self) -> bool:
+        """Rank 0, which holds the store, does not answer."""
+        return time.monotonic() - self._heard_at > 3 * self._interval + 0.5
 
     def _silent(self) -> list[int]:
         oldest = time.monotonic() - 3 * self._interval - 0.5
-        return [rank for rank, seen in enumerate(self._seen) if seen.host and seen.lives_at < oldest]
+        others = [(rank, seen) for rank, seen in enumerate(self._seen) if rank != self.rank]
+        return [rank for rank, seen in others if seen.host and seen.lives_at < oldest]
 
     def _give_up(self) -> NoReturn:
         """End this process; the main thread may stand where no exception reaches it."""
         missing = [rank for rank, seen in enumerate(self._seen) if not seen.host]
         least = min(seen.count for seen in self._seen)
         behind = [rank for rank, seen in enumerate(self._seen) if seen.count == least]
-        is_cut_off = time.monotonic() - self._heard_at > 3 * self._interval + 0.5
-        late = [0] if is_cut_off else missing or self._silent() or behind
+        late = [0] if self._is_cut_off() else missing or self._silent() or behind
         if self.rank == self._teller(late):
             told = self._describe(late, f"has not gone on for {self.timeout:,.0f} s")
             print(f"{os.linesep if sys.stderr.isatty() else ''}error: {told}", file=sys.stderr, flush=True)

@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
 from liam_scale.run import RunDirectory
 from liam_scale.train import main
@@ -82,9 +81,8 @@ def test_killed_before_any_file_of_the_folder_stands_the_same_command_goes_on(
 @pytest.mark.parametrize(("model", "moment"), [("concat", 4)])
 def test_sigkill_while_the_folder_is_laid_down(store: Path, tmp_path: Path, model: str, moment: int) -> None:
     out = tmp_path / "run"
-    arguments = [str(moment), str(store), "--out", str(out), "--model", model, *OPTIONS]
-    done = subprocess.run([sys.executable, "-c", KILLED_AT, *arguments], capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    done = run_ranks([moment, store, "--out", out, "--model", model, *OPTIONS], 1, code=KILLED_AT)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not RunDirectory(out).is_run
     assert train(store, out, model) == 0
     assert RunDirectory(out).is_finished

@@ -1,7 +1,5 @@
 """A number that is not finite: every rank goes back together, and other noise is tried."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ranks import run_ranks
 from safetensors.numpy import load_file
 
 from liam_scale.model.layers import Gaussian
@@ -162,13 +161,8 @@ sys.exit(main(sys.argv[1:]))
 def test_a_nan_on_one_of_two_ranks_takes_both_back_and_is_told_once(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script, out = tmp_path / "script.py", tmp_path / "run"
-    script.write_text(ONE_RANK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    options = ["--batch-key", "sample", "--max-steps", "20", *SHORT]
-    done = subprocess.run(
-        [*command, str(store), "--out", str(out), *options], capture_output=True, text=True, timeout=120
-    )
+    out = tmp_path / "run"
+    done = run_ranks([store, "--out", out, "--batch-key", "sample", "--max-steps", 20, *SHORT], 2, code=ONE_RANK)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("is not finite after step 7") == 1
     with monkeypatch.context() as context:

@@ -6,32 +6,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ranks import TORCHRUN, Rank, seconds, start_ranks
+from ranks import TORCHRUN, seconds, start_ranks, wait_for
 
 from loaders.durable import holding
-from loaders.synthetic import simulate
 
 ENDLESS = ("--batch-key", "sample", "--training.no-early-stopping", "--model.n-hidden", "8", "--minibatch", "32")
 ENDLESS = (*ENDLESS, "--max-epochs", "100000")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("stores") / "a.zarr"
-    simulate(path, num_cells=300, num_genes=20, num_peaks=30, genes_per_cell=8, peaks_per_cell=8, num_samples=2)
-    return path
-
-
-def wait_for(there: Callable[[], bool], ranks: list[Rank]) -> None:
-    deadline = time.monotonic() + 300
-    while not there():
-        assert time.monotonic() < deadline
-        assert all(rank.is_alive() for rank in ranks), [rank.err.read_text() for rank in ranks]
-        time.sleep(0.02)
 
 
 def steps(out: Path) -> list[int]:
@@ -112,7 +95,8 @@ def test_a_rank_asleep_under_torchrun_is_named_and_nothing_is_left(store: Path, 
     with subprocess.Popen([*command, "--timeout", "10"], stderr=subprocess.PIPE, text=True) as launcher:
         deadline = time.monotonic() + 300
         while not (out / "history.csv").exists():
-            assert launcher.poll() is None and time.monotonic() < deadline
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         listed = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         ranks = {rank_of(int(each)): int(each) for each in listed if rank_of(int(each)) is not None}

@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import main_of, run_ranks
 
 import liam_scale
 from loaders.synthetic import simulate
@@ -42,34 +42,21 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def launch(environment: dict[str, str]) -> Command:
-    """Run a module on some ranks: `python -m` for one, torchrun for more."""
+def launch() -> Command:
+    """Run a module's command on some ranks, as a scheduler starts them."""
 
-    def start(module: str, *arguments: object, ranks: int = 1, **options: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m"]
-        if ranks > 1:
-            command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-        return subprocess.run(
-            [*command, module, *map(str, arguments)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            **options,  # type: ignore[call-overload]
-        )
+    def start(module: str, *arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+        return run_ranks(arguments, ranks, code=main_of(module))
 
     return start
 
 
 @pytest.fixture
-def on_ranks(environment: dict[str, str], tmp_path: Path) -> Callable[[str, int], list[Any]]:
+def on_ranks(tmp_path: Path) -> Callable[[str, int], list[Any]]:
     """Run a script on some ranks; each saves `{its first argument}/{rank}.pt`, which are what is returned."""
 
     def start(script: str, ranks: int) -> list[Any]:
-        file = tmp_path / "ranks.py"
-        file.write_text(script)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        subprocess.run([*command, file, tmp_path], check=True, env=environment, timeout=120, capture_output=True)
+        run_ranks([tmp_path], ranks, code=script).check_returncode()
         return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
     return start

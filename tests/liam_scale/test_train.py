@@ -5,7 +5,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import zarr
+from ranks import start_ranks, wait_for
 from safetensors.numpy import load_file
 
 import liam_scale
@@ -65,15 +65,11 @@ def test_thirty_steps_are_bit_identical_with_a_sigkill_in_the_middle(
         *SHORT,
     ]
     assert run_main(*arguments, "--out", tmp_path / "straight") == 0
-    command = [sys.executable, "-m", "liam_scale.train", *arguments, "--out", str(tmp_path / "killed")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        checkpoints = tmp_path / "killed" / "checkpoints"
-        deadline = time.monotonic() + 120
-        while not any(int(p.name[-9:]) >= 7 for p in checkpoints.glob("step-*")):
-            assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    [process] = start_ranks([*arguments, "--out", tmp_path / "killed"], 1)
+    wait_for(lambda: any(int(p.name[-9:]) >= 7 for p in checkpoints.glob("step-*")), [process])
+    process.kill()
+    assert process.ends()[0] == -signal.SIGKILL
     reached = max(int(p.name[-9:]) for p in checkpoints.glob("step-*"))
     assert 7 <= reached < 30
     assert not (tmp_path / "killed" / "model.safetensors").exists()
@@ -90,14 +86,11 @@ def test_sigterm_saves_and_ends_with_code_0_and_another_number_of_ranks_goes_on(
 ) -> None:
     out = tmp_path / "run"
     arguments = [str(multiome), "--batch-key", "sample", "--out", str(out), *SHORT, "--training.no-early-stopping"]
-    command = [sys.executable, "-m", "liam_scale.train", *arguments, "--max-epochs", "400"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        while not (out / "history.csv").exists():
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    [process] = start_ranks([*arguments, "--max-epochs", 400], 1)
+    wait_for((out / "history.csv").exists, [process])
+    process.kill(signal.SIGTERM)
+    assert process.ends()[0] == 0
+    said = process.out.read_text()
     assert "the same command goes on" in said
     step = int(sorted((out / "checkpoints").glob("step-*"))[-1].name[-9:])
     done = launch("liam_scale.train", *arguments, "--max-steps", step + 5, ranks=2)
