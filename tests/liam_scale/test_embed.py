@@ -198,7 +198,7 @@ def test_another_store_is_refused_with_the_reason(
     from loaders.synthetic import simulate
 
     other = tmp_path / "other.zarr"
-    simulate(other, num_cells=50, num_genes=61, num_peaks=150, genes_per_cell=20, peaks_per_cell=40)
+    simulate(other, num_cells=50, num_genes=59, num_peaks=150, genes_per_cell=20, peaks_per_cell=40)
     assert main([str(trained), "--store", str(other)]) == 2
     assert "not those of the run" in capsys.readouterr().err
     assert main([str(tmp_path / "nothing")]) == 2
