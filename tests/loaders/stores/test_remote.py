@@ -131,14 +131,15 @@ def test_an_object_of_zarr(own_store: Path, toy: ModuleType) -> None:
 
 
 class FaultyHandler(QuietHandler):
-    """Answers every other request for a shard wrongly: by an error, half of it, or nothing for a while."""
+    """Answers the first, third ... of ten requests for shards wrongly: by an error, half of it, nothing for a while."""
 
     faults: ClassVar = itertools.cycle(("error", "half", "stall"))
-    number: ClassVar = itertools.count()
+    number: ClassVar = itertools.count(1)
     asleep: ClassVar = threading.Event()
 
     def do_GET(self) -> None:
-        if "/c/" not in self.path or self.command == "HEAD" or next(self.number) % 2:
+        number = 0 if "/c/" not in self.path or self.command == "HEAD" else next(self.number)
+        if number % 2 == 0 or number > 10:
             super().do_GET()
             return
         fault = next(self.faults)
