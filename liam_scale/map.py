@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pandas as pd
 import torch
@@ -55,6 +55,8 @@ class MapConfig:
     """Obs column with the sample; default: that of the run."""
     max_epochs: Annotated[int, Range(least=1)] = 20
     """Epochs of training the parameters of the new samples."""
+    peaks: Literal["names", "overlap"] = "names"
+    """How ATAC is matched: by name, or each peak to the one of the run with which it shares most bases."""
     label_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Obs column of the training's store: label the new cells by their neighbours there, in labels.csv of `out`."""
     neighbors: Annotated[int, Range(least=1)] = 50
@@ -111,7 +113,8 @@ def map_store(config: MapConfig) -> RunDirectory:
     model = source.load_model()
     if config.label_key is not None:
         check_labelled(source, label_key=config.label_key, key=config.key)
-    store = MatchedStore(open_stores([config.store]), source.features())
+    is_by_overlap = config.peaks == "overlap"
+    store = MatchedStore(open_stores([config.store]), source.features(), by_overlap=is_by_overlap)
     batch_key = config.batch_key or record.batch_key
     loader_config = replace(source.loader_config(), streams=16, memory=config.memory)
     own = model_data(store, record.model, batch_key, loader_config.transforms)
@@ -133,7 +136,7 @@ def map_store(config: MapConfig) -> RunDirectory:
         batch_key=batch_key,
         model=extended.config,
         data=data,
-        fingerprint=store.schema.fingerprint,
+        fingerprint=store.schema.fingerprint + is_by_overlap * "-overlap",
         contents=None,
         where=None,
         skipped=(),

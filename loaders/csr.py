@@ -176,6 +176,13 @@ def select_columns(rows: SparseRows, target: npt.NDArray[np.int32], num_features
     return in_order(SparseRows(indptr, indices, values, num_features))
 
 
+def add_repeated(rows: SparseRows) -> SparseRows:
+    """Rows whose columns do not fall, each column once with the sum of its values; changes the arrays."""
+    kept: npt.NDArray[np.int64] = np.zeros(len(rows.indptr), np.int64)
+    end = _add_repeated(rows.indptr, rows.indices, rows.values, kept)
+    return SparseRows(kept, rows.indices[:end], rows.values[:end], rows.num_features)
+
+
 def compiled(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """Compile with Numba without the GIL, and keep the machine code on disk where some place is writable.
 
@@ -302,6 +309,22 @@ def row_sums(indptr, values):  # type: ignore[no-untyped-def]
             total += values[k]
         sums[row] = total
     return sums
+
+
+@compiled
+def _add_repeated(indptr, indices, values, kept_indptr):  # type: ignore[no-untyped-def]
+    """Add up, in place, what stands at one column of a row; columns do not fall. Returns the entries that are left."""
+    end = 0
+    for row in range(len(indptr) - 1):
+        first = end
+        for k in range(indptr[row], indptr[row + 1]):
+            if end > first and indices[end - 1] == indices[k]:
+                values[end - 1] += values[k]
+            else:
+                indices[end], values[end] = indices[k], values[k]
+                end += 1
+        kept_indptr[row + 1] = end
+    return end
 
 
 @compiled

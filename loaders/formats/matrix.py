@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from loaders.csr import (
     OUT_OF_RANGE,
     UNSORTED,
     SparseRows,
+    add_repeated,
     concat_rows,
     index_dtype,
     inspect_columns,
@@ -266,7 +267,7 @@ class SelectedColumns(Matrix):
     Parameters
     ----------
     target
-        (F of the matrix,) new column of each, -1 where it is left out.
+        (F of the matrix,) new column of each, -1 where it is left out. Values of several that become one are added up.
     num_features
         Number of new columns; one that nothing maps to is empty.
     """
@@ -276,12 +277,19 @@ class SelectedColumns(Matrix):
         self._matrix, self._target, self.where = matrix, target, matrix.where
         self.num_rows, self.num_features = matrix.num_rows, num_features
         self.value_dtype, self.row_alignment = matrix.value_dtype, matrix.row_alignment
+        self._is_shared = bool((np.bincount(target[target >= 0], minlength=1) > 1).any())
+        if self._is_shared and self.value_dtype.kind == "u":
+            # A sum may need more than its parts.
+            self.value_dtype = np.dtype(np.uint32)
 
     def bytes_per_row(self) -> float:
         return self._matrix.bytes_per_row()
 
     def read(self, start: int, stop: int) -> SparseRows:
-        return select_columns(self._matrix.read(start, stop), self._target, self.num_features)
+        rows = select_columns(self._matrix.read(start, stop), self._target, self.num_features)
+        if not self._is_shared:
+            return rows
+        return add_repeated(replace(rows, values=rows.values.astype(self.value_dtype)))
 
 
 class ReorderedRows(Matrix):

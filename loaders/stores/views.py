@@ -17,6 +17,7 @@ from loaders.csr import widest_dtype
 from loaders.formats.compressed import CompressedRows
 from loaders.formats.features import shared_names
 from loaders.formats.matrix import ChainedMatrix, Matrix, SelectedColumns, once
+from loaders.intervals import intervals_of
 from loaders.schema import MODALITIES, ModalitySchema, ObsColumn, Schema, sha256_of_names, unite_categories
 from loaders.stores.base import Store, check_embedding, describe_store
 
@@ -29,14 +30,20 @@ class MatchedStore:
     A feature that the store lacks is zero everywhere; one that is not asked for is left out; a modality that the store
     lacks is absent in every cell.
 
+    Parameters
+    ----------
+    by_overlap
+        Match ATAC by the intervals that peaks are named after: each to the one asked for with which it shares most
+        bases, counts that come together added up.
+
     Raises
     ------
     ValueError
         A modality has no feature in common with those asked for.
     """
 
-    def __init__(self, store: Store, features: Mapping[str, Sequence[str]]) -> None:
-        self.store, self.uri = store, store.uri
+    def __init__(self, store: Store, features: Mapping[str, Sequence[str]], *, by_overlap: bool = False) -> None:
+        self.store, self.uri, self._by_overlap = store, store.uri, by_overlap
         self._names = {name: np.asarray(list(own), dtype=np.str_) for name, own in features.items()}
         self._targets = {name: self._match(name) for name in features if name in store.schema.modalities}
         if not self._targets:
@@ -61,18 +68,25 @@ class MatchedStore:
     def _match(self, modality: str) -> npt.NDArray[np.int32]:
         """(F of the store,) column of the model of each feature, -1 for those it does not know."""
         column = {str(name): i for i, name in enumerate(self._names[modality])}
-        target = np.array([column.get(str(name), -1) for name in self.store.feature_names(modality)], dtype=np.int32)
-        found = int((target >= 0).sum())
+        names = self.store.feature_names(modality).tolist()
+        if modality == "atac" and self._by_overlap:
+            asked = intervals_of(list(column), "the peaks asked for")
+            target = intervals_of(names, f"atac of {self.uri}").best(asked).astype(np.int32)
+            lost = int((target < 0).sum())
+            _log.info("atac of %s: %d of its %d peaks overlap none of those asked for", self.uri, lost, len(names))
+        else:
+            target = np.array([column.get(str(name), -1) for name in names], dtype=np.int32)
+        found = len(np.unique(target[target >= 0]))
         if not found:
+            what = "feature" if self._by_overlap else "feature name"
             raise ValueError(
-                f"store: {modality} of {self.uri} has no feature name in common with the {len(column):,} asked for "
-                f"(it has {str(self.store.feature_names(modality)[0])!r}, ...; asked for is {next(iter(column))!r}, "
-                "...); rename one of them"
-                + (", or ingest the cells with the peaks of the other store: peaks=PATH" if modality == "atac" else "")
+                f"store: {modality} of {self.uri} has no {what} in common with the "
+                f"{len(column):,} asked for (it has {names[0]!r}, ...; asked for is {next(iter(column))!r}, ...); "
+                "rename one of them" + (", or match peaks by overlap" if modality == "atac" else "")
             )
         if found < len(column):
             _log.info(
-                "%s of %s: %d of %d features found by name, the others count as zero",
+                "%s of %s: %d of %d features found, the others count as zero",
                 modality, self.uri, found, len(column),
             )  # fmt: skip
         return target

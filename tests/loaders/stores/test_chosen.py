@@ -9,7 +9,7 @@ import pytest
 
 from loaders.loader import Loader
 from loaders.options import LoaderConfig
-from loaders.stores import choose, open_store
+from loaders.stores import MatchedStore, choose, open_store
 from loaders.stores.base import cell_totals
 
 pytestmark = [
@@ -87,3 +87,23 @@ def test_an_embedding_of_some_cells_says_which_and_leaves_the_others_without(toy
     assert np.isnan(held[0::3]).all()
     assert whole.embedding_attributes("X_part")[0]["liam_scale_where"] == "lane == 1"
     assert "liam_scale_where" not in store.embedding_attributes("X_part")[0]
+
+
+def test_peaks_seen_by_overlap_are_added_up_in_a_type_that_holds_the_sum(toy, own_store: Path) -> None:
+    """Peak f of the toy is chr1:[100 f, 100 f + 99)."""
+    asked = ["chr1:500-560", "chr1:0-450", "chr2:0-9"]
+    store = MatchedStore(open_store(own_store), {"atac": asked}, by_overlap=True)
+    whole = toy.counts_of("atac", toy.cells_of("atac"))
+    expected = np.stack([whole[:, 5], whole[:, :5].sum(1), np.zeros(len(whole))], axis=1)
+    np.testing.assert_array_equal(store.matrix("atac").read(0, len(whole)).to_scipy().toarray(), expected)
+    assert store.matrix("atac").value_dtype == np.uint32
+    np.testing.assert_array_equal(store.totals("atac"), expected.sum(1))
+    with Loader(store, LoaderConfig(minibatch=8, streams=2, memory="16MiB"), subset="all") as loader:
+        for minibatch in loader:
+            cells = np.array([int(name[4:]) for name in store.cell_ids(0, toy.NUM_CELLS)[minibatch.rows.numpy()]])
+            has = np.isin(cells, toy.cells_of("atac"))
+            counts = toy.counts_of("atac", cells)[:, :6] * has[:, None]
+            dense = minibatch.counts["atac"].to_dense().numpy()
+            np.testing.assert_array_equal(dense[:, :2], np.stack([counts[:, 5], counts[:, :5].sum(1)], axis=1))
+    with pytest.raises(ValueError, match=r"atac of .* has no feature in common with the 1 asked for"):
+        MatchedStore(open_store(own_store), {"atac": ["chr7:1-2"]}, by_overlap=True)
