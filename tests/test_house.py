@@ -120,6 +120,7 @@ def scripts(path: Path) -> list[str]:
         words = [[e.value if isinstance(e, ast.Constant) else "1" for e in elements] for elements in lists]
         found = [shlex.join(map(str, itertools.chain.from_iterable(words)))]
     else:
+        text = text.replace("\\\\\n", "\\\n")
         blocks = re.findall(r'"""\n(.*?)"""', text, flags=re.S)
         found = blocks or [re.sub("^RUN ", "", text, flags=re.M)]
     return [re.sub(r"\$?\{\{.*?\}\}|\$?\{[^{}]*\}|\$\w+", "1", script) for script in found]
@@ -157,6 +158,15 @@ def test_the_commands_in_the_examples_for_clusters_parse() -> None:
         "ray_train.py": ["train"],
         "skypilot.yaml": ["train"],
     }
+
+
+@pytest.mark.parametrize("name", ["first-integration", "from-scvi-tools", "from-liam", "faq", "clusters"])
+def test_code_fits_a_page_of_1280_pixels(name: str) -> None:
+    """86 characters; the other pages have wider lines still."""
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    shown = [*re.findall(r"^```[^\n]+\n(.*?)^```", page, flags=re.S | re.M)]
+    shown += [(ROOT / "docs" / file).read_text() for file in re.findall(r"literalinclude\} (\S+)", page)]
+    assert [line for text in shown for line in text.splitlines() if len(line) > 86] == []
 
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)*(?![\w.]*1)")

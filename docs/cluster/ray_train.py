@@ -1,4 +1,4 @@
-"""Train on a Ray cluster: python ray_train.py /shared/atlas.zarr sample /shared/runs/a 4"""
+"""On a Ray cluster: python ray_train.py /shared/atlas.zarr sample /shared/runs/a 4"""
 
 import os
 import subprocess
@@ -11,8 +11,9 @@ from ray.train.torch import TorchTrainer
 
 
 def train_rank(given: dict[str, Any]) -> None:
-    """Ray has set RANK, WORLD_SIZE and MASTER_ADDR; its own process group keeps MASTER_PORT."""
-    environment = {**os.environ, "MASTER_PORT": str(int(os.environ["MASTER_PORT"]) + 1)}
+    """Ray sets RANK, WORLD_SIZE and MASTER_ADDR; MASTER_PORT it keeps for itself."""
+    port = int(os.environ["MASTER_PORT"]) + 1
+    environment = {**os.environ, "MASTER_PORT": str(port)}
     command = [sys.executable, "-m", "liam_scale.train", given["store"]]
     command += ["--batch-key", given["batch_key"], "--out", given["out"]]
     subprocess.run(command, env=environment, check=True)
@@ -20,10 +21,11 @@ def train_rank(given: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     store, batch_key, out, ranks = sys.argv[1:]
+    has_gpu = torch.cuda.is_available()
     TorchTrainer(
         train_rank,
         train_loop_config={"store": store, "batch_key": batch_key, "out": out},
-        scaling_config=ScalingConfig(num_workers=int(ranks), use_gpu=torch.cuda.is_available()),
-        # A lost worker ends all ranks; they start again and go on from the newest checkpoint.
+        scaling_config=ScalingConfig(num_workers=int(ranks), use_gpu=has_gpu),
+        # After a lost worker all ranks start again, from the newest checkpoint.
         run_config=RunConfig(failure_config=FailureConfig(max_failures=3)),
     ).fit()

@@ -22,11 +22,17 @@ process LIAMSCALE_INTEGRATE {
     prefix = task.ext.prefix ?: "${meta.id}_liam"
     """
     liam-scale ingest ${h5mu} --out store.zarr
-    liam-scale train store.zarr ${args} --batch-key ${batch_key} --out run --loader.threads ${task.cpus}
+    liam-scale train store.zarr ${args} --batch-key ${batch_key} --out run \\
+        --loader.threads ${task.cpus}
     liam-scale embed run --store store.zarr
-    liam-scale evaluate store.zarr --batch-key ${batch_key} --run run --out ${prefix}_report
+    liam-scale evaluate store.zarr --batch-key ${batch_key} --run run \\
+        --out ${prefix}_report
     cp -L ${h5mu} ${prefix}.h5mu
-    python -c "import liam_scale; liam_scale.load_run('run', store='store.zarr').write_to('${prefix}.h5mu', overwrite=True)"
+    python -c "
+    import liam_scale
+    run = liam_scale.load_run('run', store='store.zarr')
+    run.write_to('${prefix}.h5mu', overwrite=True)
+    "
 
     cat <<-END_VERSIONS > versions.yml
     "${task.process}":
