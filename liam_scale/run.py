@@ -24,7 +24,7 @@ from liam_scale.tables import from_table, read_toml, to_table
 from liam_scale.training.checkpoint import Checkpoint, load_weights, newest_checkpoint, save_weights
 from liam_scale.training.trainer import Outcome
 from loaders.documents import read_table
-from loaders.durable import leftovers, remove_leftovers, replacing, write_text
+from loaders.durable import gone_on_error, leftovers, remove_leftovers, replacing, write_text
 from loaders.options import LoaderConfig, check_options
 from loaders.schema import is_folder_name, sha256_of_json, sha256_of_names
 from loaders.stores import Store, open_store
@@ -101,7 +101,6 @@ class RunRecord:
     skipped: tuple[str, ...] = ()
     """Ids of the cells in damaged chunks that training left out (`--on-bad-chunk skip`)."""
     ending: Ending | None = None
-    """None while training has not ended."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -221,7 +220,8 @@ class RunDirectory:
 
         `run.json` comes last; until then the hidden folder in which it grows says what the rest is.
         """
-        with replacing(self.path / RUN_FILE) as file:
+        names = "checkpoints", "config.toml", "features.json", *(name for name, *_ in parts)
+        with replacing(self.path / RUN_FILE) as file, gone_on_error(self.path, names):
             for name, *own in parts:
                 RunDirectory(self.path / name).create(*own)
             self.checkpoints.mkdir(exist_ok=True)
@@ -244,8 +244,8 @@ class RunDirectory:
         """
         named = dataclasses.replace(record, id=None, changes=(), rollbacks=(), skipped=(), ending=None)
         path = self.path.resolve()
-        digest = hashlib.sha256(json.dumps([str(path), options, named.to_json()]).encode()).hexdigest()
-        return dataclasses.replace(record, id=f"{path.name}-{digest[:12]}")
+        said = json.dumps([str(path), options, named.to_json()])
+        return dataclasses.replace(record, id=f"{path.name}-{hashlib.sha256(said.encode()).hexdigest()[:12]}")
 
     def save_weights(self, weights: dict[str, Tensor]) -> None:
         remove_leftovers(self.path / "*")

@@ -18,7 +18,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
@@ -86,6 +86,17 @@ def remove(folder: Path) -> None:
         staging = Staging(folder)
         os.rename(folder, staging.path)
         staging.discard()
+
+
+@contextmanager
+def gone_on_error(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Take files and folders away that a block makes in a folder, where it fails or is interrupted."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        for path in map(folder.joinpath, names):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        raise
 
 
 def sha256_of(path: Path) -> str:

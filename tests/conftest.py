@@ -58,4 +58,4 @@ def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     yield mount
     for disk in disks:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
