@@ -168,7 +168,7 @@ class Schema:
     metadata: dict[str, str] | None = None
     """Hash of the metadata of each array and group, which says that all of them carry checksums; None where an older
     version wrote the store."""
-    parts: tuple[int, ...] = ()
+    parts: tuple[Annotated[int, Range(least=0)], ...] = ()
     """Cells of each of the parts that follow each other, each in random order; readers mix them. None: one part."""
 
     def __post_init__(self) -> None:

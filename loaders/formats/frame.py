@@ -214,6 +214,10 @@ class ObsTable:
         apart = self.disagreeing
         return [*self._root_columns, *(column for column in self._part_columns if column not in apart)]
 
+    def is_common(self, name: str) -> bool:
+        """Whether a column stands in the common table."""
+        return name in self._root_columns
+
     @property
     def disagreeing(self) -> set[str]:
         """Columns of which modalities give a cell different values."""

@@ -20,6 +20,9 @@ from loaders.schema import BARCODE_COLUMNS, LONGEST_NAME, hash_names, is_folder_
 SAMPLE = "sample"
 """Obs column of the store that holds the sample."""
 
+COUNTED = "total_counts"
+"""Column of a modality's own obs that is counted anew from what is stored."""
+
 _KEPT_SAMPLE = "source_sample"
 
 
@@ -226,6 +229,8 @@ def obs_columns(
         kept = BARCODE_COLUMNS[0 if any("barcode" in source.obs.columns for source in sources) else 1]
         yield kept, pd.Series(cells.barcodes[order].astype(object))
     apart = {name for source in sources for name in source.obs.disagreeing}
+    if not any(source.obs.is_common(COUNTED) for source in sources):
+        apart.add(COUNTED)
     for name in dict.fromkeys(name for source in sources for name in source.obs.columns):
         if name in apart or (name == SAMPLE and cells.sample_from == SAMPLE and all(s.sample is None for s in sources)):
             continue
@@ -246,8 +251,7 @@ def modality_columns(
     """Columns in which modalities disagree, for a modality's own obs; order[i] is the cell of its row i."""
     apart = dict.fromkeys(name for source in sources for name in sorted(source.obs.disagreeing))
     for name in apart:
-        if name == "total_counts":
-            # Counted anew from what is stored.
+        if name == COUNTED:
             continue
         parts: list[pd.Series | int] = []
         for source in sources:

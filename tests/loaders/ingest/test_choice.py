@@ -108,3 +108,11 @@ def test_stores_are_sources_too_and_merge_with_their_samples(tmp_path: Path) -> 
     own = both[[f"1_{cell}" for cell in one.obs_names]]
     np.testing.assert_array_equal(own["rna"].X.toarray(), one["rna"].X.toarray())
     assert own.obs["donor"].tolist() == one.obs["donor"].tolist()
+
+
+def test_sums_of_counts_that_a_store_keeps_for_a_modality_are_no_column_of_its_cells(tmp_path: Path) -> None:
+    """They would be wrong as soon as features are left out."""
+    simulate(tmp_path / "a.zarr", num_cells=50, num_genes=40, num_peaks=0, genes_per_cell=10)
+    before = open_store(tmp_path / "a.zarr").schema.obs_columns
+    ingest(tmp_path / "a.zarr", out=tmp_path / "b.zarr", features=["gene1", "gene2"], progress=False)
+    assert open_store(tmp_path / "b.zarr").schema.obs_columns == before
