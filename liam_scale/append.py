@@ -18,7 +18,7 @@ from loaders.ingest import append
 class AppendConfig:
     """Add the cells of further files to a store that ingest made. What stands there is linked, not written again."""
 
-    store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
+    store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
     """Store to add to; it is the old one until all is written. Embeddings are left out, as new cells have none."""
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE ...")]
     """The new cells, as ingest takes them."""
@@ -41,7 +41,7 @@ class AppendConfig:
 
 
 def _append(config: AppendConfig) -> None:
-    print(described(config.store, append(**vars(config))))
+    print(described(Path(config.store), append(**vars(config))))
 
 
 main = Command(AppendConfig, _append, prog="liam-scale append", description="Further cells -> into a store.")

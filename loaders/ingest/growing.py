@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,12 +228,13 @@ def _chained(
     """
     with ExitStack() as stack:
         held = [_opened(path) for path in paths]
-        sources = [one.source for one in held]
+        labels = [str(paths[0]), ", ".join(texts)] if texts else [str(path) for path in paths]
+        sources = [replace(one.source, label=label) for one, label in zip(held, labels, strict=True)]
         cells = gather_cells(sources, SAMPLE, say)
         atlas = Atlas(sources, cells, join_all(sources, join, say), np.arange(cells.num_cells))
         for one in held:
             if lost := sorted(set(one.root.get("obsm", {})) - set(one.source.parts)):
-                say(f"{one.source.label}: {', '.join(lost)} is not of all cells and is left out; embed again")
+                say(f"{one.source.label}: left out, as not of all cells: {', '.join(lost)}; embed again")
         staging = Staging(out, overwrite=overwrite)
         stack.callback(staging.discard)
         writer = stack.enter_context(StoreWriter(out, modalities={}, staging=staging))

@@ -38,7 +38,7 @@ def test_a_run_does_not_go_on_with_a_store_that_has_grown_but_embeds_all_of_it(
     assert main(["append", "a.zarr", str(further), "--sample-key", "batch"]) == 0
     said = capsys.readouterr()
     assert "wrote a.zarr: 700 cells\n  rna: 700 cells x 60 features" in said.out
-    assert "a.zarr: X_liam is not of all cells and is left out; embed again" in said.err
+    assert "a.zarr: left out, as not of all cells: X_liam; embed again" in said.err
     store = open_store("a.zarr")
     assert store.obs_column("sample").categories == ("donor0", "donor1", "donor2", "donor9")
     assert "700 cells, shuffled in 2 parts" in describe(info(store))
@@ -48,6 +48,8 @@ def test_a_run_does_not_go_on_with_a_store_that_has_grown_but_embeds_all_of_it(
     run.embed()
     assert np.isfinite(open_store("a.zarr").read_embedding("X_liam", 0, 700)).all()
     liam_scale.train("a.zarr", out="run2", batch_key="sample", max_epochs=1, **options)
+    assert main(["append", "s3://bucket/a.zarr", str(further)]) == 2
+    assert "store: got s3://bucket/a.zarr; give a store on a local disk" in capsys.readouterr().err
     assert main(["append", "a.zarr", str(further)]) == 2
     assert "error: sources: got 100 cells that stand in a.zarr already, such as 'new0'" in capsys.readouterr().err
 
