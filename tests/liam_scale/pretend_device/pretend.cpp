@@ -98,14 +98,19 @@ at::Tensor on_host(const at::Tensor& tensor);
 
 // Streams: 0 runs at once; on the others copies of pinned memory stand in a queue until an event is waited for.
 
+using Copies = std::deque<std::pair<at::Tensor, at::Tensor>>;
 struct Queue {
-  std::deque<std::pair<at::Tensor, at::Tensor>> copies;
+  Copies copies;
   long done = 0;
-  void run(long until) {
+  // What was copied is for the caller to let go of, without the lock: a tensor that goes may wait for Python's.
+  Copies run(long until) {
+    Copies ran;
     for (; done < until; done++, copies.pop_front()) {
       at::AutoDispatchBelowADInplaceOrView guard;
       copies.front().first.copy_(copies.front().second);
+      ran.push_back(std::move(copies.front()));
     }
+    return ran;
   }
 };
 struct Event {
@@ -154,14 +159,16 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void synchronizeStream(const c10::Stream& stream) const override {
     wait_for_device("stream");
+    Copies ran;
     Held lock(queues_mutex);
     auto& queue = queues[stream.id()];
-    queue.run(queue.done + queue.copies.size());
+    ran = queue.run(queue.done + queue.copies.size());
   }
   void destroyEvent(void* event, const c10::DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }
   static void run(void* event) {
+    Copies ran;
     Held lock(queues_mutex);
-    if (auto* e = static_cast<Event*>(event)) queues[e->stream].run(e->ticket);
+    if (auto* e = static_cast<Event*>(event)) ran = queues[e->stream].run(e->ticket);
   }
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
