@@ -42,7 +42,8 @@ def draw_cells(
     if num_known < len(known):
         missing = f"{len(known) - num_known:,} of {len(known):,}"
         _log.info("%s cells have no %s and are left out", missing, " or ".join(columns))
-    strata = np.where(known, np.unique(codes, axis=0, return_inverse=True)[1], -1)
+    inverse = np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1)  # NumPy 2.0.0 keeps the shape of codes
+    strata = np.where(known, inverse, -1)
     return [
         draw_rows(strata, max_cells=max_cells, seed=seed, by_blocks=store.schema.is_shuffled, draw=draw)
         for draw in range(num_draws if num_known > max_cells else 1)

@@ -58,7 +58,7 @@ OPTIONS: dict[str, Any] = {
 }
 CURE = re.compile(
     r"\b(again|name|give|choose|rename|correct|replace|remove|look for|add|read it|call|write|store integer|bring|leave"
-    r"|restore|lower|expected|save|make|use|drop|split|put|raise|columns are|map|Missing from)\b"
+    r"|restore|update|lower|expected|save|make|use|drop|split|put|raise|columns are|map|Missing from)\b"
 )
 MEMORY = 12 << 30
 
