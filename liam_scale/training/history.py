@@ -25,6 +25,8 @@ class Meter:
         self._world = world
         self.cells = cells
         """Cells of all ranks since the last evaluation."""
+        # What the main rank carries on from a checkpoint is of the cells of all ranks.
+        self._carried, self._carried_cells = dict(sums or {}), cells
         self._names = tuple(sums or ())
         self._sums = torch.tensor(list((sums or {}).values()), dtype=torch.float64).to(world.device)
 
@@ -38,8 +40,13 @@ class Meter:
         self._names = (*known, *fresh)
 
     def own(self) -> dict[str, float]:
-        """Sums over this rank's cells. Waits for the device, once."""
+        """Sums of this rank, with what it carries on. Waits for the device, once."""
         return dict(zip(self._names, self._sums.tolist(), strict=True))
+
+    def glance(self) -> dict[str, float]:
+        """Means over this rank's cells of this process: of half of them all with two ranks."""
+        cells = max(1.0, (self.cells - self._carried_cells) / self._world.size)
+        return {name: (value - self._carried.get(name, 0.0)) / cells for name, value in self.own().items()}
 
     def totals(self) -> dict[str, float]:
         """Sums over all ranks; every rank calls it."""

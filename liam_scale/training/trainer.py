@@ -322,11 +322,11 @@ class Trainer:
 
     def _show_losses(self) -> None:
         """Means over this rank's cells since the last evaluation: a glance, not the history."""
-        own_cells, sums = max(1.0, self._meter.cells / self.world.size), self._meter.own()
-        losses = {"loss": sums["train_loss"] / own_cells}
+        means = self._meter.glance()
+        losses = {"loss": means["train_loss"]}
         losses |= {
-            name.removeprefix("reconstruction_loss_"): value / own_cells
-            for name, value in sums.items()
+            name.removeprefix("reconstruction_loss_"): value
+            for name, value in means.items()
             if name.startswith("reconstruction_loss_")
         }
         rates = self.progress.rates(self.train_source.waited_seconds)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
-from liam_scale.training.history import History, summarise
+from liam_scale.training.distributed import World
+from liam_scale.training.history import History, Meter, summarise
 
 
 def test_totals_follow_from_the_terms() -> None:
@@ -22,6 +24,13 @@ def test_totals_follow_from_the_terms() -> None:
     assert row["elbo_train"] == 23.0
     assert row["reconstruction_loss_atac_train"] == 5.0
     assert row["adversarial_loss_train"] == 4.0
+
+
+def test_the_losses_shown_after_a_resume_are_means_over_the_cells_since() -> None:
+    # 100 cells of all ranks came with the checkpoint, to the main rank; 20 followed, of which 10 are its own.
+    meter = Meter(World(rank=0, size=2), {"train_loss": 700.0}, cells=100)
+    meter.add({"train_loss": torch.tensor(30.0), "kl_divergence_z": torch.tensor(5.0)}, cells=20)
+    assert meter.glance() == {"train_loss": 3.0, "kl_divergence_z": 0.5}
 
 
 def test_rows_with_new_columns_make_a_readable_csv(tmp_path: Path) -> None:
