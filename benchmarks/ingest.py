@@ -1,14 +1,17 @@
 """Peak memory and speed of ingest as the sources grow: MuData files of simulated RNA + ATAC, 20,000 and 200,000 cells.
 
     python benchmarks/ingest.py [--cells 20000 200000] [--memory 256MiB]
+    python benchmarks/ingest.py --cells 40000 --dask local:1 local:2
 
 Peak RSS is VmHWM of the ingesting process (ru_maxrss would be its parent's, which simulates: Linux keeps it over exec).
-The source is plain HDF5 (float32 values, int32 indices, as scanpy writes counts).
+The source is plain HDF5 (float32 values, int32 indices, as scanpy writes counts). With --dask the workers of a cluster
+of this machine, a thread each, take turns instead, and the bytes that they write are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +23,7 @@ from pathlib import Path
 import h5py
 import zarr
 from anndata.io import read_elem, write_elem
-from harness import ROOT, describe_machine, table
+from harness import ROOT, describe_machine, quartiles, spread, table
 
 STEP = 2**22
 
@@ -48,20 +51,49 @@ def copy_as_h5mu(store: Path, out: Path) -> None:
                     array[start : start + STEP] = values[start : start + STEP]
 
 
-def measure(source: Path, out: Path, memory: str) -> dict[str, float]:
+def measure(source: Path, out: Path, memory: str, dask: str | None = None) -> dict[str, float]:
     """Seconds and peak memory of one ingest in a process of its own."""
     program = (
         "import json, resource, sys, time; from loaders.ingest import ingest; start = time.time(); "
-        "ingest(sys.argv[1], out=sys.argv[2], memory=sys.argv[3], overwrite=True, progress=False); "
+        "ingest(sys.argv[1], out=sys.argv[2], memory=sys.argv[3], dask=sys.argv[4] or None, overwrite=True, "
+        "progress=False); "
         "wall = time.time() - start; usage = resource.getrusage(resource.RUSAGE_SELF); "
         "cpu = usage.ru_utime + usage.ru_stime; "
         "peak = next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM')); "
         "print(json.dumps({'wall': wall, 'cpu': cpu, 'peak': peak * 1024}))"
     )
-    command = [sys.executable, "-c", program, str(source), str(out), memory]
+    command = [sys.executable, "-c", program, str(source), str(out), memory, dask or ""]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def digest(store: Path) -> str:
+    """Of all that stands in a folder."""
+    found = hashlib.sha256()
+    for file in sorted(path for path in store.rglob("*") if path.is_file()):
+        found.update(str(file.relative_to(store)).encode() + file.read_bytes())
+    return found.hexdigest()
+
+
+def compare_workers(source: Path, out: Path, options: argparse.Namespace, cells: int) -> None:
+    """Numbers of Dask workers in turn."""
+    seconds: dict[str, list[float]] = {dask: [] for dask in options.dask}
+    digests = set()
+    for turn in range(options.rounds):
+        for place in range(len(options.dask)):
+            dask = options.dask[(turn + place) % len(options.dask)]
+            result = measure(source, out, options.memory, dask)
+            print(json.dumps({"cells": cells, "dask": dask, **result}), flush=True)
+            seconds[dask].append(result["wall"])
+            digests.add(digest(out))
+    first = quartiles(seconds[options.dask[0]])[0]
+    rows = [
+        (dask, spread(own), f"{cells / quartiles(own)[0]:,.0f}", f"{first / quartiles(own)[0]:.2f}")
+        for dask, own in seconds.items()
+    ]
+    print(table((f"{cells:,} cells", "seconds", "cells/s", f"x {options.dask[0]}"), rows))
+    print("all wrote the same bytes" if len(digests) == 1 else f"{len(digests)} different stores were written")
 
 
 def main() -> None:
@@ -73,6 +105,7 @@ def main() -> None:
     parser.add_argument("--peaks-per-cell", type=float, default=3_600)
     parser.add_argument("--memory", default="256MiB")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dask", nargs="+", help="clusters to compare, such as local:1 local:2")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "liam-scale-benchmarks" / "ingest")
     options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -92,6 +125,10 @@ def main() -> None:
             copy_as_h5mu(store, sources[cells].with_suffix(".part"))
             sources[cells].with_suffix(".part").rename(sources[cells])
             shutil.rmtree(store)
+    if options.dask:
+        for cells, source in sources.items():
+            compare_workers(source, options.folder / "out.zarr", options, cells)
+        return
     best: dict[int, dict[str, float]] = {}
     for _ in range(options.rounds):
         for cells, source in sources.items():
