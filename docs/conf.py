@@ -1,6 +1,10 @@
 """Sphinx configuration."""
 
+import contextlib
+import io
+import os
 from importlib import metadata, util
+from pathlib import Path
 
 project = "liam-scale"
 author = "the liam-scale developers"
@@ -17,10 +21,33 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "liam-scale"
-exclude_patterns = ["_build", *([] if has_jupyter else ["first-integration.md"])]
+executed = ["first-integration.md", "multiome.md", "query.md"]
+exclude_patterns = ["_build", *([] if has_jupyter else executed)]
 suppress_warnings = [] if has_jupyter else ["toc.excluded", "toc.not_readable"]
 nb_execution_mode = "force"
 nb_execution_timeout = 240
 nb_execution_raise_on_error = True
 autodoc_typehints = "description"
 napoleon_numpy_docstring = True
+
+
+def write_commands(app: object) -> None:
+    """A page for each command: what its --help prints."""
+    from liam_scale.cli import COMMANDS, command
+
+    folder = Path(__file__).with_name("commands")
+    folder.mkdir(exist_ok=True)
+    os.environ["COLUMNS"] = "100"
+    for name, what in COMMANDS.items():
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            command(name)(["--help"])
+        text = f"# {name}\n\n{what}\n\n```text\n{said.getvalue().strip()}\n```\n"
+        page = folder / f"{name}.md"
+        # Sphinx reads again what is newer.
+        if not page.exists() or page.read_text() != text:
+            page.write_text(text)
+
+
+def setup(app: object) -> None:
+    app.connect("builder-inited", write_commands)  # type: ignore[attr-defined]

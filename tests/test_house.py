@@ -10,10 +10,13 @@ import tokenize
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 
+import liam_scale
+import loaders
 from liam_scale import api
 from liam_scale.cli import COMMANDS, command
 from liam_scale.config import TrainConfig
@@ -160,13 +163,24 @@ def test_the_commands_in_the_examples_for_clusters_parse() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["first-integration", "from-scvi-tools", "from-liam", "faq", "clusters"])
+NARROW = ["first-integration", "multiome", "query", "from-scvi-tools", "from-liam", "faq", "clusters"]
+
+
+@pytest.mark.parametrize("name", NARROW)
 def test_code_fits_a_page_of_1280_pixels(name: str) -> None:
     """86 characters; the other pages have wider lines still."""
     page = (ROOT / "docs" / f"{name}.md").read_text()
     shown = [*re.findall(r"^```[^\n]+\n(.*?)^```", page, flags=re.S | re.M)]
     shown += [(ROOT / "docs" / file).read_text() for file in re.findall(r"literalinclude\} (\S+)", page)]
     assert [line for text in shown for line in text.splitlines() if len(line) > 86] == []
+
+
+@pytest.mark.parametrize("package", [liam_scale, loaders])
+def test_every_public_name_stands_on_the_page_of_reference(package: ModuleType) -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    shown = [name for line in re.findall(r":members: (.+)", page) for name in line.split(", ")]
+    shown += [name.rpartition(".")[2] for name in re.findall(r"auto(?:class|function):: (\S+)", page)]
+    assert set(package.__all__) <= set(shown)
 
 
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?:\.[a-z][a-z0-9-]*)*(?![\w.]*1)")
