@@ -50,14 +50,14 @@ def serve_liam(store: str, minibatch: int, steps: int, impl: str, precision: str
 
     opened = open_stores([store])
     config = ModelConfig(modalities=("rna", "atac"), impl=impl, precision=precision)  # type: ignore[arg-type]
-    data = model_data(opened, config, "sample", {})
+    data = model_data(opened, config, ("sample",), {})
     model = Liam(config, data)
     optimizer = build_optimizer(model, OptimConfig())
     optimizer.register_step_post_hook(lambda *_: model.keep_gradients())
     options = TrainConfig(
         store=(store,),
         out=Path(tempfile.mkdtemp()),
-        batch_key="sample",
+        batch_key=("sample",),
         loader=LoaderConfig(minibatch=minibatch, streams=16, memory="512MiB"),
     )
     loader, _ = ExitStack().enter_context(training_loaders(opened, options, data, World()))

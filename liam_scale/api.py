@@ -26,6 +26,7 @@ from liam_scale.kernels.precision import Precision
 from liam_scale.model import ModelConfig
 from liam_scale.model.config import ModelName
 from liam_scale.run import IN_MEMORY, RunDirectory, open_stores
+from liam_scale.tables import as_tuple
 from liam_scale.train import train as train_run
 from liam_scale.trained import Run
 from liam_scale.training.callbacks import Callback, check_callbacks
@@ -76,7 +77,7 @@ def train(
     store: str | Path | AnnData | MuData | Sequence[str | Path],
     *,
     out: str | Path,
-    batch_key: str | None = None,
+    batch_key: str | Sequence[str] | None = (),
     where: str | None = None,
     features: str | Path | Sequence[str] | None = None,
     seed: int = 0,
@@ -86,6 +87,7 @@ def train(
     model: ModelName = "bavae",
     modalities: Sequence[str] = (),
     alpha: float | None = None,
+    alphas: Sequence[str] = (),
     adversarial: bool | None = None,
     conditional_encoder: bool | None = None,
     conditional_decoder: bool | None = None,
@@ -145,7 +147,8 @@ def train(
     out
         Folder of the run.
     batch_key
-        Obs column with the sample of each cell, the covariate to remove. Without it nothing is removed.
+        Obs column with the sample of each cell, the covariate to remove; or several, each with an adversary of its own.
+        Without it nothing is removed.
     where
         Cells to train on, an expression over obs columns as `pandas.DataFrame.query` takes it.
     features
@@ -186,6 +189,7 @@ def _config(options: dict[str, Any]) -> TrainConfig:
     sections = {"model": ModelConfig, "loader": LoaderConfig, "optim": OptimConfig, "training": TrainingConfig}
     made = {name: kind(**{f.name: options[f.name] for f in fields(kind)}) for name, kind in sections.items()}
     own = {f.name: options[f.name] for f in fields(TrainConfig) if f.name in options and f.name not in made}
+    own["batch_key"] = as_tuple(own["batch_key"])
     store = options["store"]
     is_held = isinstance(store, AnnData | MuData)
     named = [f"{type(store).__name__}{IN_MEMORY}"] if is_held else addresses(store, "store")

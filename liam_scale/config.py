@@ -39,8 +39,9 @@ class TrainConfig:
     """Store to train on, or several that are chained as one data set."""
     out: Path
     """Folder of the run: configuration, history, checkpoints, weights."""
-    batch_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
-    """Obs column with the sample of each cell, the covariate to remove. Without it nothing is removed."""
+    batch_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
+    """Obs column with the sample of each cell, the covariate to remove; of several (site donor) each has an adversary
+    of its own. Without it nothing is removed."""
     where: Annotated[str | None, tyro.conf.arg(metavar="EXPRESSION")] = None
     """Cells to train on, an expression over obs columns as pandas takes it: "tissue == 'blood' and n_counts > 500"."""
     features: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
@@ -62,4 +63,16 @@ class TrainConfig:
         check_options(self, "--")
         check_device(self.device)
         if not self.store:
-            raise ValueError("store: got none; name a store, e.g. atlas.zarr (liam-scale ingest makes one)")
+            raise ValueError(
+                "store: got none; name a store, e.g. atlas.zarr (liam-scale ingest makes one), before the options"
+            )
+        if unknown := sorted(self.model.weights().keys() - set(self.batch_key) if len(self.batch_key) > 1 else ()):
+            raise ValueError(
+                f"--model.alphas: got {', '.join(unknown)}; --batch-key names {', '.join(self.batch_key)}: give weights"
+                " of these"
+            )
+        if self.model.alphas and len(self.batch_key) < 2:
+            raise ValueError(
+                f"--model.alphas: got {' '.join(self.model.alphas)} with {len(self.batch_key)} columns to remove; give "
+                "--alpha, or several columns of --batch-key"
+            )

@@ -11,7 +11,7 @@ from liam_scale.fitting import seconds_a_step, trainer_of
 from liam_scale.kernels.options import TILE_BYTES
 from liam_scale.model import Liam, ModelConfig, ModelData
 from liam_scale.run import RunDirectory, record_of
-from liam_scale.samples import sample_column
+from liam_scale.samples import samples_of
 from liam_scale.tables import to_toml
 from liam_scale.training.devices import device_of
 from liam_scale.training.distributed import World, launched_ranks
@@ -54,7 +54,7 @@ def describe_plan(config: TrainConfig, store: Store, models: tuple[ModelConfig, 
     """Effective options, data, model size, and estimates of memory and time, as text."""
     ranks = launched_ranks()[1]
     schema = store.schema
-    _, samples = sample_column(store, config.batch_key)
+    samples = samples_of(store, config.batch_key)
     lines = [
         to_toml(replace(config, dry_run=False)).rstrip(),
         "",
@@ -74,7 +74,7 @@ def describe_plan(config: TrainConfig, store: Store, models: tuple[ModelConfig, 
     memory, seconds, parameters = 0, 0.0, 0
     for model in models:
         sizes = {name: schema.modalities[name].num_features for name in model.modalities}
-        data = ModelData(num_features=sizes, samples=samples)
+        data = ModelData(num_features=sizes, samples=samples.names, covariates=samples.covariates)
         size = count_parameters(model, data)
         parameters += size
         memory = max(memory, BASE_BYTES + size * BYTES_PER_PARAMETER + parse_memory(config.loader.memory) + TILE_BYTES)

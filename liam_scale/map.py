@@ -51,8 +51,8 @@ class MapConfig:
     """Store with the new cells; its features are matched by name, missing ones count as zero."""
     out: Path | None = None
     """Folder of the extended run; default: `mapped-<store>` in the run's folder."""
-    batch_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
-    """Obs column with the sample; default: that of the run."""
+    batch_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
+    """Obs columns with the sample; default: those of the run."""
     max_epochs: Annotated[int, Range(least=1)] = 20
     """Epochs of training the parameters of the new samples."""
     peaks: Literal["names", "overlap"] = "names"
@@ -115,7 +115,7 @@ def map_store(config: MapConfig) -> RunDirectory:
         check_labelled(source, label_key=config.label_key, key=config.key)
     is_by_overlap = config.peaks == "overlap"
     store = MatchedStore(open_stores([config.store]), source.features(), by_overlap=is_by_overlap)
-    batch_key = config.batch_key or record.batch_key
+    batch_key = _keys(config, record)
     loader_config = replace(source.loader_config(), streams=16, memory=config.memory)
     own = model_data(store, record.model, batch_key, loader_config.transforms)
     data = united_samples(record.data, own)
@@ -161,6 +161,17 @@ def map_store(config: MapConfig) -> RunDirectory:
     return directory
 
 
+def _keys(config: MapConfig, record: RunRecord) -> tuple[str, ...]:
+    """Obs columns of the new cells' samples."""
+    keys = config.batch_key or record.batch_key
+    if len(keys) != len(record.batch_key):
+        raise ValueError(
+            f"--batch-key: got {' '.join(keys)}; the run has {' '.join(record.batch_key) or 'none'}: give as many, in "
+            "that order"
+        )
+    return keys
+
+
 def _label(config: MapConfig, source: RunDirectory, store: Store, directory: RunDirectory) -> None:
     """Label the new cells as their neighbours in the training's store, which must hold the run's embedding."""
     assert config.label_key is not None
@@ -185,6 +196,10 @@ def united_samples(old: ModelData, new: ModelData) -> ModelData:
         samples=(*old.samples, *(new.samples[i] for i in added)),
         prior_mean={m: (*v, *(new.prior_mean[m][i] for i in added)) for m, v in old.prior_mean.items()},
         prior_variance={m: (*v, *(new.prior_variance[m][i] for i in added)) for m, v in old.prior_variance.items()},
+        covariates={
+            name: (*values, *(others[i] for i in added))
+            for (name, values), others in zip(old.covariates.items(), new.covariates.values(), strict=True)
+        },
     )
 
 
@@ -196,7 +211,7 @@ def extend(model: Liam, data: ModelData) -> tuple[Liam, dict[str, Tensor]]:
     The copy, with all else frozen, and for every parameter that grew a mask that is 1 where it is new.
     """
     # The few rows that are trained do not need the precision of the run, which this device may not have.
-    extended = Liam(replace(model.config, alpha=0.0, precision="float32"), data)
+    extended = Liam(replace(model.config, alpha=0.0, alphas=(), precision="float32"), data)
     old = dict(model.named_parameters())
     masks: dict[str, Tensor] = {}
     with torch.no_grad():

@@ -92,8 +92,8 @@ def umap(
     strata = np.zeros(opened.schema.num_cells, np.int8)
     rows = draw_rows(strata, max_cells=MOST_CELLS, seed=seed, by_blocks=opened.schema.is_shuffled)
     points = plots.umap_coordinates(read_embedding(opened, key, rows), seed=seed)
-    asked = [run.record.batch_key] if color is None else [color] if isinstance(color, str | pd.Series) else list(color)
-    columns = [_colours(opened, one, rows) for one in asked if one is not None]
+    asked = run.record.batch_key if color is None else [color] if isinstance(color, str | pd.Series) else list(color)
+    columns = [_colours(opened, one, rows) for one in asked]
     columns = columns or [("", ObsColumn(np.zeros(len(rows), np.int32), ("cells",)))]
     figure = plots.umap_figure([plots.Panel(str(run.path), points)], columns, title="")
     axes = figure.axes[: len(columns)]

@@ -62,11 +62,11 @@ def ordered_loader(
 ) -> Loader:
     """This rank's range of all cells, in disk order. Only an encoder that sees the sample needs to know it."""
     record = part.record()
-    batch_key = record.batch_key if record.model.conditional_encoder else None
+    batch_key = record.batch_key if record.model.conditional_encoder else ()
     return Loader(
         store,
         replace(part.loader_config(), minibatch=minibatch, streams=world.size, memory=memory, threads=threads),
-        sample=None if batch_key is None else sample_codes(store, batch_key, record.data.samples),
+        sample=sample_codes(store, batch_key, record.data.samples) if batch_key else None,
         modalities=record.model.modalities,
         rank=world.rank,
         world=world.size,

@@ -12,17 +12,16 @@ from liam_scale.config import LOCKED, UNLOCKED, TrainConfig
 from liam_scale.contents import differences
 from liam_scale.model import ModelConfig, resolve
 from liam_scale.run import RunDirectory
-from liam_scale.samples import check_batch_key, sample_column
+from liam_scale.samples import check_samples, samples_of
 from liam_scale.tables import to_toml
 from loaders.stores import Store
 
 
 def resolved(config: TrainConfig, store: Store) -> tuple[ModelConfig, ...]:
     """The models of a run; refuses what does not fit the store before any work."""
-    _, categories = sample_column(store, config.batch_key)
-    if config.batch_key is not None:
-        check_batch_key(store, config.batch_key, len(categories))
-    models = resolve(config.model, modalities=tuple(store.schema.modalities), num_samples=len(categories))
+    samples = samples_of(store, config.batch_key)
+    check_samples(store, config.batch_key, samples)
+    models = resolve(config.model, modalities=tuple(store.schema.modalities), num_samples=len(samples.names))
     if config.loader.balance is not None and config.loader.balance not in store.schema.obs_columns:
         raise ValueError(
             f"--loader.balance: got {config.loader.balance}, but obs of {store.uri} has no such column; "
@@ -65,7 +64,7 @@ def settle(config: TrainConfig, store: Store, models: tuple[ModelConfig, ...], r
 
 def labels_of(config: TrainConfig) -> list[str]:
     """Obs columns that training rests on."""
-    return [name for name in (config.batch_key, config.loader.balance) if name is not None]
+    return [name for name in (*config.batch_key, config.loader.balance) if name is not None]
 
 
 def changed_options(config: TrainConfig, directory: RunDirectory, keys: Sequence[str]) -> list[tuple[str, Any, Any]]:
@@ -79,8 +78,15 @@ def _differences(before: Any, now: Any, key: str) -> list[tuple[str, Any, Any]]:
     if isinstance(before, dict) and isinstance(now, dict):
         names = sorted(before.keys() | now.keys())
         return [found for name in names for found in _differences(before.get(name), now.get(name), f"{key}.{name}")]
-    before, now = (None if value == {} else value for value in (before, now))
+    before, now = _plain(before), _plain(now)
     return [] if before == now else [(key, before, now)]
+
+
+def _plain(value: Any) -> Any:
+    """An option that takes several values, as one where it has one: older files of options hold that."""
+    if isinstance(value, list) and len(value) < 2:
+        value = value[0] if value else None
+    return None if value == {} else value
 
 
 def _lookup(table: dict[str, Any], key: str) -> Any:

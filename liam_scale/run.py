@@ -20,7 +20,7 @@ from torch import Tensor
 
 from liam_scale.config import TrainConfig
 from liam_scale.model import Liam, ModelConfig, ModelData
-from liam_scale.tables import from_table, read_toml, to_table
+from liam_scale.tables import as_tuple, from_table, read_toml, to_table
 from liam_scale.training.checkpoint import Checkpoint, load_weights, newest_checkpoint, save_weights
 from liam_scale.training.trainer import Outcome
 from loaders.documents import read_table
@@ -78,7 +78,7 @@ class RunRecord:
     """What must be known of a run to use its model on a store."""
 
     stores: tuple[str, ...]
-    batch_key: str | None
+    batch_key: tuple[str, ...]
     seed: int
     model: ModelConfig
     """Resolved: no field is None."""
@@ -111,7 +111,7 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> RunRecord:
-        fields = dict(entry)
+        fields = {**entry, "batch_key": as_tuple(entry["batch_key"])}
         fields["model"] = ModelConfig.from_json(fields["model"])
         fields["data"] = ModelData.from_json(fields["data"])
         for name in ("stores", "parts", "changes", "rollbacks", "skipped"):

@@ -28,6 +28,11 @@ def to_table(value: Any) -> Any:
     return value
 
 
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """Several values, where an older file has one, or none."""
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
 def to_dotted(value: Any) -> dict[str, Any]:
     """A dataclass as one flat table: `{"model.alpha": 5.0}`."""
     flat: dict[str, Any] = {}

@@ -55,7 +55,8 @@ class Run:
         if not self.directory.is_run:
             return f"Run {self.path}: nothing trained there yet"
         record, state = self.record, "finished" if self.directory.is_finished else "not finished"
-        samples = f"{record.data.num_samples} samples of {record.batch_key!r}" if record.batch_key else "no samples"
+        keys = " x ".join(map(repr, record.batch_key))
+        samples = f"{record.data.num_samples} samples of {keys}" if keys else "no samples"
         latent = sum(part.record().model.n_latent or 0 for part in self.directory.parts())
         sizes = ", ".join(f"{name}: {size:,}" for name, size in record.data.num_features.items())
         lines = [

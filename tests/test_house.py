@@ -56,7 +56,7 @@ def test_train_reads_as_a_table_of_contents() -> None:
 @pytest.mark.parametrize(
     ("function", "kind", "wider"),
     [
-        (api.train, TrainConfig, {"store", "out", "features", "modalities"}),
+        (api.train, TrainConfig, {"store", "out", "features", "modalities", "batch_key", "alphas"}),
         (ingest, IngestConfig, {"sources", "out", "features", "memory"}),
     ],
 )

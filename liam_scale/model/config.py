@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -31,6 +32,8 @@ class ModelConfig:
     """Modalities to integrate, of rna, atac and adt; empty: all that the store holds."""
     alpha: Annotated[float | None, Range(least=0), tyro.conf.arg(aliases=["--alpha"])] = None
     """Weight of the adversary that removes the sample from the embedding; the paper uses 0 to 1000."""
+    alphas: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN=ALPHA ...", aliases=["--alphas"])] = ()
+    """With several columns to remove, weights of the adversaries of some of them; `alpha` is that of the others."""
     adversarial: bool | None = None
     """Whether a classifier of the sample reads the latent space through a gradient reversal."""
     conditional_encoder: bool | None = None
@@ -75,18 +78,33 @@ class ModelConfig:
                 f"--model.alpha: got {self.alpha:g} with adversarial false, where nothing has that weight; "
                 "drop one of the two"
             )
+        self.weights()
         unknown = [name for name in self.modalities if name not in MODALITIES]
         if unknown or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(
                 f"--model.modalities: got {list(self.modalities)}; name each once, out of {', '.join(MODALITIES)}"
             )
 
+    def weights(self) -> dict[str, float]:
+        """Weights of adversaries that have one of their own, by obs column."""
+        found: dict[str, float] = {}
+        for text in self.alphas:
+            name, _, value = text.rpartition("=")
+            try:
+                found[name] = float(value)
+            except ValueError:
+                found[name] = math.nan
+            if not name or not 0 <= found[name] < math.inf:
+                raise ValueError(f"--model.alphas: got {text!r}; give columns with a weight from 0 on, such as site=25")
+        return found
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "modalities": list(self.modalities)}
+        return {**asdict(self), "modalities": list(self.modalities), "alphas": list(self.alphas)}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> ModelConfig:
-        return cls(**{**entry, "modalities": tuple(entry["modalities"])})
+        lists = {name: tuple(entry.get(name, ())) for name in ("modalities", "alphas")}
+        return cls(**{**entry, **lists})
 
 
 @dataclass(frozen=True)
@@ -101,6 +119,8 @@ class ModelData:
     """Per modality and sample: mean of the log total; empty: 0."""
     prior_variance: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Per modality and sample: population variance of the log total; empty: 1."""
+    covariates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Where samples are combinations of several obs columns: the value of each sample, by column."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -111,6 +131,11 @@ class ModelData:
                 raise ValueError(
                     f"library priors of {name}: got {len(means)} values for {len(self.samples)} samples; "
                     "give one per sample"
+                )
+        for name, values in self.covariates.items():
+            if len(values) != len(self.samples):
+                raise ValueError(
+                    f"covariates: got {len(values)} values of {name} for {len(self.samples)} samples; give one each"
                 )
 
     @property
@@ -140,6 +165,7 @@ class ModelData:
             "samples": list(self.samples),
             "prior_mean": {name: list(values) for name, values in self.prior_mean.items()},
             "prior_variance": {name: list(values) for name, values in self.prior_variance.items()},
+            "covariates": {name: list(values) for name, values in self.covariates.items()},
         }
 
     @classmethod
@@ -149,6 +175,7 @@ class ModelData:
             samples=tuple(entry["samples"]),
             prior_mean={name: tuple(values) for name, values in entry["prior_mean"].items()},
             prior_variance={name: tuple(values) for name, values in entry["prior_variance"].items()},
+            covariates={name: tuple(values) for name, values in entry.get("covariates", {}).items()},
         )
 
 
@@ -209,6 +236,12 @@ def _check_name(config: ModelConfig) -> None:
         raise ValueError(
             f"--model.alpha: got {config.alpha:g} with model {config.model}, which has no adversary; "
             "drop --model.alpha, or use model bavae"
+        )
+    has_weight = (flags["adversarial"] or config.adversarial) and "alpha" not in _FIXED.get(config.model, ())
+    if config.alphas and (not has_weight or config.adversarial is False):
+        raise ValueError(
+            f"--model.alphas: got {' '.join(config.alphas)} with a model whose adversaries have no weight; "
+            "drop --model.alphas, or use model bavae"
         )
     for name in _FIXED.get(config.model, ()):
         value = getattr(config, name)

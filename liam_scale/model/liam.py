@@ -85,14 +85,26 @@ class Liam(nn.Module):
         self.decoders = nn.ModuleDict(
             {name: self._decoder(name, draw.at(f"{name}.decoder")) for name in self.modalities}
         )
-        has_adversary = self.config.adversarial and data.num_samples > 1
+        self.adversaries = nn.ModuleDict()
+        has_adversary = self.config.adversarial and data.num_samples > 1 and not data.covariates
         self.adversary = (
             Adversary(self.num_latent, data.num_samples, options=self._decoder_options, draw=draw.at("adversary"))
             if has_adversary
             else None
         )
+        if self.config.adversarial:
+            for number, (column, values) in enumerate(data.covariates.items()):
+                self._add_adversary(str(number), values, draw.at(f"adversary.{column}"))
         for name in self.modalities:
             self._register_prior(name)
+
+    def _add_adversary(self, number: str, values: Sequence[str], draw: Draw) -> None:
+        """Of one of several covariates, unless it has one value."""
+        codes = {value: code for code, value in enumerate(dict.fromkeys(values))}
+        table = torch.tensor([codes[value] for value in values])
+        self.register_buffer(f"covariate_{number}", table, persistent=False)
+        if len(codes) > 1:
+            self.adversaries[number] = Adversary(self.num_latent, len(codes), options=self._decoder_options, draw=draw)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -207,14 +219,32 @@ class Liam(nn.Module):
             library = inference.encoded[name].library
             if library is not None:
                 kl_libraries[name] = kl_library(library, *self.library_prior(name), sample)
-        adversarial = None
-        if self.adversary is not None:
-            adversarial = sample_cross_entropy(self.adversary(reverse_gradient(inference.z), sample), sample)
+        adversarial = self._adversarial(inference.z, sample)
         kl_z = kl_latent(inference.latent)
         if minibatch.counted is not None:
             kl_z = kl_z * minibatch.counted
-            adversarial = None if adversarial is None else adversarial * minibatch.counted
+            adversarial = {name: values * minibatch.counted for name, values in adversarial.items()}
         return CellTerms(reconstruction, kl_libraries, kl_z, adversarial, masks, kernel_losses)
+
+    def _adversarial(self, z_BL: Tensor, sample_B: Tensor) -> dict[str, Tensor]:
+        """(B,) cross entropy of each adversary, which reads z through a gradient reversal."""
+        found = {}
+        if self.adversary is not None:
+            logits = self.adversary(reverse_gradient(z_BL), sample_B)
+            found["adversarial_loss"] = sample_cross_entropy(logits, sample_B)
+        for number, column in enumerate(self.data.covariates):
+            if str(number) in self.adversaries:
+                logits = self.adversaries[str(number)](reverse_gradient(z_BL), sample_B)
+                codes = self.get_buffer(f"covariate_{number}")[sample_B]
+                found[f"adversarial_loss_{column}"] = sample_cross_entropy(logits, codes)
+        return found
+
+    @property
+    def _alphas(self) -> dict[str, float]:
+        """Weight of each adversary, by the name of its term."""
+        alpha, own = self.config.alpha, self.config.weights()
+        assert alpha is not None
+        return {"adversarial_loss": alpha, **{f"adversarial_loss_{c}": own.get(c, alpha) for c in self.data.covariates}}
 
     def library_prior(self, name: str) -> tuple[Tensor, Tensor]:
         """(S,) mean and (S,) variance of the log total of a modality."""
@@ -260,8 +290,7 @@ class Liam(nn.Module):
         source = Noise(seed=seed, step=step, place=minibatch.place, given=noise or {}, key=noise_key)
         inference = self.infer(minibatch, source)
         terms = self.cell_terms(minibatch, inference, cell_weight=cell_weight, num_global_with=num_global_with)
-        assert self.config.alpha is not None
-        return terms.objective(kl_weight=kl_weight, alpha=self.config.alpha, cell_weight=cell_weight)
+        return terms.objective(kl_weight=kl_weight, alphas=self._alphas, cell_weight=cell_weight)
 
     def num_cells_with(self, minibatch: Minibatch) -> dict[str, Tensor]:
         """() local cells in the mask of each modality; summed over ranks it is `num_global_with`."""

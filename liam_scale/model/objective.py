@@ -1,6 +1,6 @@
 """The objective, term by term, over any list of modalities.
 
-loss = cell_weight * sum_i [ sum_m mask_im (NLL_im + KL_l,im) + kl_weight KL_z,i + alpha CE_i ]
+loss = cell_weight * sum_i [ sum_m mask_im (NLL_im + KL_l,im) + kl_weight KL_z,i + sum_c alpha_c CE_c,i ]
 
 Shapes: B cells, L latent dimensions, S samples.
 """
@@ -32,7 +32,8 @@ class Objective:
         Scalar, differentiable: cell_weight times the sum over local cells.
     terms
         Detached scalars, each summed over local cells, absent modalities left out: `reconstruction_loss_<modality>`,
-        `kl_divergence_z`, `kl_divergence_l_<modality>`, `adversarial_loss` (without alpha) and `elbo`
+        `kl_divergence_z`, `kl_divergence_l_<modality>`, `adversarial_loss` (without alpha; of several covariates
+        `adversarial_loss_<column>`) and `elbo`
         (all reconstruction losses and divergences with weight 1; scvi-tools' sign: lower is better).
     """
 
@@ -50,8 +51,10 @@ class CellTerms:
         Per modality: negative log-likelihood, detached; 0 for a cell outside the modality's mask.
     kl_library
         Per modality with a library encoder, unmasked.
-    kl_z, adversarial
-        Latent divergence and cross entropy of the adversary (None without one), never masked.
+    kl_z
+        Latent divergence, never masked.
+    adversarial
+        Cross entropy of each adversary under the name of its term, never masked.
     masks
         Per modality, bool: which cells enter its terms.
     reconstruction_losses
@@ -61,7 +64,7 @@ class CellTerms:
     reconstruction: Mapping[str, Tensor]
     kl_library: Mapping[str, Tensor]
     kl_z: Tensor
-    adversarial: Tensor | None
+    adversarial: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
     reconstruction_losses: Sequence[Tensor]
 
@@ -82,16 +85,18 @@ class CellTerms:
             terms[f"reconstruction_loss_{name}"] = self.reconstruction[name] * mask
             if name in self.kl_library:
                 terms[f"kl_divergence_l_{name}"] = self.kl_library[name] * mask
-        return terms if self.adversarial is None else terms | {"adversarial_loss": self.adversarial}
+        return {**terms, **self.adversarial}
 
-    def objective(self, *, kl_weight: float | Tensor, alpha: float, cell_weight: float | Tensor) -> Objective:
-        """Weigh and sum over cells."""
+    def objective(
+        self, *, kl_weight: float | Tensor, alphas: Mapping[str, float], cell_weight: float | Tensor
+    ) -> Objective:
+        """Weigh and sum over cells; `alphas` by the names of the adversaries' terms."""
         sums = {name: values.sum() for name, values in self.by_name().items()}
         weighted = (kl_weight * self.kl_z).sum()
         for name in self.kl_library:
             weighted = weighted + sums[f"kl_divergence_l_{name}"]
-        if self.adversarial is not None:
-            weighted = weighted + alpha * sums["adversarial_loss"]
+        for name in self.adversarial:
+            weighted = weighted + alphas[name] * sums[name]
         terms = {name: total.detach() for name, total in sums.items()} | {"elbo": self.elbo.sum()}
         loss = cell_weight * weighted
         for part in self.reconstruction_losses:

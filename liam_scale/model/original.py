@@ -283,13 +283,22 @@ class _Entry:
         return np.ascontiguousarray(np.concatenate(parts, axis=1))
 
 
-def _entries(model: Liam) -> list[_Entry]:
-    """Every parameter and buffer of a model with its original counterpart."""
+def _check_has_original(model: Liam) -> None:
     if len(model.modalities) > 2 or model.modalities == ("atac", "adt"):
         raise ValueError(
             f"model: got {' + '.join(model.modalities)}, which the original has no class for; "
             "give a model of rna, atac, adt, rna + atac or rna + adt"
         )
+    if model.adversaries:
+        raise ValueError(
+            f"model: got adversaries of {', '.join(model.data.covariates)}, where the original has one; give a model "
+            "of one batch key"
+        )
+
+
+def _entries(model: Liam) -> list[_Entry]:
+    """Every parameter and buffer of a model with its original counterpart."""
+    _check_has_original(model)
     state = model.state_dict()
 
     def columns(own: str) -> int:

@@ -14,6 +14,7 @@ def library_priors(
     *,
     num_samples: int,
     priors: Literal["present", "original"] = "present",
+    rare: int = 0,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and population variance of the log totals of one modality, by sample.
 
@@ -31,6 +32,8 @@ def library_priors(
         those of the data. A sample with one such cell gets their variance: its own, 0, would weigh that cell's
         divergence by 10^7. `original`: over all cells, the log of an empty cell taken as 0, as the published code has
         it; a sample without cells gets (0, 1).
+    rare
+        With `present`, a sample with fewer such cells gets the prior of all cells together.
 
     Returns
     -------
@@ -46,10 +49,10 @@ def library_priors(
     is_counted = np.asarray(totals) > 0
     logs = np.log(totals, where=is_counted, out=np.zeros(len(totals), dtype=np.float64))
     if priors == "original":
-        return _by_sample(logs, sample, num_samples, absent=(0.0, 1.0), fewest=1)
+        return _by_sample(logs, sample, num_samples, absent=(0.0, 1.0), fewest=(1, 1))
     logs, sample = logs[is_counted], sample[is_counted]
     pooled = (float(logs.mean()), float(logs.var())) if len(logs) > 1 else (float(logs.sum()), 1.0)
-    return _by_sample(logs, sample, num_samples, absent=pooled, fewest=2)
+    return _by_sample(logs, sample, num_samples, absent=pooled, fewest=(max(1, rare), max(2, rare)))
 
 
 def _by_sample(
@@ -58,11 +61,13 @@ def _by_sample(
     num_samples: int,
     *,
     absent: tuple[float, float],
-    fewest: int,
+    fewest: tuple[int, int],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     size = np.bincount(sample, minlength=num_samples)
     some = np.maximum(size, 1)
     mean = np.bincount(sample, weights=logs, minlength=num_samples) / some
     variance = np.bincount(sample, weights=(logs - mean[sample]) ** 2, minlength=num_samples) / some
-    mean, variance = np.where(size, mean, absent[0]), np.where(size >= fewest, variance, absent[1])
+    mean, variance = (
+        np.where(size >= least, own, other) for least, own, other in zip(fewest, (mean, variance), absent, strict=True)
+    )
     return tuple(mean.tolist()), tuple(variance.tolist())

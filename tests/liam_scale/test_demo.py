@@ -35,7 +35,7 @@ def test_commands_follow_from_each_other(tmp_path, multiome):
     assert Path(source).is_file() or steps[0].makes == Path(source)
     trained = parsed(train)
     assert trained.store == (store,)
-    assert trained.batch_key == "donor"
+    assert trained.batch_key == ("donor",)
     assert trained.training.max_epochs == 7
     assert parsed(embed).run == trained.out
     evaluated = parsed(evaluate)

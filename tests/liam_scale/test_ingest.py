@@ -52,7 +52,7 @@ def test_ingest_prints_a_training_that_removes_something(
     (line,) = (line for line in said.splitlines() if line.startswith("next: "))
     word, name, *arguments = shlex.split(line.removeprefix("next: "))
     config = command(name).parse(arguments)
-    assert (word, config.store, config.batch_key) == ("liam-scale", (str(out),), key)
+    assert (word, config.store, config.batch_key) == ("liam-scale", (str(out),), (key,) if key else ())
     assert ("sample has one value" in said) == (key is None)
 
 

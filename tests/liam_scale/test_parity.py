@@ -194,7 +194,7 @@ def test_loss_terms_of_each_cell(case: str, dtype: torch.dtype) -> None:
         "kl_divergence_z": terms.kl_z,
         "kl_divergence_l": terms.kl_library.get("rna", zeros),
         "kl_divergence_d": terms.kl_library.get(second, zeros),
-        "adversarial_loss": zeros if terms.adversarial is None else terms.adversarial,
+        "adversarial_loss": terms.adversarial.get("adversarial_loss", zeros),
     }
     for label, name in (("rna", "rna"), ("y", second)):
         is_used = name in model.modalities
@@ -230,7 +230,7 @@ def test_totals_and_gradients(case: str, dtype: torch.dtype) -> None:
         model, cells, _, terms = evaluate(case, dtype)
         fixed = meta["ctor"].get("factor_adversarial_loss") == 0.0
         alpha = 0.0 if fixed else float(factor)
-        objective = terms.objective(kl_weight=kl, alpha=alpha, cell_weight=1 / cells.num_cells)
+        objective = terms.objective(kl_weight=kl, alphas={"adversarial_loss": alpha}, cell_weight=1 / cells.num_cells)
         key = f"kl{kl}_f{factor}"
         close(objective.loss, np.array(totals[key]), dtype, key)
         objective.loss.backward()

@@ -35,7 +35,7 @@ def test_every_run_is_a_training_command_that_the_parser_takes(tmp_path: Path) -
     assert len(members) == len({one.folder for one in members}) == 8
     for one in members:
         parsed = of_word("train").parse(one.command[one.command.index("liam_scale.train") + 1 :])
-        assert (parsed.batch_key, parsed.model.alpha, parsed.seed) == (one.batch_key, one.alpha, one.seed)
+        assert (parsed.batch_key, parsed.model.alpha, parsed.seed) == ((one.batch_key,), one.alpha, one.seed)
         assert (parsed.out, parsed.training.max_epochs, parsed.optim.lr) == (one.folder, 1, 0.01)
 
 

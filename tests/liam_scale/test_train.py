@@ -293,7 +293,7 @@ def test_a_store_that_is_not_there_is_one_block_without_a_traceback(tmp_path: Pa
 
 def test_unequal_memory_does_not_change_what_is_trained(multiome: Path, tmp_path: Path) -> None:
     """A run resumed with more memory keeps its order of cells."""
-    options = {"batch_key": "sample", "store": (str(multiome),)}
+    options = {"batch_key": ("sample",), "store": (str(multiome),)}
     small = LoaderConfig(minibatch=64, memory="32MiB")
     steps = TrainingConfig(max_steps=3)
     straight, _ = train(TrainConfig(out=tmp_path / "a", loader=small, training=TrainingConfig(max_steps=12), **options))

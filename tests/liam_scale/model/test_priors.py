@@ -37,3 +37,12 @@ def test_codes_outside_the_samples_are_refused() -> None:
         library_priors(TOTALS, SAMPLE, num_samples=2)
     with pytest.raises(ValueError, match="got 5 cells, sample has 6"):
         library_priors(TOTALS[:5], SAMPLE, num_samples=3)
+
+
+def test_rare_samples_have_the_prior_of_all_cells() -> None:
+    totals = np.exp(np.concatenate([np.full(30, 1.0), np.full(30, 3.0), [9.0, 9.0]]))
+    sample = np.repeat([0, 1, 2], [30, 30, 2])
+    mean, variance = library_priors(totals, sample, num_samples=3, rare=20)
+    logs = np.log(totals)
+    np.testing.assert_allclose(mean, (1.0, 3.0, logs.mean()))
+    np.testing.assert_allclose(variance, (0.0, 0.0, logs.var()), atol=1e-12)

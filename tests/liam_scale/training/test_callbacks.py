@@ -50,7 +50,7 @@ def test_a_training_tells_its_start_every_row_and_its_end(multiome: Path, tmp_pa
     run = liam_scale.train(multiome, out=out, max_epochs=2, alpha=5, callbacks=[one, Callback()], **OPTIONS)
     assert one.events == ["started", "evaluated", "evaluated", "ended"]
     folder, step, options = one.heard[0][1]
-    assert (folder, step, options["model.alpha"], options["batch_key"]) == (out, 0, 5.0, "sample")
+    assert (folder, step, options["model.alpha"], options["batch_key"]) == (out, 0, 5.0, ["sample"])
     json.dumps(options)
     rows = run.history.to_dict("records")
     assert [row["step"] for _, row in one.heard[1:3]] == [row["step"] for row in rows]
@@ -164,7 +164,7 @@ def test_the_loggers_of_the_docs_log_a_training(
     assert logged == [
         ("a", 8),
         ("start_run", "a"),
-        ("params", "sample"),
+        ("params", ["sample"]),
         ("wandb", step),
         ("mlflow", step),
         ("finish", 0),

@@ -39,7 +39,7 @@ Trainer.restore = watched
 
 def options(steps):
     return TrainConfig(
-        store=(str(folder / "store.zarr"),), out=folder / "run", batch_key="sample", device="cpu",
+        store=(str(folder / "store.zarr"),), out=folder / "run", batch_key=("sample",), device="cpu",
         model=ModelConfig(n_hidden=16, n_latent=4), loader=LoaderConfig(minibatch=64, memory="64MiB"),
         training=TrainingConfig(max_steps=steps, checkpoint_steps=10),
     )
