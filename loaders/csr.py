@@ -15,6 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse
 
+LARGEST = 2**32 - 1
+"""Of counts: what 32 bits hold."""
+
+EXACT = 2**24
+"""Counts below are exact in float32, in which training takes them."""
+
 
 @dataclass(frozen=True)
 class SparseRows:
@@ -87,7 +93,7 @@ def narrowest_dtype(maximum: int) -> np.dtype[Any]:
     for dtype in (np.uint8, np.uint16, np.uint32):
         if maximum <= np.iinfo(dtype).max:
             return np.dtype(dtype)
-    raise ValueError(f"counts: got a value of {maximum}, a store holds up to {2**32 - 1}; look for a corrupt matrix")
+    raise ValueError(f"counts: got a value of {maximum}, a store holds up to {LARGEST}; look for a corrupt matrix")
 
 
 def travelling_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -110,12 +116,22 @@ def narrow(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     dtype = travelling_dtype(values.dtype)
     if values.dtype.kind in "iu" and values.dtype != dtype and len(values):
         low, high = int(values.min()), int(values.max())
-        if low < 0 or high >= 1 << 32:
+        if low < 0 or high > LARGEST:
             raise ValueError(
-                f"got values from {low} to {high}; counts are integers from 0 to {(1 << 32) - 1}: look for a corrupt"
-                f" matrix"
+                f"got values from {low} to {high}; counts are integers from 0 to {LARGEST}: look for a corrupt matrix"
             )
-    return values.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # What float32 has no number for is refused as infinite.
+        return values.astype(dtype, copy=False)
+
+
+def remark_on_largest(largest: float) -> str | None:
+    """What is to be said of counts that no cell has, and that training rounds."""
+    if largest < EXACT:
+        return None
+    return (
+        f"the largest count is {largest:,.0f}, which no cell has, and training rounds counts from {EXACT:,} on to"
+        " float32; look for a corrupt matrix"
+    )
 
 
 def widest_dtype(dtypes: Iterable[np.dtype[Any]]) -> np.dtype[Any]:

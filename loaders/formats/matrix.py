@@ -25,12 +25,12 @@ from loaders.csr import (
     inspect_columns,
     narrow,
     offsets_of,
-    row_sums,
     select_columns,
     sort_rows,
     travelling_dtype,
     widest_dtype,
 )
+from loaders.formats.measured import Measured, check_counts, joined, measured
 
 T = TypeVar("T")
 
@@ -109,6 +109,7 @@ class Matrix:
 
     def __init__(self) -> None:
         self._measured = once(self._measure)
+        self._counted = once(self._count)
 
     def read(self, start: int, stop: int) -> SparseRows:
         """Rows [start, stop): columns ascend within the features, values are of the travelling type."""
@@ -155,19 +156,22 @@ class Matrix:
         for start, stop in self.ranges(memory):
             yield start, self.read(start, stop)
 
-    def _measure(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """(R,) entries and (R,) sum of each row, by a pass."""
-        measured = [(np.diff(rows.indptr), row_sums(rows.indptr, rows.values)) for _, rows in self.in_order()]
-        lengths, sums = [length for length, _ in measured], [total for _, total in measured]
-        return np.concatenate([np.zeros(0, np.int64), *lengths]), np.concatenate([np.zeros(0), *sums])
+    def _measure(self) -> Measured:
+        """By a pass."""
+        return joined([measured(rows) for _, rows in self.in_order()])
+
+    def _count(self) -> npt.NDArray[np.float64]:
+        _, sums, extents = self._measured()
+        check_counts(self.where, extents)
+        return sums
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """(R,) entries of each row; may cost a pass the first time."""
         return self._measured()[0]
 
     def sums(self) -> npt.NDArray[np.float64]:
-        """(R,) sum of the values of each row; may cost a pass the first time."""
-        return self._measured()[1]
+        """(R,) sum of the values of each row, which must be counts; may cost a pass the first time."""
+        return self._counted()
 
     def num_nonzeros(self) -> int:
         return int(self.lengths().sum())

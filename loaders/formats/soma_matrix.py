@@ -21,11 +21,11 @@ from loaders.csr import (
     concat_rows,
     in_order,
     narrow,
-    row_sums,
     scatter_entries,
     slice_rows,
 )
 from loaders.formats.matrix import ENTRY_BYTES, StoredMatrix
+from loaders.formats.measured import Measured, joined, measured
 
 _log = logging.getLogger(__name__)
 
@@ -77,10 +77,10 @@ class SomaMatrix(StoredMatrix):
 
     def of_cells(self, cells: npt.NDArray[np.int64]) -> SomaMatrix:
         """The same counts of (m,) ascending ones of the chosen cells; what was counted is not counted again."""
-        lengths, sums = self.lengths()[cells], self.sums()[cells]
+        lengths, sums, extents = self._measured()
         joinids = self._joinids[cells]
         chosen = SomaMatrix(self._array, joinids=joinids, feature_joinids=self._feature_joinids, where=self.where)
-        chosen._measured = lambda: (lengths, sums)
+        chosen._measured = lambda: (lengths[cells], sums[cells], extents)
         return chosen
 
     def bytes_per_row(self) -> float:
@@ -140,19 +140,13 @@ class SomaMatrix(StoredMatrix):
             scatter_entries(*pieces.pop(0), following, indices, kept)
         return in_order(SparseRows(indptr, indices, kept, self.num_features))
 
-    def _measure(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    def _measure(self) -> Measured:
         _log.info(
             "%s: counting the entries of %d cells, as TileDB-SOMA does not hold them", self.where, len(self._joinids)
         )
 
-        def count(group: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-            rows = self._decode(group)
-            return np.diff(rows.indptr), row_sums(rows.indptr, rows.values)
-
         with ThreadPoolExecutor(_SCAN_THREADS, thread_name_prefix="count") as pool:
-            parts = list(pool.map(count, range(len(self._edges) - 1)))
-        counts, totals = (list(column) for column in zip(*parts, strict=True))
-        return np.concatenate(counts), np.concatenate(totals)
+            return joined(list(pool.map(lambda group: measured(self._decode(group)), range(len(self._edges) - 1))))
 
 
 def _place_of(joinids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:

@@ -12,9 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loaders.csr import OUT_OF_RANGE, SparseRows, compiled, index_dtype, inspect_columns, narrowest_dtype, offsets_of
-
-_LARGEST = 2**32 - 1
+from loaders.csr import (
+    LARGEST,
+    OUT_OF_RANGE,
+    SparseRows,
+    compiled,
+    index_dtype,
+    inspect_columns,
+    narrowest_dtype,
+    offsets_of,
+)
 
 _FINE, _NOT_FINITE, _NEGATIVE, _NOT_INTEGER, _TOO_LARGE = range(5)
 
@@ -92,15 +99,14 @@ def check_and_map(
     if duplicates < 0:
         cell = place.cell_name(start - 1 - duplicates)
         raise ValueError(
-            f"{place.where}: repeated entries of cell {cell!r} add up to more than {_LARGEST}; look for a corrupt "
-            "matrix"
+            f"{place.where}: repeated entries of cell {cell!r} add up to more than {LARGEST}; look for a corrupt matrix"
         )
     packed = packed[: indptr[-1]]
-    dtype = narrowest_dtype(min(_LARGEST, int(maximum)))
+    dtype = narrowest_dtype(min(LARGEST, int(maximum)))
     if duplicates:
-        largest = int((packed & np.uint64(_LARGEST)).max(initial=0))
+        largest = int((packed & np.uint64(LARGEST)).max(initial=0))
         dtype, maximum = narrowest_dtype(largest), max(int(maximum), largest)
-    own = (packed & np.uint64(_LARGEST)).astype(dtype)
+    own = (packed & np.uint64(LARGEST)).astype(dtype)
     rows = SparseRows(indptr, (packed >> np.uint64(32)).astype(index_dtype(num_features)), own, num_features)
     return Counted(rows, int(maximum), int((np.diff(indptr) == 0).sum()), duplicates)
 
@@ -120,7 +126,7 @@ def _explain(problem: int, entry: int, raw: SparseRows, values: npt.NDArray[Any]
     if problem == _NOT_FINITE:
         return f"{place.where}: got {value} in {at}, counts are finite; replace missing values by 0 or remove the cell"
     if problem == _TOO_LARGE:
-        return f"{place.where}: got {value:.10g} in {at}, counts are at most {_LARGEST}; look for a corrupt matrix"
+        return f"{place.where}: got {value:.10g} in {at}, counts are at most {LARGEST}; look for a corrupt matrix"
     if problem == _NEGATIVE:
         return (
             f"{place.where}: got {value:.6g} in {at}, counts are not negative; these look scaled or centred: {layers}"
@@ -153,7 +159,7 @@ def first_problem(values: npt.NDArray[Any]) -> tuple[int, int, float]:
             return _NEGATIVE, entry, maximum
         if value != np.floor(value):
             return _NOT_INTEGER, entry, maximum
-        if value > _LARGEST:
+        if value > LARGEST:
             return _TOO_LARGE, entry, maximum
         maximum = max(maximum, value)
     return _FINE, -1, maximum

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from loaders.csr import index_dtype, narrowest_dtype, offsets_of
+from loaders.csr import index_dtype, narrowest_dtype, offsets_of, remark_on_largest
 from loaders.formats.features import Joined
 from loaders.formats.matrix import ENTRY_BYTES
 from loaders.formats.source import Part, Say, Source
@@ -217,6 +217,8 @@ def _remarks(joined: Joined, modality: str, records: Sequence[Record]) -> Iterat
         is_one_to_one = all(pd.Index(own[own >= 0]).is_unique for own in joined.columns)
         what = "stood twice in a row of the matrix" if is_one_to_one else "came to the peak of another of their cell"
         yield f"{modality}: {num_duplicates} entries {what} and were added up"
+    if large := remark_on_largest(max((record["maximum"] for record in records), default=0)):
+        yield f"{modality}: {large}"
 
 
 def joined_crc(first: int, second: int, num_bytes: int) -> int:

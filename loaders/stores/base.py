@@ -11,6 +11,7 @@ import pandas as pd
 
 from loaders.csr import centred_log_ratio, row_sums
 from loaders.formats.matrix import Matrix
+from loaders.formats.measured import check_counts, extent
 from loaders.schema import ObsColumn, Schema
 
 
@@ -137,9 +138,11 @@ def cell_totals(store: Store, modality: str, transform: str | None = None) -> np
     if transform != "clr":
         raise ValueError(f"transform: got {transform!r} for {modality}; choose clr or none")
     matrix = store.matrix(modality)
-    totals = np.zeros(matrix.num_rows)
+    totals, extents = np.zeros(matrix.num_rows), []
     for start, rows in matrix.in_order():
+        extents.append(extent(rows.values))
         values = rows.values.astype(np.float32)
         centred_log_ratio(rows.indptr, values, rows.num_features)
         totals[start : start + rows.num_rows] = row_sums(rows.indptr, values)
+    check_counts(matrix.where, extents)
     return totals
