@@ -7,6 +7,7 @@ from pathlib import Path
 
 import anndata
 import pytest
+import ranks
 import torch
 
 from loaders.ecosystem import plain_mudata
@@ -20,6 +21,12 @@ if not torch.cuda.is_available():
 def _one_thread() -> None:
     """Small products gain nothing from threads, and sums keep one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_outlives_its_test() -> Iterator[None]:
+    yield
+    ranks.end_all()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@ happens to them after a random time meets the command at work.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import shutil
@@ -17,10 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -28,6 +30,8 @@ NEEDED = ["liam_scale.train", "liam_scale.embed", "torch._dynamo", "torch.nn.par
 """The optimizer imports torch._dynamo, which takes as long as all the rest."""
 SECONDS = 600
 """For what takes ten on a machine that does nothing else."""
+
+_TELL_STACKS = signal.SIGUSR2
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(NEEDED)
@@ -41,6 +45,10 @@ def main_of(module: str) -> str:
 TRAIN = main_of("liam_scale.train")
 
 
+_alive: list[Rank] = []
+"""All that were started since the last `end_all`."""
+
+
 @dataclass
 class Rank:
     """A process, and the files of what it says."""
@@ -49,6 +57,8 @@ class Rank:
     port: int
     out: Path
     err: Path
+    reserved: socket.socket = field(repr=False)
+    """Holds the port, which another process might else be given before rank 0 listens there."""
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         if self.process.is_alive():
@@ -60,7 +70,8 @@ class Rank:
     def ends(self, seconds: float = SECONDS) -> tuple[int, str]:
         """Its code, and what it said on stderr."""
         self.process.join(seconds)
-        assert self.process.exitcode is not None, f"still at work after {seconds:.0f} s: {self.err.read_text()}"
+        if self.process.exitcode is None:
+            raise AssertionError(f"still at work after {seconds:.0f} s:\n{end_all()}")
         return self.process.exitcode, self.err.read_text()
 
 
@@ -68,9 +79,10 @@ def start_ranks(
     arguments: Sequence[object], size: int, *, only: Iterable[int] | None = None, code: str = TRAIN
 ) -> list[Rank]:
     """Start `python -c code *arguments` on the ranks of a world of a size: all of them, or those named."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port := free.getsockname()[1])}
+    reserved = socket.socket()
+    reserved.bind(("127.0.0.1", 0))
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # As torch asks for it, and hardly anyone else.
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port := reserved.getsockname()[1])}
     world |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     started = []
     for rank in range(size) if only is None else only:
@@ -78,11 +90,31 @@ def start_ranks(
         folder = Path(tempfile.mkdtemp(dir=_folder()))
         files = folder / "out", folder / "err"
         process = _FORKS.Process(target=_run, args=(code, [str(each) for each in arguments], own, files), daemon=True)
-        # What torch reads once, in the process that is forked; ranks have it in their environment.
-        with mock.patch.dict(os.environ, {"TORCH_CPP_LOG_LEVEL": "FATAL", "OMP_NUM_THREADS": "1"}):
+        # What torch reads once, in the process that is forked; ranks have it in their environment. They would import
+        # pytest again if it were told to be the program.
+        with (
+            mock.patch.dict(os.environ, {"TORCH_CPP_LOG_LEVEL": "FATAL", "OMP_NUM_THREADS": "1"}),
+            mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")}),
+        ):
             process.start()
-        started.append(Rank(process, port, *files))
+        started.append(Rank(process, port, *files, reserved))
+        _alive.append(started[-1])
     return started
+
+
+def end_all() -> str:
+    """Kill every rank that is still at work; what they have said, at last where their threads stood."""
+    stuck = [rank for rank in _alive if rank.is_alive()]
+    for rank in _alive:
+        rank.reserved.close()
+    _alive.clear()
+    for rank in stuck:
+        rank.kill(_TELL_STACKS)
+    time.sleep(0.5 if stuck else 0.0)
+    for rank in stuck:
+        rank.kill()
+        rank.process.join()
+    return "\n".join(rank.err.read_text() for rank in stuck if rank.err.exists())
 
 
 def run_ranks(arguments: Sequence[object], size: int, *, code: str = TRAIN) -> subprocess.CompletedProcess[str]:
@@ -99,7 +131,8 @@ def wait_for(there: Callable[[], bool], ranks: Sequence[Rank]) -> None:
     """Until something is there; that a rank ends before is an error."""
     deadline = time.monotonic() + SECONDS
     while not there():
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            raise AssertionError(f"what was waited for has not come in {SECONDS} s:\n{end_all()}")
         assert all(rank.is_alive() for rank in ranks), [rank.err.read_text() for rank in ranks]
         time.sleep(0.02)
 
@@ -126,6 +159,8 @@ def _run(code: str, arguments: list[str], environment: dict[str, str], files: tu
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     heed_interrupts()
+    # Also while the main thread stands in torch, and no handler of Python would run.
+    faulthandler.register(_TELL_STACKS, file=2, all_threads=True)
     os.environ.update(environment)
     sys.argv = ["-c", *arguments]
     exec(code, {"__name__": "__main__"})

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,25 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., st
     finally:
         for file in folder.glob("*.pid"):
             os.kill(int(file.read_text()), signal.SIGTERM)
+        with suppress(AssertionError):
+            until(lambda: not started_with(environment["SLURM_CONF"]), seconds=30)
+        left = started_with(environment["SLURM_CONF"])
+        for process in left:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        assert not left, left.values()
+
+
+def started_with(configuration: str) -> dict[int, str]:
+    """Processes of a Slurm and of its jobs, and their commands."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"SLURM_CONF={configuration}\0".encode() in (folder / "environ").read_bytes():
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:  # It has ended.
+            continue
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +134,7 @@ def submit(slurm: Callable[..., str], store: Path, tmp_path: Path) -> Iterator[C
         if state(slurm, job) in ("RUNNING", "PENDING", "COMPLETING"):
             slurm("scancel", "--signal=KILL", "--full", job)
             slurm("scancel", job)
+            until(lambda job=job: state(slurm, job) not in ("RUNNING", "PENDING", "COMPLETING"))
 
 
 def state(slurm: Callable[..., str], job: str) -> str:
