@@ -81,6 +81,8 @@ class Watch:
             self._phase = _FAILED
             with suppress(RuntimeError, OSError):
                 self._tell()
+                if self.rank == 0:
+                    self._wait_until_heard()
             return error
         with suppress(ValueError):  # torchrun ends the others as soon as one has ended, and one of them is to tell why.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -93,6 +95,13 @@ class Watch:
             if gone:
                 return LostRank(self._describe(gone, "is gone"), teller=self._teller(gone))
         return error
+
+    def _wait_until_heard(self) -> None:
+        """The store through which the others hear that this rank has failed may end with it: they look now and then."""
+        deadline = time.monotonic() + 2 * self._interval + 0.5
+        while time.monotonic() < deadline and any(seen.phase != _FAILED for seen in self._seen[1:]):
+            time.sleep(self._interval / 20)
+            self._look()
 
     def _talk(self) -> None:
         while not self._ended.wait(self._interval):
