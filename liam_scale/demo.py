@@ -149,16 +149,14 @@ def _run_step(step: Step, number: str) -> None:
         print(f"  left out: {step.makes} is there from an earlier demo", flush=True)
         return
     began = time.monotonic()
-    with subprocess.Popen(step.command, env=launching.environment()) as process:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            # Ctrl-C reached the command as well, which saves before it ends.
-            process.wait()
-            raise
-    if code != 0:
+    started: list[subprocess.Popen[bytes]] = []
+    with launching.none_outlives_this(started) as wait:
+        started.append(process := subprocess.Popen(step.command, env=launching.environment()))
+        while process.poll() is None:
+            wait(0.05)
+    if process.returncode != 0:
         raise RuntimeError(
-            f"demo: the command above ended with exit code {code}; its own message says why."
+            f"demo: the command above ended with exit code {process.returncode}; its own message says why."
             " Started again, the demo goes on at this step"
         )
     print(f"  {time.monotonic() - began:.0f} s", flush=True)

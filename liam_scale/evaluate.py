@@ -36,6 +36,7 @@ from liam_scale.evaluation.measures import MEASURES, require_extra, score
 from liam_scale.evaluation.scored import NUM_NEIGHBORS, Scored
 from liam_scale.run import RunDirectory, check_maker
 from liam_scale.tables import to_toml
+from loaders.durable import write_text
 from loaders.options import Range, check_options
 from loaders.stores import ObsColumn, Store, open_store
 from loaders.stores.chosen import with_embedding
@@ -280,14 +281,13 @@ def _by_modalities(scored: dict[str, Scored], config: EvaluateConfig, kinds: Obs
 
 
 def _write(found: Evaluation, config: EvaluateConfig, out: Path) -> Evaluation:
-    out.mkdir(parents=True, exist_ok=True)
     written = [out / "metrics.csv"]
     names = list(found.embeddings)
     intervals = found.interval[names].rename(columns=lambda name: f"{name} ±").dropna(axis=1, how="all")
-    pd.concat([found.table, intervals], axis=1).to_csv(written[0])
+    write_text(written[0], pd.concat([found.table, intervals], axis=1).to_csv())
     if found.imputation is not None:
         written.append(out / "imputation.csv")
-        found.imputation.to_csv(written[-1])
+        write_text(written[-1], found.imputation.to_csv())
     if config.plots:
         written.append(_draw_umaps(found, config, out / "umap.png"))
         if config.run is not None:

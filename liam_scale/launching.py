@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from liam_scale.training.signals import StopRequest
 
 
 def python() -> list[str]:
@@ -27,6 +33,38 @@ def ranks(number: int) -> list[str]:
 def environment(threads: int = 1) -> dict[str, str]:
     """torchrun asks for a number of threads per process and takes 1, with a warning, where none is set."""
     return {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+
+@contextmanager
+def none_outlives_this(commands: Collection[subprocess.Popen[bytes]]) -> Iterator[Callable[[float], None]]:
+    """While commands are at work: whatever ends this process asks them to save and end, and waits until they have.
+
+    Yields a `time.sleep` for between two looks at them. The signals by which a training saves and ends interrupt it:
+    SIGTERM is passed on, as torchrun passes on no other. A second Ctrl-C ends this process at once.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        In the wait, after a signal.
+    """
+    stop = StopRequest()
+
+    def wait(seconds: float) -> None:
+        time.sleep(seconds)
+        if stop.wish:
+            raise KeyboardInterrupt("; the same command goes on")
+
+    with stop.listening():
+        try:
+            yield wait
+        except BaseException:
+            if commands:
+                print("waiting for what is at work to save and end", file=sys.stderr, flush=True)
+            for command in commands:
+                command.terminate()
+            for command in commands:
+                command.wait()
+            raise
 
 
 def _is_ours(script: str) -> bool:

@@ -33,7 +33,7 @@ from liam_scale.finding import seen_by
 from liam_scale.model.config import ModelName
 from liam_scale.run import RunDirectory, open_stores
 from liam_scale.tables import to_toml
-from loaders.durable import holding, write_text
+from loaders.durable import Held, holding, write_text
 from loaders.options import Range, check_options
 from loaders.sizing import num_cores
 from loaders.stores import Store, choose
@@ -199,28 +199,25 @@ def _train(waiting: Sequence[Member], config: SweepConfig, num_finished: int) ->
     if num_finished:
         print(f"{num_finished} of {num_finished + len(waiting)} runs are finished", flush=True)
     left, failed = list(waiting), []
+    held: set[Member] = set()
     running: dict[subprocess.Popen[bytes], tuple[Member, int, float]] = {}
     free = list(range(config.jobs))
-    try:
+    with launching.none_outlives_this(running) as wait:
         while left or running:
-            while left and free:
-                one, place = left.pop(0), free.pop(0)
+            while free and (one := _next_free(left, held)) is not None:
+                place = free.pop(0)
                 running[_start(one, place, config)] = (one, place, time.monotonic())
-            time.sleep(0.1)
+            wait(0.1 if running else 1.0)
             for process in [p for p in running if p.poll() is not None]:
                 one, place, began = running.pop(process)
                 free.append(place)
                 is_finished = RunDirectory(one.folder).is_finished
+                if not is_finished and _holder(one) is not None:  # Another one had only just started.
+                    left.append(one)
+                    continue
                 done = f"{time.monotonic() - began:.0f} s" if is_finished else f"not finished, see {one.log}"
                 print(f"trained {one}: {done}; {len(left) + len(running)} to go", flush=True)
                 failed += [] if is_finished else [one]
-    except BaseException:
-        # Ctrl-C reached the runs as well, which save before they end; whatever else ends a sweep asks them to.
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-        raise
     if failed:
         said = failed[0].log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
         raise RuntimeError(
@@ -231,7 +228,6 @@ def _train(waiting: Sequence[Member], config: SweepConfig, num_finished: int) ->
 
 
 def _start(one: Member, place: int, config: SweepConfig) -> subprocess.Popen[bytes]:
-    _wait_until_free(one)
     environment = launching.environment(max(1, num_cores() // (config.jobs * config.ranks)))
     if (devices := environment.get("CUDA_VISIBLE_DEVICES", "").split(",")) != [""] and config.jobs > 1:
         environment["CUDA_VISIBLE_DEVICES"] = devices[place % len(devices)]
@@ -240,18 +236,25 @@ def _start(one: Member, place: int, config: SweepConfig) -> subprocess.Popen[byt
         return subprocess.Popen(one.command, stdout=log, stderr=log, env=environment)
 
 
-def _wait_until_free(one: Member) -> None:
-    """A sweep that was killed leaves its training at work, which is left to finish."""
-    is_told = False
-    while True:
-        try:
-            with holding(one.folder):
-                return
-        except RuntimeError as error:
-            if not is_told:
-                print(f"waiting for {one}: {error}", flush=True)
-            is_told = True
-            time.sleep(1)
+def _next_free(left: list[Member], held: set[Member]) -> Member | None:
+    """Take the first run that nobody trains. A sweep that was killed leaves its trainings at work: they may finish."""
+    for one in left:
+        if (holder := _holder(one)) is None:
+            left.remove(one)
+            return one
+        if one not in held:
+            print(f"waiting for {one}: {holder}", flush=True)
+        held.add(one)
+    return None
+
+
+def _holder(one: Member) -> str | None:
+    """Who trains a run now, in words."""
+    try:
+        with holding(one.folder):
+            return None
+    except Held as error:
+        return str(error)
 
 
 def _scored(one: Member, config: SweepConfig, store: Store) -> dict[str, object]:
@@ -275,6 +278,7 @@ def _scored(one: Member, config: SweepConfig, store: Store) -> dict[str, object]
     )
     file, wanted = one.scores / "options.toml", to_toml(asked)
     if not file.exists() or file.read_text(encoding="utf-8") != wanted:
+        file.unlink(missing_ok=True)  # Killed from here on, scores are not taken for those of the options before.
         evaluate(asked, data=store)
         write_text(file, wanted)
     found = pd.read_csv(one.scores / "metrics.csv")

@@ -39,6 +39,10 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV}
 
 
+class Held(RuntimeError):
+    """Another process is at it; the message says which one, where and since when."""
+
+
 @contextmanager
 def replacing(target: Path, *, hidden: Path | None = None, alone: bool = False) -> Iterator[Path]:
     """A path at which to make a file or folder, which becomes `target` when the block ends without an error.
@@ -66,7 +70,7 @@ def replacing(target: Path, *, hidden: Path | None = None, alone: bool = False) 
 
 @contextmanager
 def holding(target: Path) -> Iterator[None]:
-    """Work on `target` that no other process may do at the same time; RuntimeError says which one does."""
+    """Work on `target` that no other process may do at the same time; `Held` says which one does."""
     with writing(target):
         staging = Staging(target, hidden=target.with_name(f"{target.name}.lock"), alone=True)
     try:
@@ -193,7 +197,7 @@ class Staging:
             if other["since"] < mine["since"]:
                 self.discard()
                 since = datetime.fromtimestamp(other["since"]).isoformat(" ", "seconds")
-                raise RuntimeError(
+                raise Held(
                     f"{self.target}: process {other['pid']} on {other['host']} has been writing it since {since}; "
                     "wait until it has ended, or end it"
                 )

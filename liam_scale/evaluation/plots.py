@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from loaders.durable import replacing
 from loaders.schema import MODALITIES
 from loaders.stores import ObsColumn
 
@@ -329,6 +330,6 @@ def _curve(axes: Axes, history: pd.DataFrame, name: str, best: float | None) -> 
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, facecolor="white")
+    with replacing(path) as new:
+        figure.savefig(new, dpi=150, facecolor="white")
     _pyplot().close(figure)

@@ -12,6 +12,7 @@ from liam_scale import embed
 from liam_scale.decode import main as decode_main
 from liam_scale.map import main as map_main
 from liam_scale.run import RunDirectory
+from liam_scale.sweep import main as sweep_main
 from liam_scale.train import main as train_main
 from loaders import open_store
 from loaders.durable import holding, replacing
@@ -82,3 +83,9 @@ def test_map(embedded: tuple[Path, Path], tmp_path: Path, capsys: pytest.Capture
     refused(capsys, holding(out), lambda: map_main(arguments))
     assert not out.exists()
     assert map_main(arguments) == 0
+
+
+def test_sweep(embedded: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sweep"
+    refused(capsys, holding(out), lambda: sweep_main([str(embedded[1]), "--out", str(out), "--batch-key", "sample"]))
+    assert not out.exists()

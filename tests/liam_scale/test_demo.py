@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import mudata
@@ -83,6 +86,30 @@ def test_a_failing_command_is_named(tmp_path, capfd):
     with pytest.raises(RuntimeError, match=r"ended with exit code 3; .* goes on at this step"):
         _run_step(step, "[1/1]")
     assert f"$ {sys.executable} -c 'import sys; sys.exit(3)'" in capfd.readouterr().out
+
+
+SAVING = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path("saved").touch()))
+pathlib.Path("started").touch()
+time.sleep(100)
+"""
+
+
+def test_a_demo_that_is_told_to_end_has_its_command_save_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def send():
+        while not Path("started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    with pytest.raises(KeyboardInterrupt, match="; the same command goes on"):
+        _run_step(Step("Train", (sys.executable, "-c", SAVING)), "[1/1]")
+    sender.join()
+    assert Path("saved").exists()
 
 
 def test_what_is_there_is_not_made_again(tmp_path, capfd):

@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +19,11 @@ import pandas as pd
 import pytest
 
 from liam_scale.cli import command as of_word
+from liam_scale.command import run
 from liam_scale.evaluation.report import best_in_rows, table, text, write_report
-from liam_scale.sweep import SweepConfig, _settle, members_of, sweep
+from liam_scale.run import RunDirectory
+from liam_scale.sweep import Member, SweepConfig, _settle, _train, members_of, sweep
+from loaders.durable import holding
 from loaders.synthetic import simulate
 
 
@@ -106,6 +111,130 @@ def test_a_report_is_one_page_that_stands_alone_and_marks_the_best(tmp_path: Pat
     assert "x &lt; y" in shown
     assert "Empty" not in shown
     assert re.findall(r'class="best">([\d.]+)', shown) == ["0.500", "0.900"]
+
+
+TRAINING = """
+import pathlib, signal, sys, time
+out = pathlib.Path(sys.argv[1])
+def save(number, frame):
+    time.sleep(0.2)
+    out.with_suffix(".saved").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+out.with_suffix(".started").touch()
+time.sleep(100)
+"""
+FINISHING = """
+import pathlib, sys, time
+out = pathlib.Path(sys.argv[1])
+while (taken := out.with_suffix(".late")).exists():
+    if out.with_suffix(".held").exists():
+        taken.unlink()
+        sys.exit(1)
+    time.sleep(0.01)
+out.mkdir()
+"""
+
+
+def members_that(code: str, folder: Path, number: int) -> list[Member]:
+    """Runs whose training is a small script."""
+    folders = [folder / f"run{seed}" for seed in range(number)]
+    return [
+        Member("bavae", "sample", 1.0, seed, one, (sys.executable, "-c", code, str(one)))
+        for seed, one in enumerate(folders)
+    ]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"])
+def test_a_signal_has_the_trainings_at_work_save_and_then_ends_the_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        pytest.skip(f"{name} is ignored here, as under nohup")
+
+    def send() -> None:
+        while len(list(tmp_path.glob("*.started"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), getattr(signal, name))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    members = members_that(TRAINING, tmp_path, 3)
+    assert run(lambda: _train(members, config_of(tmp_path / "a.zarr", tmp_path, jobs=2), 0)) == 130
+    sender.join()
+    left = {path.name for path in tmp_path.iterdir() if path.suffix != ".log"}
+    assert left == {"run0.started", "run0.saved", "run1.started", "run1.saved"}
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; the same command goes on"
+
+
+def test_a_run_that_another_process_trains_is_waited_for_while_others_are_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is held from the beginning, one is taken by a process that was a little faster."""
+    monkeypatch.setattr(RunDirectory, "is_finished", property(lambda directory: directory.path.exists()))
+    held, late, free = members = members_that(FINISHING, tmp_path, 3)
+    late.folder.with_suffix(".late").touch()
+    begun: list[Path] = []
+
+    def other() -> None:
+        with ExitStack() as stack:
+            stack.enter_context(holding(held.folder))
+            begun.append(held.folder)
+            while not late.log.exists():
+                time.sleep(0.01)
+            with holding(late.folder):
+                late.folder.with_suffix(".held").touch()
+                while not free.folder.exists():
+                    time.sleep(0.01)
+                time.sleep(0.5)
+            assert not held.folder.exists()
+
+    process = threading.Thread(target=other)
+    process.start()
+    while not begun:
+        time.sleep(0.01)
+    _train(members, config_of(tmp_path / "a.zarr", tmp_path), 0)
+    process.join()
+    said = capsys.readouterr().out
+    for one in (held, late):
+        assert one.folder.exists()
+        assert said.count(f"waiting for {one}: {one.folder}: process {os.getpid()} on ") == 1
+    assert "not finished" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ranks"), [("SIGTERM", 1), ("SIGTERM", 2), ("SIGINT", 2)])
+def test_a_sweep_that_is_ended_leaves_no_training_at_work_and_goes_on_from_what_it_saved(
+    tmp_path: Path, environment: dict[str, str], name: str, ranks: int
+) -> None:
+    store, out = tmp_path / "a.zarr", tmp_path / "s"
+    simulate(store, num_cells=600, num_genes=60, num_peaks=0, genes_per_cell=20, num_samples=3)
+    options = tmp_path / "more.toml"
+    options.write_text("[training]\nearly_stopping = false\n")
+    command = [sys.executable, "-m", "liam_scale.sweep", store, "--out", out, "--batch-key", "sample", "--no-plots"]
+    command += ["--model", "rna-only", "--alpha", "1", "25", "--seeds", "0", "--max-epochs", "400", "--jobs", "2"]
+    command += ["--ranks", ranks, "--options", options]
+    heeding = [sys.executable, "-c", HEEDING, *map(str, command)]
+    with subprocess.Popen(heeding, env=environment, stderr=subprocess.PIPE, text=True) as first:
+        while len(histories := list(out.glob("runs/*/history.csv"))) < 2:
+            assert first.poll() is None
+            time.sleep(0.1)
+        first.send_signal(getattr(signal, name))
+        _, said = first.communicate(timeout=120)
+    assert first.returncode == 130
+    assert said.splitlines()[-1] == "interrupted; the same command goes on"
+    for history in histories:
+        with holding(history.parent):
+            assert list(history.parent.glob("checkpoints/step-*"))
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for history in histories:
+        assert "resuming " in history.parent.with_suffix(".log").read_text()
+        assert not (pd.read_csv(history)["step"].diff().dropna() <= 0).any()
+
+
+HEEDING = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+"""Where the tests run in the background of a shell, Ctrl-C is ignored."""
 
 
 @pytest.mark.slow
