@@ -50,21 +50,21 @@ def check_counts(where: str, extents: Sequence[Extent]) -> None:
     """
     least, largest = np.array([pair[:2] for pair in extents] or [(0.0, 0.0)]).T
     low, high = float(least.min()), float(largest.max())
-    cure = "`liam-scale ingest` of it names the cell; replace missing values by 0 or remove the cell"
+    cure = "an ingest names the cell; replace missing values by 0 or remove the cell"
     if not math.isfinite(low + high):
         bad = high if math.isfinite(low) else low
         raise ValueError(f"{where}: got {bad} among the counts, which are finite; {cure}")
     if low < 0:
         raise ValueError(
             f"{where}: got {low:.6g}, counts are not negative; these look scaled or centred: ingest the layer that"
-            " holds raw counts (liam-scale ingest --layer)"
+            " holds raw counts"
         )
     if high > LARGEST:
         raise ValueError(f"{where}: got {high:.10g}, counts are at most {LARGEST}; look for a corrupt matrix")
     if not all(is_whole for _, _, is_whole in extents):
         _log.warning(
-            "%s: not all counts are integers (the largest is %.4g), as after a normalisation; liam models counts: a"
-            " layer that holds them can be ingested (liam-scale ingest --layer)",
+            "%s: not all counts are integers (the largest is %.4g), as after a normalisation; training models counts:"
+            " ingest the layer that holds them",
             where,
             high,
         )
