@@ -33,6 +33,8 @@ from liam_scale.training.skipping import SkippingSource, lost_rows
 from liam_scale.training.soundness import NotFinite, Setback
 from liam_scale.training.trainer import Outcome, Trainer
 from loaders.loader import Loader
+from loaders.options import LoaderConfig
+from loaders.sizing import parse_memory
 from loaders.stores import Store
 from loaders.stores.base import ids_of
 
@@ -46,6 +48,9 @@ END = tuple(
     for name in ("max_epochs", "max_steps", "early_stopping", "patience", "patience_steps", "min_delta")
 )
 """Options that say when training ends."""
+
+VALIDATION_MEMORY = 4
+"""The validation loader has this part of the memory of the training loader."""
 
 RECORDED = ("device", "model", "optim", "loader", "training")
 """Sections of which a change is recorded."""
@@ -212,7 +217,7 @@ def trainer_of(
 ) -> Iterator[Trainer]:
     """A trainer at the start of a run, with loaders that live as long as the block."""
     model = Liam(record.model, record.data, seed=config.seed).to(world.device)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, world)
     optimizer.register_step_post_hook(lambda *_: model.keep_gradients())
     with training_loaders(store, config, record.data, world) as (train_loader, validation_loader):
 
@@ -266,13 +271,15 @@ def training_loaders(
     chosen = config.loader
     assert chosen.streams is not None
     scored = replace(chosen, minibatch=max(chosen.minibatch, VALIDATION_CELLS))
+    # Both stand beside each other, and validation reads a twentieth of the cells, in their order.
+    less = replace(scored, memory=str(parse_memory(chosen.memory) // VALIDATION_MEMORY))
     with ExitStack() as stack:
 
-        def loader(subset: Literal["train", "validation"]) -> MinibatchSource:
+        def loader(subset: Literal["train", "validation"], read: LoaderConfig) -> MinibatchSource:
             is_training = subset == "train"
             own = Loader(
                 store,
-                chosen if is_training else scored,
+                read,
                 sample=sample,
                 modalities=tuple(data.num_features),
                 seed=config.seed,
@@ -289,8 +296,11 @@ def training_loaders(
             stack.enter_context(own)
             return SkippingSource(own, world) if skips(config) else own
 
-        validation = loader("validation")
-        yield loader("train"), validation if validation.num_cells else None
+        try:
+            validation = loader("validation", less)
+        except ValueError:  # too little for its minibatches
+            validation = loader("validation", scored)
+        yield loader("train", chosen), validation if validation.num_cells else None
 
 
 def _history(directory: RunDirectory, config: TrainConfig, world: World, told: Told | None) -> History:

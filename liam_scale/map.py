@@ -259,7 +259,7 @@ def _train(
         assert config.training.max_epochs is not None
         trainer = Trainer(
             model,
-            build_optimizer(model, config.optim),
+            build_optimizer(model, config.optim, world),
             train=train_loader,
             validation=validation_loader,
             world=world,

@@ -23,7 +23,7 @@ from liam_scale.training.options import TrainingConfig
 from liam_scale.training.progress import LossProgress
 from liam_scale.training.protocols import ByCell, MinibatchSource
 from liam_scale.training.recorded import as_recorded
-from liam_scale.training.shared_reduction import reduce_through_shared_memory
+from liam_scale.training.shared_adam import SharedAdam
 from liam_scale.training.signals import INTERRUPT, StopRequest
 from liam_scale.training.soundness import NotFinite, Setback, Soundness, not_finite
 from liam_scale.training.update import Given, Update
@@ -101,19 +101,18 @@ class Trainer:
         self._meter = Meter(world)
         self._best: dict[str, Tensor] | None = None
         self._stop = StopRequest()
-        self._soundness = Soundness(model, optimizer, world)
+        self._soundness = Soundness(optimizer, world)
         self._start_step, self._saved_step = 0, -1
         self.progress = LossProgress(total_steps=0, start_step=0, is_shown=False)
         self._last_checkpoint = time.monotonic()
         self._module: nn.Module = model
-        if world.size > 1:
+        if world.size > 1 and not isinstance(optimizer, SharedAdam):
             devices = [world.device.index] if world.device.type == "cuda" else None
             # Buffers (priors) never change, so no forward pass need send them; torch 2.13 renamed the switch.
             known = inspect.signature(DistributedDataParallel).parameters
             switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
             options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
             self._module = DistributedDataParallel(model, device_ids=devices, **options)
-            reduce_through_shared_memory(self._module, world)
         update = Update(self._module, optimizer, self._soundness, self._give_up)
         self._update = as_recorded(update, config.graph, world, couples_cells=couples_cells)
         self.max_steps = max_epochs * train.steps_per_epoch

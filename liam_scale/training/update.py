@@ -9,6 +9,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from liam_scale.training.shared_adam import SharedAdam
 from liam_scale.training.soundness import Soundness, not_finite
 from loaders.minibatch import Minibatch
 
@@ -60,6 +61,8 @@ class Update:
     def __call__(self, minibatch: Minibatch, given: Given, **more: Any) -> Objective:
         objective = self.module(minibatch, **vars(given), **more)
         self._soundness.spread(objective.loss).backward()
+        if isinstance(self.optimizer, SharedAdam):
+            self.optimizer.average()
         self._soundness.judge()
         if objective.loss.device.type == "cpu" and self._soundness.is_broken:
             named = self.module.named_parameters()

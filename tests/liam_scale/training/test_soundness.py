@@ -15,7 +15,7 @@ def trained_on(*factors: float) -> tuple[list[torch.Tensor], Soundness]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    soundness = Soundness(model, optimizer, World())
+    soundness = Soundness(optimizer, World())
     seen = []
     for factor in factors:
         soundness.spread(model(torch.ones(2, 3)).sum() * factor).backward()
@@ -60,7 +60,7 @@ with join_world("cpu") as world:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    wrapped, soundness = DistributedDataParallel(model), Soundness(model, optimizer, world)
+    wrapped, soundness = DistributedDataParallel(model), Soundness(optimizer, world)
     for step in range(4):
         factor = float("inf") if (world.rank, step) == (1, 2) else 1.0
         # A constant that is not finite has finite gradients: only the watch spreads it.

@@ -46,7 +46,7 @@ def test_a_step_is_that_of_the_cpu_and_never_waits(case: str, monkeypatch: pytes
     world = World(device=pretend.DEVICE)
     optimizer = build_optimizer(on_device, OptimConfig())
     optimizer.register_step_post_hook(lambda *_: on_device.keep_gradients())
-    soundness, meter = Soundness(on_device, optimizer, world), Meter(world)
+    soundness, meter = Soundness(optimizer, world), Meter(world)
     with pretend.noting(refuse_waits=True) as noted:
         arrived = given.to(pretend.DEVICE)
         found = on_device(arrived, **keys, num_global_with=on_device.num_cells_with(arrived))
