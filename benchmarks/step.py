@@ -37,9 +37,9 @@ def make_store(folder: Path, num_cells: int) -> Path:
 def serve_liam(store: str, minibatch: int, steps: int, impl: str, precision: str, with_parts: bool) -> None:
     """liam-scale as it trains: the trainer's own step on minibatches of the loader."""
     from liam_scale.config import TrainConfig
+    from liam_scale.finding import open_stores
     from liam_scale.fitting import training_loaders
     from liam_scale.model import Liam, ModelConfig
-    from liam_scale.run import open_stores
     from liam_scale.samples import model_data
     from liam_scale.training.distributed import World
     from liam_scale.training.history import History
@@ -50,7 +50,7 @@ def serve_liam(store: str, minibatch: int, steps: int, impl: str, precision: str
 
     opened = open_stores([store])
     config = ModelConfig(modalities=("rna", "atac"), impl=impl, precision=precision)  # type: ignore[arg-type]
-    data = model_data(opened, config, ("sample",), {})
+    data = model_data(opened, config, ("sample",), LoaderConfig(adt_transform="none"))
     model = Liam(config, data)
     optimizer = build_optimizer(model, OptimConfig())
     optimizer.register_step_post_hook(lambda *_: model.keep_gradients())

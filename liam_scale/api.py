@@ -20,12 +20,12 @@ from liam_scale.config import TrainConfig
 from liam_scale.evaluate import EvaluateConfig, Evaluation
 from liam_scale.evaluate import evaluate as evaluate_cells
 from liam_scale.features import features
-from liam_scale.finding import chosen
+from liam_scale.finding import IN_MEMORY, chosen, opened
 from liam_scale.kernels.options import Impl
 from liam_scale.kernels.precision import Precision
 from liam_scale.model import ModelConfig
 from liam_scale.model.config import ModelName
-from liam_scale.run import IN_MEMORY, RunDirectory, open_stores
+from liam_scale.run import RunDirectory
 from liam_scale.tables import as_tuple
 from liam_scale.train import train as train_run
 from liam_scale.trained import Run
@@ -36,6 +36,7 @@ from liam_scale.training.options import TrainingConfig
 from loaders.check import check_store as check
 from loaders.formats.root import addresses
 from loaders.ingest import append, ingest, merge
+from loaders.modalities import Declared, declared
 from loaders.options import LoaderConfig
 from loaders.stores import choose, open_store, read_store
 
@@ -80,6 +81,7 @@ def train(
     batch_key: str | Sequence[str] | None = (),
     where: str | None = None,
     features: str | Path | Sequence[str] | None = None,
+    modality: Declared = (),
     seed: int = 0,
     resume: Literal["auto", "never"] = "auto",
     device: Device = "auto",
@@ -155,6 +157,9 @@ def train(
     features
         Features to train on: their names, or a text file with a name on each line. A modality of which none is named
         keeps all.
+    modality
+        What modalities of other names than rna, atac and adt are, as for `ingest`: {"h3k27ac": "NM"}; a store that
+        ingest made knows it.
     dry_run
         Print configuration, model size, and estimates of memory and time; train nothing.
     model
@@ -176,9 +181,9 @@ def train(
     """
     config = _config(locals())
     check_callbacks(callbacks)
-    held = open_store(store) if isinstance(store, AnnData | MuData) else None
+    held = open_store(store, modality=config.modality) if isinstance(store, AnnData | MuData) else None
     if not isinstance(features, str | Path | None):
-        held = choose(held or open_stores(config.store), where=where, features=[str(name) for name in features])
+        held = choose(held or opened(config), where=where, features=[str(name) for name in features])
     elif held is not None:
         held = chosen(held, config)
     directory, _ = train_run(config, held, callbacks)
@@ -195,6 +200,7 @@ def _config(options: dict[str, Any]) -> TrainConfig:
     is_held = isinstance(store, AnnData | MuData)
     named = [f"{type(store).__name__}{IN_MEMORY}"] if is_held else addresses(store, "store")
     file = Path(own["features"]) if isinstance(own["features"], str | Path) else None
+    own["modality"] = tuple(f"{name}={kind}" for name, kind in declared(options["modality"]).items())
     return TrainConfig(**{**own, "store": tuple(named), "features": file}, **made)
 
 

@@ -30,6 +30,8 @@ class AppendConfig:
     """reference: counts of ATAC go to the peak of the store with which theirs shares most bases."""
     feature_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Column of var by which genes and proteins are called, such as gene_ids; versions (ENSG00000141510.17) go."""
+    modality: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=NM|NB ...")] = ()
+    """What modalities of other names are that the store lacks, as ingest takes it: `h3k27ac=NM`, `hto=NB`."""
     layer: str | None = None
     """Layer that holds the counts; default: X."""
     memory: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "1GiB"

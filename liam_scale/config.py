@@ -12,12 +12,14 @@ from liam_scale.model import ModelConfig
 from liam_scale.training.devices import Device, check_device
 from liam_scale.training.optim import OptimConfig
 from liam_scale.training.options import TrainingConfig
+from loaders.modalities import declared
 from loaders.options import LoaderConfig, Range, check_options
 
 LOCKED = (
     "seed",
     "batch_key",
     "where",
+    "modality",
     "model",
     "optim",
     "loader.minibatch",
@@ -46,6 +48,8 @@ class TrainConfig:
     """Cells to train on, an expression over obs columns as pandas takes it: "tissue == 'blood' and n_counts > 500"."""
     features: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Text file with the features to train on, a name on each line; a modality of which none is named keeps all."""
+    modality: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=NM|NB ...")] = ()
+    """What modalities of other names than rna, atac and adt are, where no ingest made the store: `h3k27ac=NM`."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of weights, split, order and noise."""
     resume: Literal["auto", "never"] = "auto"
@@ -62,6 +66,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_options(self, "--")
         check_device(self.device)
+        declared(self.modality)
         if not self.store:
             raise ValueError(
                 "store: got none; name a store, e.g. atlas.zarr (liam-scale ingest makes one), before the options"

@@ -161,7 +161,7 @@ def differential(
     )
     rows = _chosen_rows(config, codes, len(names))
     latents, places = _collected(source, rows)
-    transform = directory.loader_config().transforms.get(config.modality)
+    transform = directory.loader_config().transforms(record.data.kinds).get(config.modality)
     groups = _described(store, config.modality, transform, codes, names, places)
     features = directory.features()[config.modality]
     tables = []
@@ -322,7 +322,7 @@ def _uncertainty(model: Liam, modality: str, counts_F: Tensor, dispersal: float)
     model's counts are negative binomial with inverse dispersion theta, sum (n_i / n)^2 / theta of the cells.
     """
     variance = torch.special.polygamma(1, counts_F + 0.5)
-    decoder = model.decoders[modality]
+    decoder = model.decoder(modality)
     if isinstance(decoder, NegativeBinomialDecoder):
         theta = torch.exp(decoder.log_theta.detach().double())
         variance = variance + dispersal / (theta.mean(dim=1) if theta.dim() == 2 else theta)

@@ -60,9 +60,10 @@ def describe_plan(config: TrainConfig, store: Store, models: tuple[ModelConfig, 
         "",
         f"store       {store.uri}: {schema.num_cells:,} cells",
     ]
+    width = max(5, *map(len, schema.modalities))
     for m in schema.modalities.values():
         lines.append(
-            f"  {m.name:<5}     {m.num_cells:,} cells x {m.num_features:,} features, "
+            f"  {m.name:<{width}}     {m.num_cells:,} cells x {m.num_features:,} features, "
             f"{m.nonzeros_per_cell:,.0f} non-zeros a cell"
         )
     num_train = round(schema.num_cells * (1 - config.loader.validation_share))
@@ -74,7 +75,8 @@ def describe_plan(config: TrainConfig, store: Store, models: tuple[ModelConfig, 
     memory, seconds, parameters = 0, 0.0, 0
     for model in models:
         sizes = {name: schema.modalities[name].num_features for name in model.modalities}
-        data = ModelData(num_features=sizes, samples=samples.names, covariates=samples.covariates)
+        names, covariates = samples.names, samples.covariates
+        data = ModelData(num_features=sizes, samples=names, covariates=covariates, kinds=schema.kinds)
         size = count_parameters(model, data)
         parameters += size
         memory = max(memory, BASE_BYTES + size * BYTES_PER_PARAMETER + parse_memory(config.loader.memory) + TILE_BYTES)

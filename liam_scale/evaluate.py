@@ -34,11 +34,13 @@ from liam_scale.evaluation.found import Evaluation, describe, document, imputati
 from liam_scale.evaluation.imputation import TITLES, impute
 from liam_scale.evaluation.measures import MEASURES, require_extra, score
 from liam_scale.evaluation.scored import NUM_NEIGHBORS, Scored
+from liam_scale.finding import kinds_of
 from liam_scale.run import RunDirectory, check_maker
 from liam_scale.tables import to_toml
 from loaders.durable import write_text
+from loaders.modalities import PRESETS, Kinds
 from loaders.options import Range, check_options
-from loaders.stores import ObsColumn, Store, open_store
+from loaders.stores import ObsColumn, Store, open_known, open_store
 from loaders.stores.chosen import with_embedding
 
 BASELINE = "PCA"
@@ -125,7 +127,8 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
     """
     require_extra()
     given: Any = config.store if data is None else data
-    store = open_store(given) if isinstance(given, str | anndata.AnnData | mudata.MuData) else given
+    of_run = _kinds(config.run)
+    store = open_known(given, of_run) if isinstance(given, str | anndata.AnnData | mudata.MuData) else given
     store = with_embedding(store, config.embedding) if config.embedding_file is None else store
     holder = store if config.embedding_file is None else _embedding_file(config.embedding_file, store)
     if config.run is not None and data is None:
@@ -135,7 +138,7 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
     pairs = {key: _pairs(store, key) for key in config.pairs}
     genes = phase_genes(_rna_names(store), store.uri) if config.cell_cycle else None
     times = {key: _pseudotime(store, key) for key in config.pseudotime}
-    truth = None if config.truth is None else open_store(config.truth)
+    truth = None if config.truth is None else open_known(config.truth, of_run)
     limits = {"max_cells": config.max_cells, "num_draws": config.draws, "seed": config.seed}
     draws = draw_cells(store, whole, **limits)
     tables, kept = [], None
@@ -147,7 +150,7 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
         known: dict[str, Any] = {key: Trajectory(t[rows], _first(config, codes)) for key, t in times.items()}
         if genes is not None:
             rna = read_counts(store, "rna", modality_places(store, "rna", rows))
-            known["cell_cycle"] = CellCycle(normalised("rna", rna, target_sum=config.target_sum), genes)
+            known["cell_cycle"] = CellCycle(normalised(PRESETS["rna"], rna, target_sum=config.target_sum), genes)
         options: dict[str, Any] = {"k": config.neighbors, "seed": config.seed, "known": known}
         scored = {n: Scored(p, codes, **options) for n, p in embeddings.items()}
         tables.append(_score(scored, config))
@@ -160,6 +163,11 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
         imputed = impute(directory, store, truth, draws[0], holder=holder, embedding=config.embedding)
     found = Evaluation(table, interval, *kept, draws[0], store.schema.num_cells, imputed)
     return found if config.out is None else _write(found, config, config.out)
+
+
+def _kinds(run: Path | None) -> Kinds:
+    """What modalities are, as the run has them; a folder that is no run is told of later."""
+    return PRESETS if run is None or not RunDirectory(run).is_run else kinds_of(RunDirectory(run))
 
 
 def _pairs(store: Store, key: str) -> ObsColumn:
@@ -208,7 +216,7 @@ def _embeddings(
     if not (config.baseline and places):
         return wanted, kinds
     blocks = [
-        normalised(name, read_counts(store, name, within), target_sum=config.target_sum)
+        normalised(store.schema.kinds[name], read_counts(store, name, within), target_sum=config.target_sum)
         for name, within in places.items()
     ]
     return {BASELINE: principal_components(blocks, num_components=config.components), **wanted}, kinds

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import tyro
 
 from liam_scale.command import Command
-from liam_scale.run import open_stores
+from liam_scale.finding import open_stores
 from loaders.durable import write_text
 from loaders.intervals import intervals_of, read_bed
 from loaders.options import Range, check_options

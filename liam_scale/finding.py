@@ -8,11 +8,30 @@ from pathlib import Path
 
 from liam_scale.config import TrainConfig
 from liam_scale.contents import differences
-from liam_scale.run import IN_MEMORY, RunDirectory, RunRecord, open_stores
+from liam_scale.run import RunDirectory, RunRecord
 from loaders.formats.root import local_path
-from loaders.stores import MatchedStore, Store, choose
+from loaders.modalities import PRESETS, Kind, Kinds, check_found, declared
+from loaders.stores import MatchedStore, Store, choose, open_known
 
 _log = logging.getLogger(__name__)
+
+IN_MEMORY = " in memory"
+"""How a run calls the store that it was trained on where that is an AnnData or MuData: "MuData in memory"."""
+
+
+def open_stores(uris: Sequence[str], kinds: Kinds = PRESETS) -> Store:
+    """One store, or several chained as one data set; `kinds` says what modalities of other names are."""
+    if uris[0].endswith(IN_MEMORY):
+        raise ValueError(
+            f"store: the run was trained on {uris[0]}; give the object again, run.embed(data) or liam_scale.train(data,"
+            f" ...), or a store made of it"
+        )
+    return open_known(uris[0] if len(uris) == 1 else list(uris), kinds)
+
+
+def kinds_of(directory: RunDirectory) -> dict[str, Kind]:
+    """What the modalities of a run are."""
+    return {name: kind for part in directory.parts() for name, kind in part.record().data.kinds.items()}
 
 
 def names_in(file: Path) -> list[str]:
@@ -24,6 +43,14 @@ def names_in(file: Path) -> list[str]:
     if not any(names):
         raise ValueError(f"--features: {file} is empty; give one name a line")
     return [name for name in names if name]
+
+
+def opened(config: TrainConfig) -> Store:
+    """All of the store of a training."""
+    kinds = declared(config.modality)
+    store = open_stores(config.store, kinds)
+    check_found(kinds, store.schema.modalities, store.uri)
+    return store
 
 
 def chosen(store: Store, config: TrainConfig) -> Store:
@@ -43,10 +70,10 @@ def stores_of(directory: RunDirectory, given: Sequence[str] = ()) -> Store:
         It is in none of these places, or something else is.
     """
     if given:
-        return seen_by(directory, open_stores(given))
+        return seen_by(directory, open_stores(given, kinds_of(directory)))
     record = directory.record()
     found = [_found(directory, uri) for uri in record.stores]
-    store = seen_by(directory, choose(open_stores(found), where=record.where))
+    store = seen_by(directory, choose(open_stores(found, kinds_of(directory)), where=record.where))
     if tuple(found) != record.stores:
         _check_found(store, directory, record)
         _log.info("run %s was moved: its store is %s", directory.path, store.uri)

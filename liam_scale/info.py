@@ -16,6 +16,7 @@ from liam_scale.command import Answer, Command
 from liam_scale.run import RUN_ATTRIBUTE
 from loaders.check import bytes_of
 from loaders.formats.root import local_path, open_root
+from loaders.modalities import PRESETS, Kind
 from loaders.schema import SCHEMA_KEY, ObsColumn
 from loaders.sizing import describe_memory
 from loaders.stores import Store, open_store
@@ -107,6 +108,7 @@ def describe(found: dict[str, Any]) -> str:
     for name, held in found["modalities"].items():
         per_cell = held["num_nonzeros"] / max(1, held["num_cells"])
         own = "" if not held["bytes"] else f", {held['bytes'] / max(1, held['num_cells']) / 1e3:.1f} kB a cell"
+        own += "" if name in PRESETS else f", {Kind(held['likelihood'], held['transform'])}"
         lines.append(
             f"  {name}: {held['num_cells']:,} cells x {held['num_features']:,} features, {per_cell:,.0f} non-zeros a"
             f" cell, {held['value_dtype']}{own}"

@@ -14,6 +14,7 @@ from liam_scale.command import Answer, Command
 from liam_scale.finding import names_in
 from liam_scale.samples import is_unusual, possible_keys
 from loaders.ingest import ingest
+from loaders.modalities import PRESETS
 from loaders.schema import Schema
 from loaders.stores import open_store
 
@@ -38,6 +39,9 @@ class IngestConfig:
     first source (reference), of a store or of a BED file."""
     feature_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Column of var by which genes and proteins are called, such as gene_ids; versions (ENSG00000141510.17) go."""
+    modality: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=NM|NB ...")] = ()
+    """What modalities of other names are: `h3k27ac=NM` (negative multinomial, as peaks), `hto=NB` (negative binomial,
+    as RNA), `hto=NB:clr` with the transform that encoders read (none, log1p, clr)."""
     layer: str | None = None
     """Layer that holds the counts; default: X."""
     where: Annotated[str | None, tyro.conf.arg(metavar="EXPRESSION")] = None
@@ -75,7 +79,7 @@ def described(out: Path, schema: Schema) -> str:
     for m in schema.modalities.values():
         lines.append(
             f"  {m.name}: {m.num_cells:,} cells x {m.num_features:,} features, "
-            f"{m.nonzeros_per_cell:,.0f} non-zeros a cell, {m.value_dtype}"
+            f"{m.nonzeros_per_cell:,.0f} non-zeros a cell, {m.value_dtype}{'' if m.name in PRESETS else f', {m.kind}'}"
         )
     return "\n".join([*lines, f"  obs: {', '.join(schema.obs_columns)}"])
 

@@ -21,10 +21,11 @@ from torch import Tensor
 from liam_scale.command import Command
 from liam_scale.config import TrainConfig
 from liam_scale.embed import EmbedConfig, check_replaces, embed_store
+from liam_scale.finding import open_stores
 from liam_scale.fitting import training_loaders
 from liam_scale.labels import check_labelled, transfer_labels
 from liam_scale.model import Liam, ModelData
-from liam_scale.run import RunDirectory, RunRecord, open_stores
+from liam_scale.run import RunDirectory, RunRecord
 from liam_scale.samples import model_data
 from liam_scale.tables import to_toml
 from liam_scale.training.devices import Device, check_device, device_of
@@ -34,6 +35,7 @@ from liam_scale.training.optim import KLSchedule, OptimConfig, build_optimizer
 from liam_scale.training.options import TrainingConfig
 from liam_scale.training.trainer import Trainer
 from loaders.durable import holding, replacing
+from loaders.modalities import agreed
 from loaders.options import Range, check_options
 from loaders.sizing import parse_memory
 from loaders.stores import MatchedStore, Store
@@ -113,11 +115,10 @@ def map_store(config: MapConfig) -> RunDirectory:
     model = source.load_model()
     if config.label_key is not None:
         check_labelled(source, label_key=config.label_key, key=config.key)
-    is_by_overlap = config.peaks == "overlap"
-    store = MatchedStore(open_stores([config.store]), source.features(), by_overlap=is_by_overlap)
+    store = _matched(config, source, record)
     batch_key = _keys(config, record)
     loader_config = replace(source.loader_config(), streams=16, memory=config.memory)
-    own = model_data(store, record.model, batch_key, loader_config.transforms)
+    own = model_data(store, record.model, batch_key, loader_config)
     data = united_samples(record.data, own)
     extended, masks = extend(model, data)
     training = TrainConfig(
@@ -136,7 +137,7 @@ def map_store(config: MapConfig) -> RunDirectory:
         batch_key=batch_key,
         model=extended.config,
         data=data,
-        fingerprint=store.schema.fingerprint + is_by_overlap * "-overlap",
+        fingerprint=store.schema.fingerprint + (config.peaks == "overlap") * "-overlap",
         contents=None,
         where=None,
         skipped=(),
@@ -170,6 +171,15 @@ def _keys(config: MapConfig, record: RunRecord) -> tuple[str, ...]:
             "that order"
         )
     return keys
+
+
+def _matched(config: MapConfig, source: RunDirectory, record: RunRecord) -> MatchedStore:
+    """The store with the features of the run; refuses one whose modalities are something else than the run's."""
+    kinds = record.data.kinds
+    held = open_stores([config.store], kinds)
+    seen = {name: kind for name, kind in held.schema.kinds.items() if name in kinds}
+    agreed([(held.uri, seen), (str(config.run), kinds)])
+    return MatchedStore(held, source.features(), by_overlap=config.peaks == "overlap", kinds=kinds)
 
 
 def _label(config: MapConfig, source: RunDirectory, store: Store, directory: RunDirectory) -> None:

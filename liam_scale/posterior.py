@@ -157,14 +157,14 @@ def _embed_command(run: Path, stores: Sequence[str]) -> str:
 def shares(model: Liam, modality: str, z_BL: Tensor, sample_B: Tensor) -> Tensor:
     """(B, F) share of every feature of a modality in the cell's total, as decoded for a sample.
 
-    ATAC: the probability of a peak among all peaks, exp(l_f) / sum exp(l), with the library size at the mean of the
-    sample.
+    ATAC and other NM modalities: the probability of a peak among all peaks, exp(l_f) / sum exp(l), with the library
+    size at the mean of the sample.
     """
-    decoder = model.decoders[modality]
+    decoder = model.decoder(modality)
     if isinstance(decoder, NegativeMultinomialDecoder):
         log_library_B = model.library_prior(modality)[0][sample_B]
         return torch.softmax(decoder.logits(z_BL, log_library_B, sample_B), dim=1)
-    return decoder.scale(z_BL, sample_B)  # type: ignore[operator]
+    return decoder.scale(z_BL, sample_B)
 
 
 def group_codes(store: Store, groupby: str) -> tuple[np.ndarray, tuple[str, ...]]:

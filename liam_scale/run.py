@@ -19,15 +19,16 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from liam_scale.config import TrainConfig
-from liam_scale.model import Liam, ModelConfig, ModelData
+from liam_scale.model import Liam, ModelConfig, ModelData, parameter_key
 from liam_scale.tables import as_tuple, from_table, read_toml, to_table
 from liam_scale.training.checkpoint import Checkpoint, load_weights, newest_checkpoint, save_weights
 from liam_scale.training.trainer import Outcome
 from loaders.documents import read_table
 from loaders.durable import gone_on_error, leftovers, remove_leftovers, replacing, write_text
+from loaders.modalities import PRESETS, agreed
 from loaders.options import LoaderConfig, check_options
 from loaders.schema import is_folder_name, sha256_of_json, sha256_of_names
-from loaders.stores import Store, open_store
+from loaders.stores import Store
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,6 @@ RUN_FILE = "run.json"
 WEIGHTS_FILE = "model.safetensors"
 RUN_ATTRIBUTE = "liam_scale_run"
 """Attribute of an embedding in obsm: the id of the run that made it."""
-
-IN_MEMORY = " in memory"
-"""How a run calls the store that it was trained on where that is an AnnData or MuData: "MuData in memory"."""
 
 
 class Cells(TypedDict):
@@ -298,7 +296,7 @@ class RunDirectory:
         try:
             # Looked at before a model of any size that a file may ask for takes the memory.
             asked = {
-                f"encoders.{name}.layer.weight": (size, record.model.n_hidden)
+                f"encoders.{parameter_key(name)}.layer.weight": (size, record.model.n_hidden)
                 for name, size in record.data.num_features.items()
             }
             if any(name not in weights or weights[name].shape != shape for name, shape in asked.items()):
@@ -320,18 +318,8 @@ def _damaged(file: Path, found: str) -> RuntimeError:
     return RuntimeError(f"run: {file} is damaged ({found}); restore it from a copy, or train again with another --out")
 
 
-def open_stores(uris: Sequence[str]) -> Store:
-    """One store, or several chained as one data set."""
-    if uris[0].endswith(IN_MEMORY):
-        raise ValueError(
-            f"store: the run was trained on {uris[0]}; give the object again, run.embed(data) or liam_scale.train(data,"
-            f" ...), or a store made of it"
-        )
-    return open_store(uris[0]) if len(uris) == 1 else open_store(list(uris))
-
-
 def check_features(store: Store, record: RunRecord) -> None:
-    """Refuse a store whose features are not those of the model, column by column."""
+    """Refuse a store whose features are not those of the model, column by column, or are of another kind."""
     for name, expected in record.features_sha256.items():
         held = store.schema.modalities.get(name)
         if held is None:
@@ -344,6 +332,8 @@ def check_features(store: Store, record: RunRecord) -> None:
                 f"store: {name} of {store.uri} has {held.num_features:,} features that are not those of the run "
                 f"({record.data.num_features[name]:,}) in the same order; `liam-scale map` matches features by name"
             )
+    seen = {name: held.kind for name, held in store.schema.modalities.items() if name in record.data.kinds}
+    agreed([(store.uri, seen), ("the run", record.data.kinds)])
 
 
 def record_of(
@@ -368,6 +358,11 @@ def record_of(
         where=config.where,
         parts=parts,
     )
+
+
+def part_folder(modality: str) -> str:
+    """Folder of a model of a late integration; modalities may be called as what else stands in the folder of a run."""
+    return modality if modality in PRESETS else f"mod.{modality}"
 
 
 def attributes_of(run: str | None) -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from liam_scale.model import ModelConfig, ModelData, library_priors
+from loaders.options import LoaderConfig
 from loaders.selection import encode_column
 from loaders.stores import Store, cell_totals
 
@@ -140,10 +141,11 @@ def sample_codes(store: Store, batch_key: Sequence[str], samples: Sequence[str])
     return np.array([known[name] for name in own.names], dtype=np.int64)[own.codes]
 
 
-def model_data(store: Store, model: ModelConfig, batch_key: Sequence[str], transforms: dict[str, str]) -> ModelData:
+def model_data(store: Store, model: ModelConfig, batch_key: Sequence[str], loader: LoaderConfig) -> ModelData:
     """Features, samples and library priors of the modalities of a (resolved) model."""
     samples = samples_of(store, batch_key)
-    codes = samples.codes
+    codes, kinds = samples.codes, store.schema.kinds
+    transforms = loader.transforms(kinds)
     # Combinations may be rare: so few cells say little of a mean.
     rare = RARE if samples.covariates else 0
     means: dict[str, tuple[float, ...]] = {}
@@ -166,4 +168,5 @@ def model_data(store: Store, model: ModelConfig, batch_key: Sequence[str], trans
         prior_mean=means,
         prior_variance=variances,
         covariates=samples.covariates,
+        kinds=kinds,
     )

@@ -29,9 +29,9 @@ from liam_scale.evaluation import plots, report
 from liam_scale.evaluation.cells import read_column
 from liam_scale.evaluation.measures import MEASURES, require_extra
 from liam_scale.evaluation.recommendation import CONFIGURATION, Recommendation, ranks, recommend, summarised
-from liam_scale.finding import seen_by
+from liam_scale.finding import open_stores, seen_by
 from liam_scale.model.config import ModelName
-from liam_scale.run import RunDirectory, open_stores
+from liam_scale.run import RunDirectory
 from liam_scale.tables import to_toml
 from loaders.durable import Held, holding, write_text
 from loaders.options import Range, check_options

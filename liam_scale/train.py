@@ -11,11 +11,11 @@ from liam_scale.command import Command
 from liam_scale.config import TrainConfig
 from liam_scale.contents import contents_of
 from liam_scale.estimate import describe_plan
-from liam_scale.finding import chosen
+from liam_scale.finding import chosen, opened
 from liam_scale.fitting import check_world, fit_part
 from liam_scale.model import ModelConfig
 from liam_scale.resume import labels_of, resolved, settle
-from liam_scale.run import RunDirectory, open_stores, record_of
+from liam_scale.run import RunDirectory, part_folder, record_of
 from liam_scale.samples import model_data
 from liam_scale.tables import to_toml
 from liam_scale.training.callbacks import Callback
@@ -46,7 +46,7 @@ def train(
     RuntimeError
         The run failed: damaged store, full disk, a loss that is not finite.
     """
-    store = store or chosen(open_stores(config.store), config)
+    store = store or chosen(opened(config), config)
     models, directory = resolved(config, store), RunDirectory(config.out)
     if config.dry_run:
         settled = settle(config, store, models, launched_ranks()[1])
@@ -78,10 +78,10 @@ def _create(directory: RunDirectory, config: TrainConfig, store: Store, models: 
     """Lay down the folder of a new run: one model, or one folder for each model of a late integration."""
     made, contents = [], contents_of(store, labels_of(config))
     for model in models:
-        data = model_data(store, model, config.batch_key, config.loader.transforms)
+        data = model_data(store, model, config.batch_key, config.loader)
         features = {name: list(map(str, store.feature_names(name))) for name in model.modalities}
         own = record_of(config, store, model, data, contents)
-        made.append((model.modalities[0], own, to_toml(replace(config, model=model)), features))
+        made.append((part_folder(model.modalities[0]), own, to_toml(replace(config, model=model)), features))
     if len(made) == 1:
         directory.create(*made[0][1:])
     else:

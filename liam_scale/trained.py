@@ -18,15 +18,15 @@ from liam_scale.decode import DecodeConfig, Decoding, decode, normalized
 from liam_scale.differential import DifferentialConfig, differential
 from liam_scale.elbo import elbo
 from liam_scale.embed import EmbedConfig, compute, embed
-from liam_scale.finding import seen_by, stores_of
+from liam_scale.finding import IN_MEMORY, kinds_of, seen_by, stores_of
 from liam_scale.labels import transfer_labels
 from liam_scale.map import MapConfig, map_store
 from liam_scale.model import Liam
-from liam_scale.run import IN_MEMORY, RunDirectory, RunRecord, attributes_of
+from liam_scale.run import RunDirectory, RunRecord, attributes_of
 from liam_scale.training.history import read_history
 from loaders.durable import SUFFIX, replacing
 from loaders.formats.root import addresses
-from loaders.stores import Store, open_store
+from loaders.stores import Store, open_known
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Run:
     def open_store(self, store: Any = None) -> Store:
         """A store that is given, data in memory included, or that of the run."""
         if isinstance(store, AnnData | MuData):
-            return seen_by(self.directory, open_store(store))
+            return seen_by(self.directory, open_known(store, kinds_of(self.directory)))
         return stores_of(self.directory, _uris(store) or self.stores)
 
     def decode(self, out: str | Path, **options: Any) -> Path:

@@ -122,10 +122,11 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
     ) -> None:
         config = config or LoaderConfig()
         minibatch, streams = config.minibatch, config.streams_for(world)
+        transforms = config.transforms(store.schema.kinds)
         _check_ranks(streams, rank, world)
         self.store, self.rank, self.world, self._skip_damaged = store, rank, world, skip_damaged
         self._sources = open_inputs(store, modalities, residence=config.resident)
-        self._outputs = output_formats(self._sources, config.transforms, transpose=transpose, values=values)
+        self._outputs = output_formats(self._sources, transforms, transpose=transpose, values=values)
         self._handover = Handover(device) if device is not None and device.type != "cpu" else None
         self._pool = self._handover.pool if self._handover else Pool()
         self._sample = None if sample is None else sample_codes(store, sample)
@@ -157,8 +158,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             weights=None if drawn is None else weights_of(store, drawn, rows, is_allowed=shuffle),
             parts=store.schema.parts,
         )
-        if shuffle:
-            _tell_about_order(store, sizes, streams)
+        _tell_about_order(store, sizes, streams, is_shuffled=store.schema.is_shuffled or not shuffle)
         self._epoch, self._step, self.waited_seconds = 0, 0, 0.0
         self._workers: Workers | None = None
 
@@ -381,8 +381,8 @@ def _check_ranks(streams: int, rank: int, world: int) -> None:
         raise ValueError(f"streams: got {streams} for {world} ranks; give at least as many streams as ranks")
 
 
-def _tell_about_order(store: Store, sizes: Sizes, streams: int) -> None:
-    if store.schema.is_shuffled:
+def _tell_about_order(store: Store, sizes: Sizes, streams: int, *, is_shuffled: bool) -> None:
+    if is_shuffled:
         return
     _log.info(
         "%s is not shuffled: reading blocks of %d cells, shuffling %d cells together; an ingest makes a"

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import numpy as np
 import tyro
 
+from loaders.modalities import Kinds
 from loaders.sizing import parse_memory
 
 _KINDS: Mapping[type, tuple[type | tuple[type, ...], str]] = {
@@ -140,9 +141,10 @@ class LoaderConfig:
         check_options(self)
         parse_memory(self.memory)
 
-    @property
-    def transforms(self) -> dict[str, str]:
-        return {"adt": "clr"} if self.adt_transform == "clr" else {}
+    def transforms(self, kinds: Kinds) -> dict[str, str]:
+        """What reading makes of the counts of modalities; a logarithm is the model's affair."""
+        kept = () if self.adt_transform == "clr" else ("adt",)
+        return {name: "clr" for name, kind in kinds.items() if kind.transform == "clr" and name not in kept}
 
     def streams_for(self, ranks: int) -> int:
         """Number of streams of a new run on `ranks` ranks."""

@@ -12,45 +12,22 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from loaders.modalities import PRESETS, Kind, Likelihood, Transform, is_name
 from loaders.options import Range, check_options
 
-FORMAT = 2
-"""Version of the store's layout; a reader refuses a higher one. A store in one part is written as version 1."""
+FORMAT = 3
+"""Version of the store's layout; a reader refuses a higher one. Without modalities of other names than the known ones
+it is written as version 2, in one part as version 1."""
 
 SCHEMA_KEY = "liam_scale"
 """Key of the schema in the root attributes of a Zarr store; written last, so without it there is no store."""
-
-MODALITIES = ("rna", "atac", "adt")
-"""The modalities this package knows, in the order in which every list of them stands."""
 
 BARCODE_COLUMNS = ("source_barcode", "barcode")
 """Obs columns of a store with the ids of the cells in their sources, where ingest put the source's name before them.
 `barcode`, or the other where the sources themselves have a column `barcode`."""
 
-ALIASES = {
-    "rna": ("rna", "gex", "gene expression", "gene_expression", "genes", "mrna", "scrna"),
-    "atac": ("atac", "peaks", "peak", "chromatin accessibility", "chromatin_accessibility", "scatac"),
-    "adt": ("adt", "prot", "protein", "proteins", "antibody capture", "antibody_capture", "cite", "ab"),
-}
-"""Names of the same thing in muon ("prot"), 10x Genomics ("Gene Expression", "Peaks") and TileDB-SOMA ("RNA")."""
-
-
 LONGEST_NAME = 255
 """Bytes of a name of a file: every column of a store is a folder."""
-
-
-def modality_of(name: str) -> str | None:
-    """The modality a name of another package means, or None where it means none of ours."""
-    lowered = name.strip().lower()
-    return next((modality for modality, names in ALIASES.items() if lowered in names), None)
-
-
-def check_modality(name: str) -> str:
-    """The modality a user named, under any alias; ValueError where it is none of ours."""
-    modality = modality_of(name)
-    if modality is None:
-        raise ValueError(f"modality: got {name!r}; give one of {', '.join(MODALITIES)}")
-    return modality
 
 
 def is_folder_name(name: str) -> bool:
@@ -141,9 +118,26 @@ class ModalitySchema:
     features_sha256: str
     counts_crc32c: str | None = None
     """Of values, columns and row lengths in their order; None where an older version wrote the store."""
+    likelihood: Likelihood | None = None
+    """With the transform, what a model takes it for; None of both: what the name stands for."""
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         check_options(self)
+        preset = PRESETS.get(self.name)
+        if self.likelihood is None and self.transform is None and preset is not None:
+            object.__setattr__(self, "likelihood", preset.likelihood)
+            object.__setattr__(self, "transform", preset.transform)
+        if not is_name(self.name) or self.likelihood is None or self.transform is None:
+            raise ValueError(f"modality {self.name!r} has no name that one can have, or no likelihood and transform")
+        if preset not in (None, self.kind):
+            raise ValueError(f"modality {self.name} is {self.kind}")
+
+    @property
+    def kind(self) -> Kind:
+        assert self.likelihood is not None
+        assert self.transform is not None
+        return Kind(self.likelihood, self.transform)
 
     @property
     def nonzeros_per_cell(self) -> float:
@@ -151,7 +145,8 @@ class ModalitySchema:
 
     def __str__(self) -> str:
         size = f"{self.num_cells:,} cells × {self.num_features:,} features"
-        return f"{self.name}: {size}, {self.nonzeros_per_cell:,.0f} non-zeros a cell, {self.value_dtype}"
+        kind = "" if self.name in PRESETS else f", {self.kind}"
+        return f"{self.name}: {size}, {self.nonzeros_per_cell:,.0f} non-zeros a cell, {self.value_dtype}{kind}"
 
 
 @dataclass(frozen=True)
@@ -175,10 +170,19 @@ class Schema:
         check_options(self)
 
     @property
+    def kinds(self) -> dict[str, Kind]:
+        """What each modality is."""
+        return {name: held.kind for name, held in self.modalities.items()}
+
+    @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides which counts stand in which row and column."""
+        """Hash of everything that decides which counts stand in which row and column, and what they are."""
         counted = [
-            (name, m.num_cells, m.num_nonzeros, m.features_sha256, *([m.counts_crc32c] if m.counts_crc32c else []))
+            (
+                *(name, m.num_cells, m.num_nonzeros, m.features_sha256),
+                *([m.counts_crc32c] if m.counts_crc32c else []),
+                *([] if name in PRESETS else [m.likelihood, m.transform]),
+            )
             for name, m in sorted(self.modalities.items())
         ]
         return hashlib.sha256(json.dumps([self.num_cells, self.cells_sha256, counted]).encode()).hexdigest()
@@ -191,10 +195,12 @@ class Schema:
         return "\n    ".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        entry = {"format": FORMAT, **asdict(self)}
+        version = FORMAT if self.modalities.keys() - PRESETS else 2 if self.parts else 1
+        entry = {"format": version, **asdict(self)}
         if not self.parts:
-            entry["format"] = 1
             del entry["parts"]
+        for name in entry["modalities"].keys() & PRESETS:
+            del entry["modalities"][name]["likelihood"], entry["modalities"][name]["transform"]
         return {**entry, "sha256": sha256_of_json(entry)}
 
     @classmethod
@@ -209,7 +215,7 @@ class Schema:
             raise ValueError("its sha256 differs")
         del fields["format"]
         modalities = {name: ModalitySchema(**m) for name, m in fields.pop("modalities").items()}
-        if not modalities or any(name not in MODALITIES or m.name != name for name, m in modalities.items()):
+        if not modalities or any(m.name != name for name, m in modalities.items()):
             raise ValueError(f"its modalities are {', '.join(modalities) or 'none'}")
         schema = cls(modalities=modalities, **{**fields, "parts": tuple(fields.get("parts", ()))})
         if schema.parts and sum(schema.parts) != schema.num_cells:

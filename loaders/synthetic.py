@@ -26,7 +26,8 @@ import scipy.sparse
 from loaders.csr import SparseRows, index_dtype, offsets_of
 from loaders.ecosystem import plain_mudata
 from loaders.ingest.writer import ModalityLayout, StoreWriter
-from loaders.schema import MODALITIES, Schema
+from loaders.modalities import MODALITIES
+from loaders.schema import Schema
 from loaders.sizing import default_threads
 
 _BLOCK = 256

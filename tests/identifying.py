@@ -13,8 +13,9 @@ import scipy.sparse
 
 from loaders.csr import SparseRows
 from loaders.ingest.writer import ModalityLayout, StoreWriter
+from loaders.modalities import MODALITIES
 from loaders.plan import GOLDEN, splitmix64
-from loaders.schema import MODALITIES, Schema
+from loaders.schema import Schema
 
 
 def identifying_value(

@@ -56,8 +56,8 @@ def test_train_reads_as_a_table_of_contents() -> None:
 @pytest.mark.parametrize(
     ("function", "kind", "wider"),
     [
-        (api.train, TrainConfig, {"store", "out", "features", "modalities", "batch_key", "alphas"}),
-        (ingest, IngestConfig, {"sources", "out", "features", "memory"}),
+        (api.train, TrainConfig, {"store", "out", "features", "modalities", "modality", "batch_key", "alphas"}),
+        (ingest, IngestConfig, {"sources", "out", "features", "memory", "modality"}),
     ],
 )
 def test_a_function_of_python_takes_the_options_of_its_command(

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import scipy.sparse
 
 from loaders.csr import centred_log_ratio, offsets_of
+from loaders.modalities import Kind
 from loaders.stores import ObsColumn, Store
 
 _log = logging.getLogger(__name__)
@@ -156,12 +157,13 @@ TARGET_SUM = 1_000.0
 
 
 def normalised(
-    modality: str, counts: scipy.sparse.csr_matrix, *, target_sum: float = TARGET_SUM
+    kind: Kind, counts: scipy.sparse.csr_matrix, *, target_sum: float = TARGET_SUM
 ) -> scipy.sparse.csr_matrix:
-    """The centred log-ratio of ADT, log(1 + target_sum * share) of RNA and ATAC; absent counts stay zeros. float32."""
+    """The centred log-ratio of ADT and what is taken as it, else log(1 + target_sum * share); absent counts stay zeros.
+    float32."""
     from sklearn.preprocessing import normalize
 
-    if modality == "adt":
+    if kind.transform == "clr":
         ratios = scipy.sparse.csr_matrix(counts, dtype=np.float32, copy=True)
         centred_log_ratio(ratios.indptr, ratios.data, counts.shape[1])
         return ratios

@@ -23,6 +23,7 @@ from liam_scale.posterior import shares, single
 from liam_scale.run import RunDirectory
 from liam_scale.samples import sample_codes
 from loaders.csr import centred_log_ratio
+from loaders.modalities import Kind
 from loaders.stores import Store
 
 Values = npt.NDArray[np.float64]
@@ -76,14 +77,15 @@ def impute(
     """
     record = single(directory, "impute with")
     model, codes = directory.load_model(), sample_codes(store, record.batch_key, record.data.samples)
+    transforms = directory.loader_config().transforms(record.data.kinds)
     found: dict[tuple[str, str], dict[str, float]] = {}
     for name in model.modalities:
         missing = _missing(store, truth, rows, name, directory.features()[name])
         if missing is None:
             continue
-        is_clr = name == "adt" and directory.loader_config().adt_transform == "clr"
+        kind, is_clr = record.data.kinds[name], transforms.get(name) == "clr"
         profile = _mean_profile(store, name, rows, is_clr=is_clr)
-        scored = {MEAN_PROFILE: _Scores(name), embedding: _Scores(name)}
+        scored = {column: _Scores(kind, is_clr=is_clr) for column in (MEAN_PROFILE, embedding)}
         for cells, places in _chunks(missing, len(missing.columns)):
             counts = _values(truth, name, places, is_clr=is_clr)[:, missing.columns]
             decoded = _decoded(model, name, holder, embedding, cells, codes)
@@ -164,8 +166,8 @@ def _decoded(
 class _Scores:
     """Measures of a modality, gathered chunk by chunk."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, kind: Kind, *, is_clr: bool) -> None:
+        self.kind, self.is_clr = kind, is_clr
         self.sums: Values = np.zeros(6)[:, None]
         self.of_cells: dict[str, list[Values]] = {"cell_r": [], "auroc": [], "deviance": []}
 
@@ -174,14 +176,13 @@ class _Scores:
         counts, decoded, totals = counts[totals > 0], decoded[totals > 0], totals[totals > 0]
         measured = counts / totals[:, None]
         # As in the baseline of the embedding; centred log-ratios are logarithms already.
-        is_log = self.name == "adt"
-        one, other = (s if is_log else np.log1p(TARGET_SUM * s) for s in (measured, decoded))
+        one, other = (s if self.is_clr else np.log1p(TARGET_SUM * s) for s in (measured, decoded))
         self.of_cells["cell_r"].append(_correlation(one.T, other.T))
         self.sums = self.sums + np.stack([np.ones(one.shape), one, other, one**2, other**2, one * other]).sum(axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             terms = np.where(measured > 0, measured * (np.log(measured) - np.log(decoded)), 0)
         self.of_cells["deviance"].append(2 * terms.sum(axis=1))
-        if self.name == "atac":
+        if self.kind.likelihood == "NM":
             self.of_cells["auroc"].append(_auroc(counts > 0, decoded))
 
     def results(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from loaders.durable import replacing
-from loaders.schema import MODALITIES
+from loaders.modalities import ordered
 from loaders.stores import ObsColumn
 
 if TYPE_CHECKING:
@@ -286,7 +286,8 @@ _TITLES = {
 def _terms(history: pd.DataFrame) -> list[str]:
     """Loss terms to show, the total first; a total that repeats its only part is left out."""
     stems = [str(c).removesuffix("_train") for c in history.columns if str(c).endswith("_train")]
-    parts = [f"reconstruction_loss_{m}" for m in MODALITIES if f"reconstruction_loss_{m}" in stems]
+    before = "reconstruction_loss_"
+    parts = [before + name for name in ordered(s.removeprefix(before) for s in stems if s.startswith(before))]
     names = ["loss"] if {"train_loss", "validation_loss"} & set(history.columns) else []
     names += ["elbo"] if "elbo" in stems else []
     names += parts or [s for s in stems if s == "reconstruction_loss"]

@@ -11,8 +11,8 @@ import tyro
 
 from liam_scale.kernels.options import Impl
 from liam_scale.kernels.precision import Precision
+from loaders.modalities import PRESETS, Kind, is_name, ordered, saying
 from loaders.options import Range, check_options
-from loaders.schema import MODALITIES
 
 ModelName = Literal[
     "bavae", "cvae", "cdvae", "avae", "cevae", "batchvae", "vae", "rna-only", "atac-only", "adt-only", "concat"
@@ -22,6 +22,11 @@ CONCAT_LATENT = 10
 """Latent dimensions of each model of a late integration, so that both side by side have 20 as in the paper."""
 
 
+def parameter_key(modality: str) -> str:
+    """A modality in the names of parameters: PyTorch takes no dots there, and keeps names of its own for itself."""
+    return modality if modality in PRESETS else f"mod:{modality.replace('.', ':')}"
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Options of the model. A field that is None takes the value that `model` stands for; see `resolve`."""
@@ -29,7 +34,7 @@ class ModelConfig:
     model: Annotated[ModelName, tyro.conf.arg(aliases=["--model"])] = "bavae"
     """Model of the paper; bavae is liam as published."""
     modalities: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODALITY ...")] = ()
-    """Modalities to integrate, of rna, atac and adt; empty: all that the store holds."""
+    """Modalities to integrate, such as rna, atac and adt; empty: all that the store holds."""
     alpha: Annotated[float | None, Range(least=0), tyro.conf.arg(aliases=["--alpha"])] = None
     """Weight of the adversary that removes the sample from the embedding; the paper uses 0 to 1000."""
     alphas: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN=ALPHA ...", aliases=["--alphas"])] = ()
@@ -47,13 +52,13 @@ class ModelConfig:
     dropout_rate: Annotated[float, Range(least=0, below=1)] = 0.1
     """Share of hidden units dropped in the encoders while training."""
     dispersion_rna: Literal["gene", "gene-batch"] | None = None
-    """One dispersion per gene, or one per gene and sample."""
+    """One dispersion per gene, or one per gene and sample; also of NB modalities of other names than adt."""
     dispersion_atac: Literal["constant", "batch"] | None = None
-    """One dispersion for all peaks, or one per sample."""
+    """One dispersion for all peaks, or one per sample; also of NM modalities of other names."""
     dispersion_adt: Literal["ADT", "ADT-batch"] | None = None
     """One dispersion per protein, or one per protein and sample."""
     use_atac_libsize: bool = True
-    """Whether the ATAC decoder reads an inferred library size."""
+    """Whether the decoders of ATAC and other NM modalities read an inferred library size."""
     use_batch_norm_encoder: bool = False
     """Batch normalisation in the hidden layers of the encoders."""
     use_batch_norm_decoder: bool = False
@@ -63,7 +68,7 @@ class ModelConfig:
     use_layer_norm_decoder: bool = True
     """Layer normalisation in the hidden layers of decoders and adversary."""
     likelihood: Literal["per-cell", "original"] = "per-cell"
-    """ATAC likelihood: cell by cell, or summed over the minibatch as the original's code does."""
+    """NM likelihood, as of ATAC: cell by cell, or summed over the minibatch as the original's code does."""
     priors: Literal["present", "original"] = "present"
     """Library priors from the cells that have the modality, or from all cells with log 0 taken as 0 as the original."""
     impl: Impl = "auto"
@@ -79,10 +84,9 @@ class ModelConfig:
                 "drop one of the two"
             )
         self.weights()
-        unknown = [name for name in self.modalities if name not in MODALITIES]
-        if unknown or len(set(self.modalities)) != len(self.modalities):
+        if not all(map(is_name, self.modalities)) or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(
-                f"--model.modalities: got {list(self.modalities)}; name each once, out of {', '.join(MODALITIES)}"
+                f"--model.modalities: got {list(self.modalities)}; name each once, out of those that the store holds"
             )
 
     def weights(self) -> dict[str, float]:
@@ -121,9 +125,15 @@ class ModelData:
     """Per modality and sample: population variance of the log total; empty: 1."""
     covariates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Where samples are combinations of several obs columns: the value of each sample, by column."""
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    """What each modality is; those whose names tell may be left out."""
 
     def __post_init__(self) -> None:
         check_options(self)
+        kinds = {name: PRESETS.get(name, self.kinds.get(name)) for name in self.modalities}
+        if unsaid := [name for name, kind in kinds.items() if kind is None]:
+            raise ValueError(f"kinds: got none for {unsaid[0]}; {saying(unsaid[0])}")
+        object.__setattr__(self, "kinds", kinds)
         if not self.samples:
             raise ValueError("samples: got none; give one category for data without a sample covariate")
         for name, means in [*self.prior_mean.items(), *self.prior_variance.items()]:
@@ -144,7 +154,7 @@ class ModelData:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return tuple(name for name in MODALITIES if name in self.num_features)
+        return ordered(self.num_features)
 
     def select(self, modalities: Sequence[str]) -> ModelData:
         """The same with some modalities alone, for a model that reads no others."""
@@ -157,10 +167,13 @@ class ModelData:
             num_features=chosen(self.num_features),
             prior_mean=chosen(self.prior_mean),
             prior_variance=chosen(self.prior_variance),
+            kinds=chosen(self.kinds),
         )
 
     def to_json(self) -> dict[str, Any]:
+        kinds = {name: asdict(kind) for name, kind in self.kinds.items() if name not in PRESETS}
         return {
+            **({"kinds": kinds} if kinds else {}),
             "num_features": dict(self.num_features),
             "samples": list(self.samples),
             "prior_mean": {name: list(values) for name, values in self.prior_mean.items()},
@@ -176,6 +189,7 @@ class ModelData:
             prior_mean={name: tuple(values) for name, values in entry["prior_mean"].items()},
             prior_variance={name: tuple(values) for name, values in entry["prior_variance"].items()},
             covariates={name: tuple(values) for name, values in entry.get("covariates", {}).items()},
+            kinds={name: Kind(**kind) for name, kind in entry.get("kinds", {}).items()},
         )
 
 
@@ -269,7 +283,7 @@ def _chosen_modalities(config: ModelConfig, modalities: Sequence[str]) -> tuple[
             f"--model.modalities: got {', '.join(missing) or 'none'} for model {config.model}, but the store holds "
             f"{', '.join(modalities) or 'none'}; choose among these, or ingest a source with the missing one"
         )
-    return tuple(name for name in MODALITIES if name in wanted)
+    return ordered(wanted)
 
 
 def _check_samples(config: ModelConfig, num_samples: int) -> None:
@@ -332,7 +346,12 @@ def resolve(
         return (full,)
     if len(chosen) < 2:
         raise ValueError(
-            f"--model: got concat with one modality ({chosen[0]}); use model {chosen[0]}-only, "
+            f"--model: got concat with one modality ({chosen[0]}); use model {_alone(chosen[0])}, "
             "or a store with two modalities"
         )
-    return tuple(replace(full, model=f"{name}-only", modalities=(name,)) for name in chosen)  # type: ignore[arg-type]
+    return tuple(replace(full, model=_alone(name), modalities=(name,)) for name in chosen)
+
+
+def _alone(modality: str) -> ModelName:
+    """The model of one modality; those of other names than the known ones have none of their own."""
+    return f"{modality}-only" if modality in PRESETS else "bavae"  # type: ignore[return-value]

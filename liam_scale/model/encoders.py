@@ -63,8 +63,8 @@ class LibraryEncoder(nn.Module):
 class ModalityEncoder(nn.Module):
     """Hidden layer and library size of one modality, in one pass over its counts.
 
-    RNA enters its hidden layer as log(1 + counts) and its library encoder as counts; other modalities enter both as
-    they are.
+    With `log1p`, as RNA has it, counts enter the hidden layer as log(1 + counts) and the library encoder as counts;
+    else they enter both as they are.
     """
 
     def __init__(

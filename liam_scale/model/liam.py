@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from liam_scale.model.config import ModelConfig, ModelData, resolve
+from liam_scale.model.config import ModelConfig, ModelData, parameter_key, resolve
 from liam_scale.model.decoders import Adversary, NegativeBinomialDecoder, NegativeMultinomialDecoder
 from liam_scale.model.encoders import Encoded, LatentEncoder, ModalityEncoder
 from liam_scale.model.layers import BlockOptions, Draw, Gaussian
@@ -51,7 +51,7 @@ class Inference:
 
 
 class Liam(nn.Module):
-    """liam (Rautenstrauch & Ohler, Nucleic Acids Research 2024, e52) for RNA, ATAC, ADT and any mosaic of them.
+    """liam (Rautenstrauch & Ohler, Nucleic Acids Research 2024, e52) for RNA, ATAC, ADT, others, any mosaic of them.
 
     Parameters
     ----------
@@ -73,7 +73,9 @@ class Liam(nn.Module):
         self.config = _resolve_single(config, data)
         self.data = data.select(self.config.modalities)
         draw = Draw(seed)
-        self.encoders = nn.ModuleDict({name: self._encoder(name, draw.at(name)) for name in self.modalities})
+        self.encoders = nn.ModuleDict(
+            {parameter_key(name): self._encoder(name, draw.at(name)) for name in self.modalities}
+        )
         self.latent_encoder = LatentEncoder(
             len(self.modalities),
             self.config.n_hidden,
@@ -83,7 +85,7 @@ class Liam(nn.Module):
             draw=draw.at("z"),
         )
         self.decoders = nn.ModuleDict(
-            {name: self._decoder(name, draw.at(f"{name}.decoder")) for name in self.modalities}
+            {parameter_key(name): self._decoder(name, draw.at(f"{name}.decoder")) for name in self.modalities}
         )
         self.adversaries = nn.ModuleDict()
         has_adversary = self.config.adversarial and data.num_samples > 1 and not data.covariates
@@ -127,13 +129,22 @@ class Liam(nn.Module):
         config = self.config
         return BlockOptions(config.use_batch_norm_decoder, config.use_layer_norm_decoder, impl=config.impl)
 
+    def encoder(self, modality: str) -> ModalityEncoder:
+        return self.encoders[parameter_key(modality)]  # type: ignore[return-value]
+
+    def decoder(self, modality: str) -> NegativeBinomialDecoder | NegativeMultinomialDecoder:
+        return self.decoders[parameter_key(modality)]  # type: ignore[return-value]
+
+    def _is_multinomial(self, name: str) -> bool:
+        return self.data.kinds[name].likelihood == "NM"
+
     def _encoder(self, name: str, draw: Draw) -> ModalityEncoder:
         return ModalityEncoder(
             self.data.num_features[name],
             self.config.n_hidden,
-            log1p=name == "rna",
+            log1p=self.data.kinds[name].transform == "log1p",
             is_conditional=bool(self.config.conditional_encoder),
-            has_library=name != "atac" or self.config.use_atac_libsize,
+            has_library=not self._is_multinomial(name) or self.config.use_atac_libsize,
             num_samples=self.data.num_samples,
             options=self._encoder_options,
             impl=self.config.impl,
@@ -144,7 +155,7 @@ class Liam(nn.Module):
         config, samples = self.config, self.data.num_samples
         sizes = (self.num_latent, config.n_hidden, self.data.num_features[name])
         seen = samples if config.conditional_decoder else 0
-        if name == "atac":
+        if self._is_multinomial(name):
             return NegativeMultinomialDecoder(
                 *sizes,
                 uses_library=config.use_atac_libsize,
@@ -156,7 +167,7 @@ class Liam(nn.Module):
                 precision=config.precision,
                 draw=draw,
             )
-        by_sample = config.dispersion_rna == "gene-batch" if name == "rna" else config.dispersion_adt == "ADT-batch"
+        by_sample = config.dispersion_adt == "ADT-batch" if name == "adt" else config.dispersion_rna == "gene-batch"
         return NegativeBinomialDecoder(
             *sizes,
             num_dispersions=samples if by_sample else 0,
@@ -171,13 +182,14 @@ class Liam(nn.Module):
         samples = self.data.num_samples
         mean = self.data.prior_mean.get(name, (0.0,) * samples)
         variance = self.data.prior_variance.get(name, (1.0,) * samples)
-        self.register_buffer(f"prior_mean_{name}", torch.tensor(mean, dtype=torch.float32))
-        self.register_buffer(f"prior_variance_{name}", torch.tensor(variance, dtype=torch.float32))
+        key = parameter_key(name)
+        self.register_buffer(f"prior_mean_{key}", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer(f"prior_variance_{key}", torch.tensor(variance, dtype=torch.float32))
 
     def infer(self, minibatch: Minibatch, noise: Noise) -> Inference:
         """Encode the cells and draw z and library sizes."""
         encoded = {
-            name: self.encoders[name](minibatch.counts[name], minibatch.sample, noise) for name in self.modalities
+            name: self.encoder(name)(minibatch.counts[name], minibatch.sample, noise) for name in self.modalities
         }
         latent = self.latent_encoder([encoded[name].hidden for name in self.modalities], minibatch.sample, noise)
         log_library = {
@@ -203,10 +215,11 @@ class Liam(nn.Module):
         reconstruction, kl_libraries = {}, {}
         for name in self.modalities:
             coupled = {}
-            if name == "atac" and self.config.likelihood == "original" and num_global_with is not None:
+            is_coupled = self.config.likelihood == "original" and self._is_multinomial(name)
+            if is_coupled and num_global_with is not None:
                 coupled = {"num_global_with": num_global_with[name], "num_global": minibatch.num_global}
                 coupled["cell_scale"] = cell_weight  # type: ignore[assignment]
-            kernel_loss, log_likelihood = self.decoders[name].log_likelihood(  # type: ignore[operator]
+            kernel_loss, log_likelihood = self.decoders[parameter_key(name)].log_likelihood(  # type: ignore[operator]
                 minibatch.counts[name],
                 inference.z,
                 inference.log_library.get(name),
@@ -248,7 +261,8 @@ class Liam(nn.Module):
 
     def library_prior(self, name: str) -> tuple[Tensor, Tensor]:
         """(S,) mean and (S,) variance of the log total of a modality."""
-        return self.get_buffer(f"prior_mean_{name}"), self.get_buffer(f"prior_variance_{name}")
+        key = parameter_key(name)
+        return self.get_buffer(f"prior_mean_{key}"), self.get_buffer(f"prior_variance_{key}")
 
     def forward(
         self,
@@ -309,7 +323,7 @@ class Liam(nn.Module):
     def latent(self, minibatch: Minibatch) -> tuple[Tensor, Tensor]:
         """Posterior of the latent space before its softmax, without dropout or noise: mean and variance, (B, L)."""
         hidden = [
-            self.encoders[name](minibatch.counts[name], minibatch.sample, None, with_library=False).hidden
+            self.encoder(name)(minibatch.counts[name], minibatch.sample, None, with_library=False).hidden
             for name in self.modalities
         ]
         posterior = self.latent_encoder(hidden, minibatch.sample, None)

@@ -284,7 +284,7 @@ class _Entry:
 
 
 def _check_has_original(model: Liam) -> None:
-    if len(model.modalities) > 2 or model.modalities == ("atac", "adt"):
+    if model.modalities not in (("rna",), ("atac",), ("adt",), ("rna", "atac"), ("rna", "adt")):
         raise ValueError(
             f"model: got {' + '.join(model.modalities)}, which the original has no class for; "
             "give a model of rna, atac, adt, rna + atac or rna + adt"

@@ -18,7 +18,8 @@ from loaders.formats.frame import Frame, ObsTable, View, read_strings
 from loaders.formats.matrix import StoredMatrix
 from loaders.formats.root import check_foreign, not_a_store, reading
 from loaders.formats.source import Part, Say, Source, split_by_type
-from loaders.schema import MODALITIES, check_modality, check_unique, modality_of
+from loaders.modalities import PRESETS, Kind, Kinds, agreed, check_modality, modality_of, ordered, saying
+from loaders.schema import SCHEMA_KEY, check_unique
 
 
 class HeldGroup(dict[str, Any]):
@@ -84,7 +85,9 @@ def _cell_index(where: str, frame: Frame) -> npt.NDArray[Any]:
     return ids
 
 
-def open_anndata(label: str, path: Path, root: Any, *, modality: str | None, layer: str | None, say: Say) -> Source:
+def open_anndata(
+    label: str, path: Path, root: Any, *, modality: str | None, layer: str | None, kinds: Kinds, say: Say
+) -> Source:
     """An AnnData: one modality, several where var["feature_types"] says so, or none where it holds no matrix at all."""
     obs = Frame(root["obs"], label)
     ids = _cell_index(label, obs)
@@ -93,12 +96,11 @@ def open_anndata(label: str, path: Path, root: Any, *, modality: str | None, lay
     matrix, var_frame, layers = _counts_of(label, root, "", layer)
     var = var_frame.whole()
     _check_shape(matrix, len(ids), len(var))
-    modality = None if modality is None else check_modality(modality)
     types = var["feature_types"].astype(str).to_numpy() if "feature_types" in var else None
     if modality is not None and (types is None or len(set(types)) == 1):
-        parts = {modality: Part(modality, matrix, var, layers=layers)}
+        parts = {modality: Part(modality, kinds[modality], matrix, var, layers=layers)}
     elif types is not None:
-        parts = split_by_type(label, matrix, var, types, layers, say)
+        parts = split_by_type(label, matrix, var, types, layers, kinds=kinds, say=say)
         if modality is not None and modality not in parts:
             raise ValueError(
                 f"{label}: {modality} was asked for, var['feature_types'] has {', '.join(sorted(set(types)))}"
@@ -106,7 +108,7 @@ def open_anndata(label: str, path: Path, root: Any, *, modality: str | None, lay
         parts = parts if modality is None else {modality: parts[modality]}
     else:
         guessed = _guess_modality(label, var.index, say)
-        parts = {guessed: Part(guessed, matrix, var, layers=layers)}
+        parts = {guessed: Part(guessed, kinds[guessed], matrix, var, layers=layers)}
     return Source(label, (path,), ids, parts, ObsTable(View(obs, None), {}))
 
 
@@ -128,7 +130,7 @@ def _guess_modality(label: str, names: pd.Index, say: Say) -> str:
     return modality
 
 
-def open_mudata(label: str, path: Path, root: Any, *, layer: str | None, say: Say) -> Source:
+def open_mudata(label: str, path: Path, root: Any, *, layer: str | None, kinds: Kinds, say: Say) -> Source:
     """A MuData: cells that may lack modalities."""
     axis = int(root.attrs.get("axis", 0))
     if axis != 0:
@@ -139,9 +141,10 @@ def open_mudata(label: str, path: Path, root: Any, *, layer: str | None, say: Sa
     ids = _cell_index(label, obs)
     found: dict[str, tuple[str, Part, View]] = {}
     for key in _modality_keys(root["mod"]):
-        modality = modality_of(key)
+        modality = modality_of(key, kinds)
         if modality is None:
-            say(f"{label}: modality {key!r} is left out; known are {', '.join(MODALITIES)}")
+            known = ", ".join(ordered(kinds))
+            say(f"{label}: modality {key!r} is left out; known are {known}; to take it, {saying(key)}")
             continue
         if modality in found:
             raise ValueError(
@@ -154,13 +157,15 @@ def open_mudata(label: str, path: Path, root: Any, *, layer: str | None, say: Sa
         matrix, var, layers = _counts_of(label, group, f"mod/{key}/", layer, rows)
         whole = var.whole()
         _check_shape(matrix, len(own), len(whole))
-        found[modality] = key, Part(modality, matrix, whole, None, rows, layers), View(frame, rows)
+        found[modality] = key, Part(modality, kinds[modality], matrix, whole, None, rows, layers), View(frame, rows)
     if not found:
+        there = _modality_keys(root["mod"])
         raise ValueError(
-            f"{label}: got modalities {', '.join(root['mod'])}, expected some of {', '.join(MODALITIES)}; rename them"
+            f"{label}: got modalities {', '.join(there)}, expected some of {', '.join(ordered(kinds))}; rename them, or"
+            f" {saying(there[0] if there else '')}"
         )
     views = {name: view for name, (_, _, view) in found.items()}
-    parts = {name: found[name][1] for name in MODALITIES if name in found}
+    parts = {name: found[name][1] for name in ordered(found)}
     return Source(
         label, (path,), ids, parts, ObsTable(View(obs, None), views, tuple(key for key, _, _ in found.values()))
     )
@@ -201,7 +206,7 @@ def is_tenx(root: Any) -> bool:
     return "matrix" in root or any("barcodes" in root[key] for key in root if hasattr(root[key], "keys"))
 
 
-def open_tenx(label: str, path: Path, root: Any, *, say: Say) -> Source:
+def open_tenx(label: str, path: Path, root: Any, *, kinds: Kinds, say: Say) -> Source:
     """The cells and modalities of a 10x file; feature names repeated in it get -1, -2, ... as scanpy gives them."""
     if "matrix" not in root or "features" not in root["matrix"]:
         raise ValueError(
@@ -229,7 +234,7 @@ def open_tenx(label: str, path: Path, root: Any, *, say: Say) -> Source:
     # Compressed by barcode: read as cells x features it is CSR.
     matrix = CompressedRows(f"{label}: matrix", (num_cells, num_features), group)
     types = var["feature_types"].to_numpy() if "feature_types" in var else np.full(len(var), "Gene Expression", object)
-    parts = split_by_type(label, matrix, var, types, (), say)
+    parts = split_by_type(label, matrix, var, types, (), kinds=kinds, say=say)
     obs = Frame(pd.DataFrame(index=ids.astype(object)), label)
     return Source(label, (path,), ids, parts, ObsTable(View(obs, None), {}))
 
@@ -262,13 +267,15 @@ Held: TypeAlias = anndata.AnnData | mudata.MuData
 """Data in memory."""
 
 
-def open_held(data: Held, *, modality: str | None, layer: str | None, say: Say) -> Source:
+def open_held(data: Held, *, modality: str | None, layer: str | None, kinds: Kinds, say: Say) -> Source:
     """The cells and modalities of an AnnData or MuData in memory."""
-    kind = type(data).__name__
-    return open_group(HeldGroup(data), f"{kind} in memory", Path(kind), modality=modality, layer=layer, say=say)
+    kind, options = type(data).__name__, {"modality": modality, "layer": layer}
+    return open_group(HeldGroup(data), f"{kind} in memory", Path(kind), **options, kinds=kinds, say=say)
 
 
-def open_group(root: Any, label: str, path: Path, *, modality: str | None, layer: str | None, say: Say) -> Source:
+def open_group(
+    root: Any, label: str, path: Path, *, modality: str | None, layer: str | None, kinds: Kinds = PRESETS, say: Say
+) -> Source:
     """The cells and modalities that an open group holds.
 
     Parameters
@@ -279,6 +286,8 @@ def open_group(root: Any, label: str, path: Path, *, modality: str | None, layer
         Modality to take; it also names the features of an AnnData that does not.
     layer
         Layer that holds the counts ("raw" also means `.raw`); None: X.
+    kinds
+        What modalities of other names than the known ones are; a store that ingest made knows its own.
     say
         Takes remarks on what was assumed.
 
@@ -287,21 +296,31 @@ def open_group(root: Any, label: str, path: Path, *, modality: str | None, layer
     ValueError
         It is neither AnnData nor MuData nor a 10x matrix, or says contradictory things.
     """
-    modality = None if modality is None else check_modality(modality)
+    with reading(label):
+        kinds = {**PRESETS, **agreed([("what was asked for", kinds), (label, _kinds_in(root))])}
+    modality = None if modality is None else check_modality(modality, kinds)
     with reading(label):
         check_foreign(root, label)
-        return _open(root, label, path, modality=modality, layer=layer, say=say)
+        return _open(root, label, path, modality=modality, layer=layer, kinds=kinds, say=say)
 
 
-def _open(root: Any, label: str, path: Path, *, modality: str | None, layer: str | None, say: Say) -> Source:
+def _kinds_in(root: Any) -> dict[str, Kind]:
+    """What the modalities of other names than the known ones are, in a store that ingest made."""
+    held = getattr(root, "attrs", {}).get(SCHEMA_KEY, {}).get("modalities", {})
+    return {name: Kind(m["likelihood"], m["transform"]) for name, m in held.items() if "likelihood" in m}
+
+
+def _open(
+    root: Any, label: str, path: Path, *, modality: str | None, layer: str | None, kinds: Kinds, say: Say
+) -> Source:
     if "obs" in root and "var" in root and "mod" not in root:
-        return open_anndata(label, path, root, modality=modality, layer=layer, say=say)
+        return open_anndata(label, path, root, modality=modality, layer=layer, kinds=kinds, say=say)
     if "mod" in root:
-        source = open_mudata(label, path, root, layer=layer, say=say)
+        source = open_mudata(label, path, root, layer=layer, kinds=kinds, say=say)
     elif is_tenx(root):
         if layer is not None:
             raise ValueError(f"layer: got {layer!r} for {label}, a 10x file, which has no layers; leave it out")
-        source = open_tenx(label, path, root, say=say)
+        source = open_tenx(label, path, root, kinds=kinds, say=say)
     else:
         kind = root.attrs.get("encoding-type")
         inside = ", ".join(sorted(root)) or "nothing"

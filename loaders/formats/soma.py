@@ -18,7 +18,8 @@ from loaders.formats.frame import Frame, ObsTable, Strings, View
 from loaders.formats.matrix import once
 from loaders.formats.soma_matrix import SomaMatrix
 from loaders.formats.source import Part, Say, Source
-from loaders.schema import MODALITIES, check_modality, check_unique, modality_of
+from loaders.modalities import PRESETS, Kinds, check_modality, modality_of, ordered, saying
+from loaders.schema import check_unique
 
 BUFFER_BYTES = 8 << 20
 """Bytes of one column buffer of TileDB-SOMA, three per read; its default is 1 GiB. 4 to 128 MB read equally fast."""
@@ -46,6 +47,8 @@ class SomaExperiment:
         Measurement of each modality, for example {"rna": "raw"}; others are left out. Default: those whose names tell.
     tiledb_config
         Options of TileDB, such as {"vfs.s3.region": "us-west-2"}.
+    kinds
+        What modalities of other names than the known ones are.
     say
         Takes remarks on what was assumed.
 
@@ -75,11 +78,12 @@ class SomaExperiment:
         obs_filter: str | None = None,
         measurements: Mapping[str, str] | None = None,
         tiledb_config: Mapping[str, str | float] | None = None,
+        kinds: Kinds = PRESETS,
         say: Say,
     ) -> None:
         self.uri = str(uri)
         self.soma = _import_tiledbsoma(self.uri)
-        self._filter, self._say = obs_filter, say
+        self._filter, self._say, self._kinds = obs_filter, say, {**PRESETS, **kinds}
         self.context = self.soma.SOMATileDBContext(
             tiledb_config={"soma.init_buffer_bytes": BUFFER_BYTES, **(tiledb_config or {})}
         )
@@ -88,7 +92,7 @@ class SomaExperiment:
         self.id_column = _first_known(self.obs_names, CELL_ID_COLUMNS)
         self.joinids = self.read_obs([])["soma_joinid"].to_numpy(np.int64)
         try:
-            chosen = _choose_measurements(list(self._experiment.ms.keys()), self.uri, measurements, say)
+            chosen = _choose_measurements(list(self._experiment.ms.keys()), self.uri, measurements, self._kinds, say)
             parts = self._open_parts(chosen, layer)
         except self.soma.SOMAError as error:
             raise RuntimeError(
@@ -140,7 +144,7 @@ class SomaExperiment:
 
     def _open_parts(self, chosen: Mapping[str, str], layer: str | None) -> dict[str, Part]:
         parts = {}
-        for modality in (name for name in MODALITIES if name in chosen):
+        for modality in ordered(chosen):
             matrix, names = self._open_matrix(chosen[modality], layer)
             rows = None
             if len(chosen) > 1:
@@ -149,7 +153,8 @@ class SomaExperiment:
                 if not present.all():
                     matrix = matrix.of_cells(np.flatnonzero(present))
                     rows = np.where(present, np.cumsum(present) - 1, -1)
-            parts[modality] = Part(modality, matrix, pd.DataFrame(index=pd.Index(names, dtype=object)), None, rows)
+            var = pd.DataFrame(index=pd.Index(names, dtype=object))
+            parts[modality] = Part(modality, self._kinds[modality], matrix, var, None, rows)
         return parts
 
     def _open_matrix(self, name: str, layer: str | None) -> tuple[SomaMatrix, npt.NDArray[np.object_]]:
@@ -214,18 +219,21 @@ def _first_known(columns: Any, candidates: tuple[str, ...]) -> str | None:
     return next((candidate for candidate in candidates if candidate in present), None)
 
 
-def _choose_measurements(names: list[str], uri: str, wanted: Mapping[str, str] | None, say: Say) -> dict[str, str]:
+def _choose_measurements(
+    names: list[str], uri: str, wanted: Mapping[str, str] | None, kinds: Kinds, say: Say
+) -> dict[str, str]:
     """Measurement of each modality."""
     if wanted is not None:
         for modality, name in wanted.items():
             if name not in names:
                 raise ValueError(f"measurements[{modality!r}]: got {name!r}; {uri} has {', '.join(names)}")
-        return {check_modality(modality): name for modality, name in wanted.items()}
+        return {check_modality(modality, kinds): name for modality, name in wanted.items()}
     chosen: dict[str, str] = {}
     for name in names:
-        known = modality_of(name)
+        known = modality_of(name, kinds)
         if known is None:
-            say(f"{uri}: measurement {name!r} is left out; known are {', '.join(MODALITIES)}")
+            known_ones = ", ".join(ordered(kinds))
+            say(f"{uri}: measurement {name!r} is left out; known are {known_ones}; to take it, {saying(name)}")
         elif known in chosen:
             raise ValueError(
                 f"store {uri}: got two measurements that mean {known!r}, {chosen[known]!r} and {name!r};"

@@ -13,7 +13,7 @@ import pandas as pd
 
 from loaders.formats.frame import ObsTable
 from loaders.formats.matrix import StoredMatrix
-from loaders.schema import MODALITIES, modality_of
+from loaders.modalities import Kind, Kinds, modality_of, ordered, saying
 
 Say = Callable[[str], None]
 """Takes remarks on what was assumed."""
@@ -25,8 +25,8 @@ class Part:
 
     Attributes
     ----------
-    modality
-        rna, atac or adt.
+    modality, kind
+        Its name, and what it is.
     matrix
         Its counts.
     var
@@ -40,6 +40,7 @@ class Part:
     """
 
     modality: str
+    kind: Kind
     matrix: StoredMatrix
     var: pd.DataFrame
     columns: npt.NDArray[np.int64] | None = None
@@ -62,6 +63,11 @@ class Source:
     sample: str | None = None
     """The sample of all its cells, where the user named it."""
 
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """What each modality is."""
+        return {name: part.kind for name, part in self.parts.items()}
+
     def at(self, cells: npt.NDArray[np.int64]) -> Source:
         """The source with these of its cells, ascending; rows of its matrices that belong to none of them stay."""
         parts = {
@@ -80,22 +86,33 @@ class Source:
 
 
 def split_by_type(
-    label: str, matrix: StoredMatrix, var: pd.DataFrame, types: npt.NDArray[Any], layers: tuple[str, ...], say: Say
+    label: str,
+    matrix: StoredMatrix,
+    var: pd.DataFrame,
+    types: npt.NDArray[Any],
+    layers: tuple[str, ...],
+    *,
+    kinds: Kinds,
+    say: Say,
 ) -> dict[str, Part]:
     """One part per modality of a matrix whose features have types."""
-    of_feature = {name: modality_of(name) for name in set(types.tolist())}
+    of_feature = {name: modality_of(name, kinds) for name in set(types.tolist())}
     unknown = sorted(name for name, modality in of_feature.items() if modality is None)
     if unknown:
-        say(f"{label}: features of the type {', '.join(unknown)} are left out; known are {', '.join(MODALITIES)}")
+        say(
+            f"{label}: features of the type {', '.join(unknown)} are left out; known are {', '.join(ordered(kinds))};"
+            f" to take them, {saying(unknown[0])}"
+        )
     parts = {}
-    for modality in MODALITIES:
+    for modality in ordered(found for found in of_feature.values() if found is not None):
         chosen = np.array([of_feature[name] == modality for name in types.tolist()], bool)
-        if chosen.any():
-            columns = np.where(chosen, np.cumsum(chosen) - 1, -1).astype(np.int64)
-            parts[modality] = Part(modality, matrix, var[chosen], None if chosen.all() else columns, layers=layers)
+        columns = np.where(chosen, np.cumsum(chosen) - 1, -1).astype(np.int64)
+        own = None if chosen.all() else columns
+        parts[modality] = Part(modality, kinds[modality], matrix, var[chosen], own, layers=layers)
     if not parts:
         raise ValueError(
             f"{label}: var['feature_types'] has {', '.join(sorted(of_feature)) or 'nothing'}, expected 'Gene "
-            "Expression', 'Peaks' or 'Antibody Capture'; correct it, or write rna=, atac= or adt= before the path"
+            "Expression', 'Peaks' or 'Antibody Capture'; correct it, write rna=, atac= or adt= before the path, or"
+            f" {saying(unknown[0] if unknown else '')}"
         )
     return parts

@@ -38,6 +38,7 @@ from loaders.ingest.shards import CHUNKS_PER_SHARD, ShardWriter
 from loaders.ingest.sources import parse_source
 from loaders.ingest.staging import Staging, check_out, explain_disk_errors
 from loaders.ingest.writer import CELLS_PER_CHUNK, ModalityLayout, StoreWriter, WrittenRows
+from loaders.modalities import PRESETS, Declared, agreed, check_found, declared
 from loaders.progress import Progress
 from loaders.schema import SCHEMA_KEY, Schema
 from loaders.sizing import default_threads
@@ -55,6 +56,7 @@ def append(
     join: Join = "inner",
     peaks: Literal["names", "reference"] = "names",
     feature_key: str | None = None,
+    modality: Declared = (),
     layer: str | None = None,
     memory: str | int = "1GiB",
     seed: int = 0,
@@ -70,8 +72,8 @@ def append(
     ----------
     store
         A store that ingest made, on a local disk.
-    sources, sample_key, feature_key, layer, memory
-        The new cells, as for `ingest`.
+    sources, sample_key, feature_key, modality, layer, memory
+        The new cells, as for `ingest`; modalities of the store need not be explained again.
     join
         "inner": the store keeps its features; sources must have all of them, and others of theirs are left out.
         "outer": features that only one side has are kept, and are zero in the cells of the other.
@@ -100,14 +102,17 @@ def append(
     with explain_disk_errors(path), holding(path):
         try:
             with ExitStack() as files:
-                old = _opened(path)
-                named = [parse_source(text) for text in texts]
+                old, asked = _opened(path), declared(modality)
+                kinds = {**PRESETS, **agreed([("what was asked for", asked), (str(path), old.schema.kinds)])}
+                named = [parse_source(text, kinds) for text in texts]
                 new = open_all(named, layer=layer, feature_key=feature_key, files=files, say=_unsaid)
+                found = {name: str(kind) for source in new for name, kind in source.kinds.items()}
+                check_found(asked, found, "none of the sources")
                 _check_fit(old, new, sample_key, join, peaks)
             options: dict[str, Any] = {"memory": memory, "join": join, "seed": seed, "progress": progress}
             reference = str(path) if peaks == REFERENCE and "atac" in old.source.parts else NAMES
             own: dict[str, Any] = {"sample_key": sample_key, "feature_key": feature_key, "layer": layer}
-            own["peaks"] = reference
+            own |= {"peaks": reference, "modality": found}
             ingest(texts, out=made, overwrite=True, **own, **options)
             if reshuffle:
                 return ingest([path, made], out=path, sample_key=SAMPLE, overwrite=True, **options)
@@ -270,7 +275,7 @@ def _matrix(
     first = held[having[0][0]]
     chunk = int(first.root[f"mod/{modality}/X/data"].chunks[0])
     dtype = widest_dtype(matrix.stored_dtype for matrix in matrices)
-    layout = ModalityLayout(joined.var, dtype, chunk / CELLS_PER_CHUNK)
+    layout = ModalityLayout(joined.var, dtype, chunk / CELLS_PER_CHUNK, atlas.kind(modality))
     folder = spill / f"{modality}.chained"
     with ThreadPoolExecutor(default_threads(), thread_name_prefix="encode") as pool, ExitStack() as stack:
         is_same = np.array_equal(joined.columns[0], np.arange(matrices[0].num_features))

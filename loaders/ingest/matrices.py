@@ -25,6 +25,7 @@ from loaders.ingest.sources import Named
 from loaders.ingest.tasks import Job, Record, Shard, save_runs, scan, scanned, write_shard
 from loaders.ingest.workers import Workers
 from loaders.ingest.writer import ModalityLayout, WrittenRows
+from loaders.modalities import Kind
 from loaders.progress import Progress
 from loaders.schema import sha256_of_json
 
@@ -50,6 +51,11 @@ class Atlas:
         for number, (start, source) in enumerate(zip(self.cells.starts[:-1].tolist(), self.sources, strict=True)):
             if modality in source.parts:
                 yield number, start, source, source.parts[modality]
+
+    def kind(self, modality: str) -> Kind:
+        """What a modality is, as all sources say that have it."""
+        _, _, _, part = next(self.having(modality))
+        return part.kind
 
     def present(self, modality: str) -> npt.NDArray[np.bool_]:
         """(n,) whether the cell at each place of the store has the modality."""
@@ -172,7 +178,7 @@ def _write_matrices(
         save_runs(job, modality, runs)
         lengths, totals = row_table(runs, num_rows)
         dtype = narrowest_dtype(max((record["maximum"] for record in records), default=0))
-        layout = ModalityLayout(joined.var, dtype, int(lengths.sum()) / max(1, num_rows))
+        layout = ModalityLayout(joined.var, dtype, int(lengths.sum()) / max(1, num_rows), atlas.kind(modality))
         shards = list(_shards(modality, layout, offsets_of(lengths)))
         futures = {submit(write_shard, shard): shard.rows[1] - shard.rows[0] for shard in shards}
         waiting[modality] = layout, lengths, totals, shards, futures

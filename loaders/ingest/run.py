@@ -30,7 +30,8 @@ from loaders.ingest.staging import Staging, check_out, explain_disk_errors
 from loaders.ingest.tasks import Job, keeping, place_of
 from loaders.ingest.workers import Workers, WorkersLost, open_workers
 from loaders.ingest.writer import StoreWriter
-from loaders.schema import MODALITIES, Schema
+from loaders.modalities import PRESETS, Declared, agreed, check_found, declared, ordered
+from loaders.schema import Schema
 from loaders.sizing import describe_memory, parse_memory
 
 _LEAST_MEMORY = 2**25
@@ -46,6 +47,7 @@ def ingest(
     join: Join = "inner",
     peaks: str = NAMES,
     feature_key: str | None = None,
+    modality: Declared = (),
     layer: str | None = None,
     where: str | None = None,
     features: Sequence[str] | None = None,
@@ -82,6 +84,10 @@ def ingest(
     feature_key
         Column of var by which genes and proteins are called, such as "gene_ids", where sources name them differently.
         Versions of Ensembl identifiers (ENSG00000141510.17) are left out; a source without the column keeps its names.
+    modality
+        What modalities of other names are: "h3k27ac=NM" (negative multinomial, as peaks), "hto=NB" (negative binomial,
+        as RNA), several such texts, or {"h3k27ac": "NM"}. A colon adds the transform of what encoders read, `none`,
+        `log1p` or `clr`: "hto=NB:clr"; default: log1p of NB, none of NM. The store keeps it; stores know their own.
     layer
         Layer that holds the counts ("raw" also means `.raw`); default X.
     where
@@ -126,10 +132,12 @@ def ingest(
     out = Path(out)
     check_out(out, overwrite=overwrite)
     say = Remarks(is_shown=progress)
-    named = [parse_source(text) for text in texts]
+    kinds = declared(modality)
+    named = [parse_source(text, {**PRESETS, **kinds}) for text in texts]
     with ExitStack() as files, explain_disk_errors(out):
         workers = files.enter_context(open_workers(dask, client, memory=budget))
         opened = open_all(named, layer=layer, feature_key=feature_key, files=files, say=say)
+        check_found(kinds, [name for source in opened for name in source.parts], "none of the sources")
         if where is not None:
             opened = chosen_cells(opened, where, say)
         cells = gather_cells(opened, sample_key, say, sample_from_file=sample_from_file)
@@ -156,8 +164,8 @@ def ingest(
         with StoreWriter(out, modalities={}, staging=staging) as writer:
             with keeping(job, opened):
                 written = write_matrices(atlas, job, staging.plan["parts"], workers, say, is_shown=progress)
-            for modality, (layout, rows) in written.items():
-                writer.take(modality, layout, rows)
+            for name, (layout, rows) in written.items():
+                writer.take(name, layout, rows)
             return finish(atlas, writer, provenance, say, is_shuffled=True)
 
 
@@ -217,10 +225,8 @@ class Remarks:
 
 def join_all(sources: Sequence[Source], join: Join, say: Say, peaks: str = NAMES) -> dict[str, Joined]:
     joined = {}
-    for modality in MODALITIES:
+    for modality in ordered(agreed((source.label, source.kinds) for source in sources)):
         having = [source for source in sources if modality in source.parts]
-        if not having:
-            continue
         parts = [source.parts[modality] for source in having]
         named = [(source.label, part.var) for source, part in zip(having, parts, strict=True)]
         is_by_overlap = modality == "atac" and peaks != NAMES

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
@@ -17,8 +17,8 @@ from loaders.formats.frame import Frame, ObsTable, View
 from loaders.formats.root import is_soma, open_root
 from loaders.formats.scverse import open_group
 from loaders.formats.soma import SomaExperiment
-from loaders.formats.source import Part, Say, Source
-from loaders.schema import MODALITIES, modality_of
+from loaders.formats.source import Say, Source
+from loaders.modalities import PRESETS, Kinds, modality_of, ordered, saying
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Named:
     """Path by modality; under None that of a file whose modalities are its own affair."""
     sample: str | None = None
     """The sample of all its cells."""
+    kinds: Kinds = field(default_factory=lambda: PRESETS)
+    """What its modalities may be."""
 
     def absolute(self) -> Named:
         """The same for a process in another folder."""
@@ -37,31 +39,32 @@ class Named:
         return replace(self, files=paths)
 
 
-def parse_source(text: str) -> Named:
+def parse_source(text: str, kinds: Kinds = PRESETS) -> Named:
     """Read what a user wrote: a path, `modality=path`, or several of the latter joined by commas for one set of cells.
 
     Before any of these, `NAME=` names the sample of its cells, where NAME is no modality's.
     """
     before, _, after = text.partition("=")
     if Path(text).exists() or not after or re.search(r"[/\\,]", before):
-        return Named(text, {None: text})
-    if modality_of(before) is None and ("," not in after or modality_of(after.partition("=")[0]) is not None):
-        return replace(parse_source(after), sample=before)
+        return Named(text, {None: text}, kinds=kinds)
+    is_paired = "," not in after or modality_of(after.partition("=")[0], kinds) is not None
+    if modality_of(before, kinds) is None and is_paired:
+        return replace(parse_source(after, kinds), sample=before)
     named: dict[str | None, str] = {}
     for item in text.split(","):
         key, _, path = item.partition("=")
-        modality = modality_of(key)
+        modality = modality_of(key, kinds)
         if modality is None or not path:
             raise ValueError(
-                f"source {text!r}: got {item!r}, expected modality=path with one of {', '.join(MODALITIES)}, for "
-                "example rna=a.h5ad,atac=b.h5ad"
+                f"source {text!r}: got {item!r}, expected modality=path with one of {', '.join(ordered(kinds))}, for"
+                f" example rna=a.h5ad,atac=b.h5ad; of another one, {saying(key)}"
             )
         if modality in named:
             raise ValueError(
                 f"source {text!r}: {modality} is named twice; give samples in separate files as sources of their own"
             )
         named[modality] = path
-    return Named(text, named)
+    return Named(text, named, kinds=kinds)
 
 
 def open_source(named: Named, *, layer: str | None, files: ExitStack, say: Say) -> Source:
@@ -76,22 +79,22 @@ def open_source(named: Named, *, layer: str | None, files: ExitStack, say: Say) 
     say
         Takes remarks on what was assumed.
     """
-    opened = {name: _open_one(path, name, layer, files, say) for name, path in named.files.items()}
+    opened = {name: _open_one(path, name, layer, named.kinds, files, say) for name, path in named.files.items()}
     source = next(iter(opened.values()))
     if len(opened) > 1:
         source = _pair(named.text, {str(name): one for name, one in opened.items()}, say)
     return source if named.sample is None else replace(source, sample=named.sample)
 
 
-def _open_one(text: str, modality: str | None, layer: str | None, files: ExitStack, say: Say) -> Source:
+def _open_one(text: str, modality: str | None, layer: str | None, kinds: Kinds, files: ExitStack, say: Say) -> Source:
     if is_soma(text):
-        experiment = files.enter_context(SomaExperiment(text, layer=layer, say=say))
+        experiment = files.enter_context(SomaExperiment(text, layer=layer, kinds=kinds, say=say))
         return experiment.source if modality is None else experiment.source.only(modality)
     root = open_root(text)
     if isinstance(root, h5py.File):
         files.enter_context(root)
     path = Path(text.rstrip("/").rpartition("/")[2] if "://" in text else text)
-    return open_group(root, text, path, modality=modality, layer=layer, say=say)
+    return open_group(root, text, path, modality=modality, layer=layer, kinds=kinds, say=say)
 
 
 def _pair(text: str, opened: Mapping[str, Source], say: Say) -> Source:
@@ -115,7 +118,7 @@ def _pair(text: str, opened: Mapping[str, Source], say: Say) -> Source:
         if absent:
             say(f"{text}: {absent} of {len(names)} cells have no {modality}")
         in_matrix = rows if part.rows is None else np.where(rows >= 0, part.rows[rows], -1)
-        parts[modality] = Part(modality, part.matrix, part.var, part.columns, in_matrix, part.layers)
+        parts[modality] = replace(part, rows=in_matrix)
         views[modality] = source.obs, rows
     paths = tuple(path for source in opened.values() for path in source.paths)
     ids = np.asarray(names.to_numpy(), dtype=object).astype(np.dtypes.StringDType())

@@ -27,7 +27,8 @@ from loaders.ecosystem import quiet_anndata
 from loaders.formats.sealed import CODECS, hash_all_metadata
 from loaders.ingest.shards import ShardWriter, create_sharded
 from loaders.ingest.staging import Staging, explain_disk_errors
-from loaders.schema import MODALITIES, SCHEMA_KEY, ModalitySchema, Schema, sha256_of_names
+from loaders.modalities import PRESETS, Kind, is_name, ordered
+from loaders.schema import SCHEMA_KEY, ModalitySchema, Schema, sha256_of_names
 from loaders.sizing import default_threads
 
 CELLS_PER_CHUNK = 256
@@ -48,6 +49,8 @@ class ModalityLayout:
     """uint8, uint16, uint32 or float32: must hold every value."""
     nonzeros_per_cell: float
     """Mean over cells, exact or estimated; decides the length of the inner chunks."""
+    kind: Kind | None = None
+    """What it is; None: what its name stands for."""
 
     @property
     def dtypes(self) -> dict[str, np.dtype[Any]]:
@@ -115,8 +118,8 @@ class StoreWriter:
         staging: Staging | None = None,
     ) -> None:
         self.out = Path(out)
-        for name in modalities:
-            _check_modality(name)
+        for name, layout in modalities.items():
+            _check_modality(name, layout)
         self._layouts: dict[str, ModalityLayout] = {}
         self._streams: dict[str, _MatrixWriter] = {}
         self._written: dict[str, WrittenRows] = {}
@@ -131,7 +134,7 @@ class StoreWriter:
 
     def take(self, name: str, layout: ModalityLayout, rows: WrittenRows) -> None:
         """Add a modality whose shards others have written."""
-        _check_modality(name)
+        _check_modality(name, layout)
         self._layouts[name], self._written[name] = layout, rows
 
     def append(self, modality: str, rows: SparseRows) -> None:
@@ -171,7 +174,7 @@ class StoreWriter:
         """
         present = present or {}
         columns = ((str(name), obs[name]) for name in obs) if isinstance(obs, pd.DataFrame) else obs
-        self._layouts = {name: self._layouts[name] for name in MODALITIES if name in self._layouts}
+        self._layouts = {name: self._layouts[name] for name in ordered(self._layouts)}
         masks = {name: present.get(name) for name in self._layouts}
         with explain_disk_errors(self.out), quiet_anndata(), zarr.config.set({"array.write_empty_chunks": True}):
             self._written |= {name: stream.close() for name, stream in self._streams.items()}
@@ -238,6 +241,7 @@ class StoreWriter:
             value_dtype=layout.dtypes["data"].name,
             features_sha256=sha256_of_names(str(name) for name in layout.var.index),
             counts_crc32c="".join(f"{crc:08x}" for crc in checksums),
+            **({} if layout.kind is None else vars(layout.kind)),
         )
 
     def _write_modality(self, name: str, cell_ids: npt.NDArray[Any], own: Iterable[tuple[str, Any]]) -> None:
@@ -279,9 +283,11 @@ class StoreWriter:
         return names
 
 
-def _check_modality(name: str) -> None:
-    if name not in MODALITIES:
-        raise ValueError(f"modality: got {name!r}, this package knows {', '.join(MODALITIES)}; rename it")
+def _check_modality(name: str, layout: ModalityLayout) -> None:
+    if not is_name(name) or (layout.kind is None and name not in PRESETS):
+        raise ValueError(
+            f"modality: got {name!r}, this package knows {', '.join(PRESETS)}; rename it, or give its layout a kind"
+        )
 
 
 class _MatrixWriter:

@@ -25,6 +25,7 @@ from loaders.formats.scverse import Held, open_group, open_held
 from loaders.formats.sealed import open_sealed
 from loaders.formats.soma import SomaExperiment
 from loaders.formats.source import Source
+from loaders.modalities import PRESETS, Declared, Kinds, agreed, check_found, declared
 from loaders.schema import SCHEMA_KEY
 from loaders.stores.base import Store
 from loaders.stores.embeddings import HeldEmbeddings, SomaEmbeddings, ZarrEmbeddings
@@ -41,7 +42,7 @@ def open_store(
     address: Address | Held | Sequence[Address | Held],
     *,
     format: Literal["zarr", "soma"] | None = None,
-    modality: str | None = None,
+    modality: Declared | None = None,
     layer: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     obs_filter: str | None = None,
@@ -59,9 +60,11 @@ def open_store(
     format
         "zarr" or "soma"; default: what is found there, for a remote address Zarr unless it begins with tiledb://.
     modality
-        The one modality to take (rna, atac or adt); it also names the features of an AnnData that does not. Without
-        it: var["feature_types"] where there is one, which may split the columns into several modalities; else atac
-        where features are named as intervals; else rna. Not for this package's own stores.
+        A text: the one modality to take ("adt"); it also names the features of an AnnData that does not. Without it:
+        var["feature_types"] where there is one, which may split the columns into several modalities; else atac where
+        features are named as intervals; else rna. Not for this package's own stores.
+        A mapping or several texts: what modalities of other names are, {"h3k27ac": "NM", "hto": "NB:clr"}, as for an
+        ingest; "h3k27ac=NM" says it of the one to take.
     layer
         Layer that holds the counts ("counts", or "raw" for AnnData's raw) instead of X; of TileDB-SOMA the X layer,
         default the only one, or the first of counts, raw and data. Not for this package's own stores.
@@ -75,33 +78,71 @@ def open_store(
     ValueError
         Nothing there that can be streamed; the message names what was found and what to do.
     """
+    is_name = isinstance(modality, str) and "=" not in modality
+    kinds = declared(None if is_name else modality)
+    one = modality.partition("=")[0] if isinstance(modality, str) else None
+    store = open_known(
+        address,
+        kinds,
+        format=format,
+        modality=one,
+        layer=layer,
+        storage_options=storage_options,
+        obs_filter=obs_filter,
+        measurements=measurements,
+        tiledb_config=tiledb_config,
+    )
+    check_found(kinds, store.schema.modalities, store.uri)
+    return store
+
+
+def open_known(
+    address: Address | Held | Sequence[Address | Held],
+    kinds: Kinds,
+    *,
+    format: Literal["zarr", "soma"] | None = None,
+    modality: str | None = None,
+    layer: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    obs_filter: str | None = None,
+    measurements: Mapping[str, str] | None = None,
+    tiledb_config: Mapping[str, str | float] | None = None,
+) -> Store:
+    """`open_store` where it is known what modalities of other names are, though they need not be there."""
+    kinds = {**PRESETS, **kinds}
     choice = {"modality": modality, "layer": layer}
     of_soma = {"obs_filter": obs_filter, "measurements": measurements, "tiledb_config": tiledb_config}
     if isinstance(address, anndata.AnnData | mudata.MuData):
         _refuse(of_soma, f"{type(address).__name__} in memory")
-        return store_of(_streamable(open_held(address, **choice, say=_log.info)), HeldEmbeddings(address))
+        return store_of(_streamable(open_held(address, **choice, kinds=kinds, say=_log.info)), HeldEmbeddings(address))
     if isinstance(address, Sequence) and not isinstance(address, str):
         options = {"format": format, "storage_options": storage_options, **choice, **of_soma}
-        return ChainedStore([open_store(one, **options) for one in address])  # type: ignore[arg-type]
+        return ChainedStore([open_known(one, kinds, **options) for one in address])  # type: ignore[arg-type]
     if format == "soma" or (format is None and is_soma(address)):
         if not isinstance(address, str | Path):
             raise ValueError(f"store {describe_address(address)}: got format='soma' for an object of zarr; give a path")
         _refuse({"modality": modality, "storage_options": storage_options}, "a TileDB-SOMA experiment")
-        experiment = SomaExperiment(address, layer=layer, **of_soma, say=_log.info)  # type: ignore[arg-type]
+        soma: Any = {**of_soma, "layer": layer, "kinds": kinds}
+        experiment = SomaExperiment(address, **soma, say=_log.info)
         _tell_unshuffled(experiment.uri)
         return store_of(experiment.source, SomaEmbeddings(experiment), close=experiment.close)
     _refuse(of_soma, describe_address(address))
-    return _open_root(address, storage_options, **choice)
+    return _open_root(address, storage_options, kinds, **choice)
 
 
 def _open_root(
-    address: Address, storage_options: Mapping[str, Any] | None, *, modality: str | None, layer: str | None
+    address: Address,
+    storage_options: Mapping[str, Any] | None,
+    kinds: Kinds,
+    *,
+    modality: str | None,
+    layer: str | None,
 ) -> Store:
     root, label = open_root(address, storage_options=storage_options), describe_address(address)
     with reading(label):
         attributes = dict(root.attrs)
     if attributes.get("encoding-type") == ANNBATCH:
-        parts = [_open_root(part, None, modality=modality, layer=layer) for part in _datasets(root)]
+        parts = [_open_root(part, None, kinds, modality=modality, layer=layer) for part in _datasets(root)]
         return ChainedStore(parts, is_shuffled=True)
     if isinstance(root, zarr.Group) and isinstance(root.store, ObjectStore):
         if the_cache() is None:
@@ -114,8 +155,11 @@ def _open_root(
         )
     if SCHEMA_KEY in attributes:
         _refuse({"modality": modality, "layer": layer}, f"{label}, whose modalities and counts are fixed")
-        return own_store(root, label, ZarrEmbeddings(address, storage_options))
-    source = _streamable(open_group(root, label, Path(label), modality=modality, layer=layer, say=_log.info))
+        store = own_store(root, label, ZarrEmbeddings(address, storage_options))
+        agreed([("what was asked for", kinds), (label, store.schema.kinds)])
+        return store
+    options: Any = {"modality": modality, "layer": layer, "kinds": kinds}
+    source = _streamable(open_group(root, label, Path(label), **options, say=_log.info))
     _tell_unshuffled(label)
     close = root.close if isinstance(root, h5py.File) else None
     return store_of(source, ZarrEmbeddings(address, storage_options), close=close)

@@ -18,16 +18,8 @@ from loaders.formats.frame import Frame, ObsTable, View, encode
 from loaders.formats.matrix import Matrix, ReorderedRows, SelectedColumns, once
 from loaders.formats.sealed import open_sealed
 from loaders.formats.source import Part, Source
-from loaders.schema import (
-    MODALITIES,
-    SCHEMA_KEY,
-    ModalitySchema,
-    NewerFormat,
-    ObsColumn,
-    Schema,
-    modality_of,
-    sha256_of_names,
-)
+from loaders.modalities import Kind, modality_of, ordered
+from loaders.schema import SCHEMA_KEY, ModalitySchema, NewerFormat, ObsColumn, Schema, sha256_of_names
 from loaders.stores.base import check_embedding, describe_store
 
 _log = logging.getLogger(__name__)
@@ -118,7 +110,7 @@ class SourceStore:
 
     def embedding_names(self) -> list[str]:
         # MuData keeps there which cells have a modality, under its name.
-        return [name for name in self._embeddings.names() if modality_of(name) is None]
+        return [name for name in self._embeddings.names() if modality_of(name, self.schema.kinds) is None]
 
     def embedding_attributes(self, name: str) -> list[dict[str, Any]]:
         return self._embeddings.attributes(name)
@@ -135,10 +127,10 @@ class SourceStore:
 
 def store_of(source: Source, embeddings: Embeddings, *, close: Callable[[], None] | None = None) -> SourceStore:
     """A source as a store; what a schema says of our own stores is looked up."""
-    held = {name: _modality_of(source.parts[name]) for name in MODALITIES if name in source.parts}
+    held = {name: _modality_of(source.parts[name]) for name in ordered(source.parts)}
     schema = Schema(
         num_cells=len(source.cell_ids),
-        modalities={name: _schema_of(name, modality) for name, modality in held.items()},
+        modalities={name: _schema_of(name, modality, source.parts[name].kind) for name, modality in held.items()},
         obs_columns=tuple(source.obs.columns),
         is_shuffled=False,
         cells_sha256=sha256_of_names(map(str, source.cell_ids)),
@@ -235,7 +227,7 @@ def _names(names: Any) -> npt.NDArray[np.str_]:
     return np.asarray(names.astype(object), dtype=str)
 
 
-def _schema_of(name: str, held: Modality) -> ModalitySchema:
+def _schema_of(name: str, held: Modality, kind: Kind) -> ModalitySchema:
     matrix = held.matrix
     return ModalitySchema(
         name=name,
@@ -244,4 +236,5 @@ def _schema_of(name: str, held: Modality) -> ModalitySchema:
         num_nonzeros=matrix.num_nonzeros(),
         value_dtype=matrix.value_dtype.name,
         features_sha256=sha256_of_names(held.feature_names()),
+        **vars(kind),
     )

@@ -18,7 +18,8 @@ from loaders.formats.compressed import CompressedRows
 from loaders.formats.features import shared_names
 from loaders.formats.matrix import ChainedMatrix, Matrix, SelectedColumns, once
 from loaders.intervals import intervals_of
-from loaders.schema import MODALITIES, ModalitySchema, ObsColumn, Schema, sha256_of_names, unite_categories
+from loaders.modalities import PRESETS, Kind, Kinds, agreed, ordered
+from loaders.schema import ModalitySchema, ObsColumn, Schema, sha256_of_names, unite_categories
 from loaders.stores.base import Store, check_embedding, describe_store
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class MatchedStore:
     by_overlap
         Match ATAC by the intervals that peaks are named after: each to the one asked for with which it shares most
         bases, counts that come together added up.
+    kinds
+        What the modalities are that the store lacks, where their names do not tell.
 
     Raises
     ------
@@ -42,7 +45,14 @@ class MatchedStore:
         A modality has no feature in common with those asked for.
     """
 
-    def __init__(self, store: Store, features: Mapping[str, Sequence[str]], *, by_overlap: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        features: Mapping[str, Sequence[str]],
+        *,
+        by_overlap: bool = False,
+        kinds: Kinds = PRESETS,
+    ) -> None:
         self.store, self.uri, self._by_overlap = store, store.uri, by_overlap
         self._names = {name: np.asarray(list(own), dtype=np.str_) for name, own in features.items()}
         self._targets = {name: self._match(name) for name in features if name in store.schema.modalities}
@@ -52,10 +62,11 @@ class MatchedStore:
                 f"{', '.join(features)}"
             )
         held = store.schema.modalities
+        kinds = {**PRESETS, **kinds}
         blank = replace(next(iter(held.values())), num_cells=0, num_nonzeros=0)
         modalities = {
             name: replace(
-                held.get(name, replace(blank, name=name)),
+                held[name] if name in held else replace(blank, name=name, **vars(kinds[name])),
                 num_features=len(own),
                 features_sha256=sha256_of_names(map(str, own)),
             )
@@ -176,7 +187,8 @@ class ChainedStore:
         self.uri = " + ".join(store.uri for store in stores)
         self.stores = tuple(stores)
         self._starts = _starts(store.schema.num_cells for store in stores)
-        names = [name for name in MODALITIES if any(name in store.schema.modalities for store in stores)]
+        kinds = agreed((store.uri, store.schema.kinds) for store in stores)
+        names = ordered(kinds)
         self._names = {name: _shared_features(self.stores, name) for name in names}
         self._views = {name: [_view(store, name, self._names[name]) for store in stores] for name in names}
         self._row_starts = {
@@ -185,7 +197,7 @@ class ChainedStore:
         }
         self.schema = Schema(
             num_cells=self._starts[-1],
-            modalities={name: self._modality_schema(name) for name in names},
+            modalities={name: self._modality_schema(name, kinds[name]) for name in names},
             obs_columns=tuple(dict.fromkeys(column for store in stores for column in store.schema.obs_columns)),
             is_shuffled=is_shuffled or (len(stores) == 1 and stores[0].schema.is_shuffled),
             cells_sha256=sha256_of_names(store.schema.cells_sha256 for store in stores),
@@ -274,7 +286,7 @@ class ChainedStore:
         pairs = zip(self.stores, self._views[modality], strict=True)
         return [(store, view) for store, view in pairs if view is not None]
 
-    def _modality_schema(self, name: str) -> ModalitySchema:
+    def _modality_schema(self, name: str, kind: Kind) -> ModalitySchema:
         held = [store.schema.modalities[name] for store, _ in self._holders(name)]
         return ModalitySchema(
             name=name,
@@ -283,6 +295,7 @@ class ChainedStore:
             num_nonzeros=sum(entry.num_nonzeros for entry in held),
             value_dtype=widest_dtype(np.dtype(entry.value_dtype) for entry in held).name,
             features_sha256=sha256_of_names(self._names[name]),
+            **vars(kind),
         )
 
 

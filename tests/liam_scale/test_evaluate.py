@@ -29,6 +29,7 @@ from liam_scale.evaluation.cells import (
 from liam_scale.evaluation.measures import asw_label, score
 from liam_scale.evaluation.scored import Scored
 from loaders.ecosystem import plain_mudata, quiet_anndata
+from loaders.modalities import PRESETS
 from loaders.stores import ObsColumn, open_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,7 @@ def pbmc() -> mudata.MuData:
     with plain_mudata():
         data = mudata.read_h5mu(PBMC)
     counts = {m: data.mod[m].to_df().reindex(data.obs_names).fillna(0) for m in ("rna", "adt")}
-    blocks = [normalised(m, scipy.sparse.csr_matrix(values, dtype=np.float32)) for m, values in counts.items()]
+    blocks = [normalised(PRESETS[m], scipy.sparse.csr_matrix(values, dtype=np.float32)) for m, values in counts.items()]
     points = principal_components(blocks)
     for donor in data.obs["donor"].cat.categories:
         of_donor = np.asarray(data.obs["donor"] == donor)
@@ -217,16 +218,16 @@ class TestBaseline:
     def test_normalisation_leaves_absent_cells_at_zero(self):
         counts = scipy.sparse.csr_matrix(np.array([[1, 3, 0], [0, 0, 0], [0, 0, 9]], np.float32))
         np.testing.assert_allclose(
-            normalised("rna", counts).toarray(), np.log1p([[250, 750, 0], [0, 0, 0], [0, 0, 1000]]), rtol=1e-6
+            normalised(PRESETS["rna"], counts).toarray(), np.log1p([[250, 750, 0], [0, 0, 0], [0, 0, 1000]]), rtol=1e-6
         )
-        ratio = normalised("adt", counts).toarray()
+        ratio = normalised(PRESETS["adt"], counts).toarray()
         scale = np.exp((np.log1p(1) + np.log1p(3)) / 3)
         np.testing.assert_allclose(ratio[0], np.log1p(np.array([1, 3, 0]) / scale), rtol=1e-6)
         assert not ratio[1].any()
 
     def test_two_cells_are_the_least(self):
         identity = scipy.sparse.eye(4, 3, format="csr", dtype=np.float32)
-        assert principal_components([normalised("rna", identity)]).shape == (4, 2)
+        assert principal_components([normalised(PRESETS["rna"], identity)]).shape == (4, 2)
         with pytest.raises(ValueError, match=r"got 1 cells x 3 features; give at least 2 of each"):
             principal_components([scipy.sparse.csr_matrix((1, 3), dtype=np.float32)])
 

@@ -9,6 +9,7 @@ import pytest
 import liam_scale
 from liam_scale.evaluate import EvaluateConfig, describe, evaluate, main
 from liam_scale.evaluation.imputation import MEAN_PROFILE, _Scores
+from loaders.modalities import PRESETS
 from loaders.stores import open_store
 from loaders.synthetic import simulate
 
@@ -16,7 +17,7 @@ TINY = {"num_genes": 60, "num_peaks": 150, "genes_per_cell": 20, "peaks_per_cell
 
 
 def scores(counts: np.ndarray, decoded: np.ndarray, name: str = "atac") -> dict[str, float]:
-    gathered = _Scores(name)
+    gathered = _Scores(PRESETS[name], is_clr=name == "adt")
     for start in range(0, len(counts), 7):
         gathered.add(counts[start : start + 7], decoded[start : start + 7])
     return gathered.results()

@@ -79,7 +79,10 @@ def test_a_conditional_adversary_is_reached_from_a_name_and_a_flag() -> None:
         ({"model": "rna-only", "modalities": ("atac",)}, "got .'atac'. with model rna-only"),
         ({"model": "concat", "modalities": ("rna",)}, "got concat with one modality .rna.; use model rna-only"),
         ({"modalities": ("rna", "rna")}, "--model.modalities: .*; name each once"),
-        ({"modalities": ("protein",)}, "got .'protein'.; name each once, out of rna, atac, adt"),
+        (
+            {"modalities": ("protein",)},
+            "got protein for model bavae, but the store holds rna, atac, adt",
+        ),
         ({"alpha": -1.0}, "--model.alpha: got -1.0; give at least 0"),
         ({"alpha": float("nan")}, "--model.alpha: got nan"),
         ({"alpha": 2.0, "adversarial": False}, "--model.alpha: got 2 with adversarial false"),

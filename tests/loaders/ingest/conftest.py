@@ -87,7 +87,7 @@ def assert_store_has(read, modality, adata):
     np.testing.assert_array_equal(inside.obs["total_counts"], expected.sum(axis=1))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make():
     """The makers and the comparison above."""
     return SimpleNamespace(anndata=make_anndata, mudata=make_mudata, tenx=write_tenx, assert_store_has=assert_store_has)
