@@ -28,6 +28,8 @@ class AppendConfig:
     """inner: sources must have the features of the store; outer: features of either are kept, zero where they lack."""
     peaks: Literal["names", "reference"] = "names"
     """reference: counts of ATAC go to the peak of the store with which theirs shares most bases."""
+    ignore_genome: bool = False
+    """Take peaks together though their sources name different genomes in var, which else are refused."""
     feature_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Column of var by which genes and proteins are called, such as gene_ids; versions (ENSG00000141510.17) go."""
     modality: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=NM|NB ...")] = ()

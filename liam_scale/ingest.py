@@ -37,6 +37,8 @@ class IngestConfig:
     peaks: Annotated[str, tyro.conf.arg(metavar="names|union|reference|PATH")] = "names"
     """How ATAC is matched: by name; or by overlap: overlapping peaks are one (union), or counts go to the peaks of the
     first source (reference), of a store or of a BED file."""
+    ignore_genome: bool = False
+    """Take peaks together though their sources name different genomes in var, which else are refused."""
     feature_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Column of var by which genes and proteins are called, such as gene_ids; versions (ENSG00000141510.17) go."""
     modality: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=NM|NB ...")] = ()

@@ -24,6 +24,8 @@ class MergeConfig:
     """Store to write."""
     join: Literal["inner", "outer"] = "inner"
     """Features kept where the stores differ: those of all, or those of any."""
+    ignore_genome: bool = False
+    """Take peaks together though the stores name different genomes in var, which else are refused."""
     memory: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "1GiB"
     """Memory of a reshuffle."""
     seed: int = 0

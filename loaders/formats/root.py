@@ -78,6 +78,8 @@ def open_root(
     ------
     ValueError
         Nothing is there, or something that is neither a Zarr group nor an HDF5 file.
+    RuntimeError
+        A remote store does not answer, or does not let read.
     """
     if isinstance(address, zarr.Group):
         if mode == "r":
@@ -98,6 +100,10 @@ def open_root(
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # no JSON, or not of a group
         what = f"its metadata cannot be read ({said_by(error)})"
         raise Damaged(describe_address(address), "zarr.json", what) from error
+    except Exception as error:  # obstore's own: no permission, no answer
+        if remote := unreachable(describe_address(address), error):
+            raise remote from error
+        raise
 
 
 def not_a_store(address: str, found: str) -> ValueError:

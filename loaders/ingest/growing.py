@@ -32,7 +32,7 @@ from loaders.formats.sealed import open_sealed
 from loaders.formats.source import Source
 from loaders.ingest.cells import SAMPLE, gather_cells
 from loaders.ingest.matrices import Atlas
-from loaders.ingest.peaks import NAMES, REFERENCE, join_peaks
+from loaders.ingest.peaks import NAMES, REFERENCE, check_genomes, join_peaks
 from loaders.ingest.run import Remarks, finish, ingest, join_all, open_all
 from loaders.ingest.shards import CHUNKS_PER_SHARD, ShardWriter
 from loaders.ingest.sources import parse_source
@@ -55,6 +55,7 @@ def append(
     sample_key: str | None = None,
     join: Join = "inner",
     peaks: Literal["names", "reference"] = "names",
+    ignore_genome: bool = False,
     feature_key: str | None = None,
     modality: Declared = (),
     layer: str | None = None,
@@ -79,6 +80,8 @@ def append(
         "outer": features that only one side has are kept, and are zero in the cells of the other.
     peaks
         "reference": counts of ATAC go to the peak of the store with which theirs shares most bases.
+    ignore_genome
+        Take peaks though the new cells name another genome than the store.
     seed
         Of the order of the new cells.
     reshuffle
@@ -108,15 +111,16 @@ def append(
                 new = open_all(named, layer=layer, feature_key=feature_key, files=files, say=_unsaid)
                 found = {name: str(kind) for source in new for name, kind in source.kinds.items()}
                 check_found(asked, found, "none of the sources")
-                _check_fit(old, new, sample_key, join, peaks)
-            options: dict[str, Any] = {"memory": memory, "join": join, "seed": seed, "progress": progress}
+                _check_fit(old, new, sample_key, join, peaks, ignore_genome=ignore_genome)
+            forced: dict[str, Any] = {"ignore_genome": ignore_genome}
+            options: dict[str, Any] = {"memory": memory, "join": join, "seed": seed, "progress": progress, **forced}
             reference = str(path) if peaks == REFERENCE and "atac" in old.source.parts else NAMES
             own: dict[str, Any] = {"sample_key": sample_key, "feature_key": feature_key, "layer": layer}
             own |= {"peaks": reference, "modality": found}
             ingest(texts, out=made, overwrite=True, **own, **options)
             if reshuffle:
                 return ingest([path, made], out=path, sample_key=SAMPLE, overwrite=True, **options)
-            return _chained([path, made], path, join, say, overwrite=True, texts=texts)
+            return _chained([path, made], path, join, say, texts=texts, overwrite=True, **forced)
         finally:
             # A kill comes past here, so that what it left is gone on with.
             shutil.rmtree(hidden, ignore_errors=True)
@@ -127,6 +131,7 @@ def merge(
     *,
     out: str | Path,
     join: Join = "inner",
+    ignore_genome: bool = False,
     memory: str | int = "1GiB",
     seed: int = 0,
     reshuffle: bool = False,
@@ -141,7 +146,7 @@ def merge(
         At least two, on a local disk. Ids that stand in more than one are prefixed by the store's name.
     out
         Store to make.
-    join, memory, seed, overwrite
+    join, ignore_genome, memory, seed, overwrite
         As for `ingest`; memory and seed of a `reshuffle`.
     reshuffle
         Write all cells in one random order, instead of mixing the parts at reading.
@@ -159,9 +164,10 @@ def merge(
     check_out(out, overwrite=overwrite)
     if reshuffle:
         options: dict[str, Any] = {"overwrite": overwrite, "memory": memory, "seed": seed, "progress": progress}
-        return ingest(paths, out=out, join=join, sample_key=SAMPLE, **options)
+        return ingest(paths, out=out, join=join, ignore_genome=ignore_genome, sample_key=SAMPLE, **options)
     with explain_disk_errors(out):
-        return _chained(paths, out, join, Remarks(is_shown=progress), overwrite=overwrite)
+        forced: Any = {"ignore_genome": ignore_genome, "overwrite": overwrite}
+        return _chained(paths, out, join, Remarks(is_shown=progress), **forced)
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,9 @@ def _unsaid(remark: str) -> None:
     """What is said when the sources are read."""
 
 
-def _check_fit(old: _Held, new: Sequence[Source], sample_key: str | None, join: Join, peaks: str) -> None:
+def _check_fit(
+    old: _Held, new: Sequence[Source], sample_key: str | None, join: Join, peaks: str, *, ignore_genome: bool
+) -> None:
     """Refuse cells that the store has, or that lack its features, before hours of reading."""
     held = pd.Index(old.source.cell_ids.astype(object))
     ids = pd.Index(gather_cells(new, sample_key, _unsaid).ids.astype(object))
@@ -207,11 +215,14 @@ def _check_fit(old: _Held, new: Sequence[Source], sample_key: str | None, join: 
         )
     for source in new:
         for name, part in source.parts.items():
+            before = old.source.parts.get(name, part).var
+            both = [(old.source.label, before), (source.label, part.var)]
+            if part.kind.likelihood == "NM" and not ignore_genome:
+                check_genomes(both)
             if name == "atac" and peaks == REFERENCE and name in old.source.parts:
-                held_peaks = (old.source.label, old.source.parts[name].var)
-                join_peaks([held_peaks, (source.label, part.var)], peaks, _unsaid)
+                join_peaks(both, peaks, _unsaid, ignore_genome=ignore_genome)
                 continue
-            var = old.source.parts[name].var.index if name in old.source.parts else part.var.index
+            var = before.index
             lacking = var[~var.isin(part.var.index)]
             if len(lacking) and (join == "inner" or len(lacking) == len(var)):
                 raise ValueError(
@@ -222,7 +233,14 @@ def _check_fit(old: _Held, new: Sequence[Source], sample_key: str | None, join: 
 
 
 def _chained(
-    paths: Sequence[Path], out: Path, join: Join, say: Remarks, *, overwrite: bool, texts: Sequence[str] = ()
+    paths: Sequence[Path],
+    out: Path,
+    join: Join,
+    say: Remarks,
+    *,
+    ignore_genome: bool,
+    overwrite: bool,
+    texts: Sequence[str] = (),
 ) -> Schema:
     """One store of the cells of several, in their order.
 
@@ -236,7 +254,8 @@ def _chained(
         labels = [str(paths[0]), ", ".join(texts)] if texts else [str(path) for path in paths]
         sources = [replace(one.source, label=label) for one, label in zip(held, labels, strict=True)]
         cells = gather_cells(sources, SAMPLE, say)
-        atlas = Atlas(sources, cells, join_all(sources, join, say), np.arange(cells.num_cells))
+        joined = join_all(sources, join, say, ignore_genome=ignore_genome)
+        atlas = Atlas(sources, cells, joined, np.arange(cells.num_cells))
         for one in held:
             if lost := sorted(set(one.root.get("obsm", {})) - set(one.source.parts)):
                 say(f"{one.source.label}: left out, as not of all cells: {', '.join(lost)}; embed again")

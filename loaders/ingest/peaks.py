@@ -41,7 +41,9 @@ def _reference(path: Path) -> pd.DataFrame:
     return pd.DataFrame(index=names)
 
 
-def join_peaks(sources: Sequence[tuple[str, pd.DataFrame]], peaks: str, say: Say) -> Joined:
+def join_peaks(
+    sources: Sequence[tuple[str, pd.DataFrame]], peaks: str, say: Say, *, ignore_genome: bool = False
+) -> Joined:
     """Peaks of the store, and where those of each source go: to the one with which they share most bases.
 
     Parameters
@@ -51,19 +53,22 @@ def join_peaks(sources: Sequence[tuple[str, pd.DataFrame]], peaks: str, say: Say
     peaks
         "union": overlapping peaks of all sources are one; "reference": those of the first source; or the path of
         a store or a BED file.
+    ignore_genome
+        Take peaks of a store that names another genome.
 
     Raises
     ------
     ValueError
-        A peak that is not named after an interval; sources of another genome; one of which no peak overlaps.
+        A peak that is not named after an interval; a store of another genome; a source of which no peak overlaps.
     """
     held = [intervals_of(var.index.astype(str).tolist(), f"atac of {where}") for where, var in sources]
-    _check_genomes(sources)
     if peaks == UNION:
         var, what = pd.DataFrame(index=pd.Index(united(held).names(), dtype=object)), "those of the union"
     else:
         var = sources[0][1] if peaks == REFERENCE else _reference(Path(peaks))
         what = f"those of {sources[0][0] if peaks == REFERENCE else peaks}"
+        if not ignore_genome:
+            check_genomes([(peaks, var), *sources])
     target = intervals_of(var.index.astype(str).tolist(), what)
     columns = []
     for number, ((where, _), own) in enumerate(zip(sources, held, strict=True)):
@@ -90,13 +95,14 @@ def _tell(where: str, what: str, own: Intervals, target: Intervals, column: np.n
         )
 
 
-def _check_genomes(sources: Sequence[tuple[str, pd.DataFrame]]) -> None:
+def check_genomes(sources: Sequence[tuple[str, pd.DataFrame]]) -> None:
     """Refuse sources that name different genomes, as 10x files do."""
-    named = [(where, set(var["genome"].astype(str)) - {""}) for where, var in sources if "genome" in var.columns]
+    given = [(where, var["genome"].dropna().astype(str)) for where, var in sources if "genome" in var.columns]
+    named = [(where, set(genomes) - {""}) for where, genomes in given if genomes.any()]
     for where, genomes in named[1:]:
         if not genomes & named[0][1]:
             raise ValueError(
                 f"peaks: {where} is of the genome {', '.join(sorted(genomes))}, {named[0][0]} of"
-                f" {', '.join(sorted(named[0][1]))}; lift one over, or write one name into var['genome'] if they"
-                f" are the same"
+                f" {', '.join(sorted(named[0][1]))}; lift one over, or if they are the same go on with"
+                f" ignore_genome=True"
             )

@@ -23,7 +23,7 @@ from loaders.ingest.checks import check_and_map
 from loaders.ingest.choice import chosen_cells, chosen_features, without_unused
 from loaders.ingest.matrices import Atlas, cut, key_of, write_matrices
 from loaders.ingest.naming import renamed
-from loaders.ingest.peaks import NAMES, check_peaks, join_peaks
+from loaders.ingest.peaks import NAMES, check_genomes, check_peaks, join_peaks
 from loaders.ingest.runs import destinations
 from loaders.ingest.sources import Named, open_source, parse_source
 from loaders.ingest.staging import Staging, check_out, explain_disk_errors
@@ -46,6 +46,7 @@ def ingest(
     sample_from_file: bool = False,
     join: Join = "inner",
     peaks: str = NAMES,
+    ignore_genome: bool = False,
     feature_key: str | None = None,
     modality: Declared = (),
     layer: str | None = None,
@@ -81,6 +82,8 @@ def ingest(
         to the one with which it shares most bases: "union", overlapping peaks of all sources are one; "reference",
         those of the first source; or the path of a store or a BED file with the peaks. Counts that come together are
         added up.
+    ignore_genome
+        Take peaks together though their sources name different genomes (`var["genome"]`), which else are refused.
     feature_key
         Column of var by which genes and proteins are called, such as "gene_ids", where sources name them differently.
         Versions of Ensembl identifiers (ENSG00000141510.17) are left out; a source without the column keeps its names.
@@ -141,7 +144,7 @@ def ingest(
         if where is not None:
             opened = chosen_cells(opened, where, say)
         cells = gather_cells(opened, sample_key, say, sample_from_file=sample_from_file)
-        joined = join_all(opened, join, say, peaks)
+        joined = join_all(opened, join, say, peaks, ignore_genome=ignore_genome)
         if features is not None:
             joined = chosen_features(joined, features, say)
         _look(opened, say)
@@ -161,6 +164,7 @@ def ingest(
         provenance |= {"where": where or ""} if where else {}
         provenance |= {"peaks": peaks} if peaks != NAMES else {}
         provenance |= {"feature_key": feature_key} if feature_key else {}
+        provenance |= {"ignore_genome": True} if ignore_genome else {}
         with StoreWriter(out, modalities={}, staging=staging) as writer:
             with keeping(job, opened):
                 written = write_matrices(atlas, job, staging.plan["parts"], workers, say, is_shown=progress)
@@ -223,14 +227,22 @@ class Remarks:
             tqdm.write(f"note: {text}", file=sys.stderr)
 
 
-def join_all(sources: Sequence[Source], join: Join, say: Say, peaks: str = NAMES) -> dict[str, Joined]:
-    joined = {}
-    for modality in ordered(agreed((source.label, source.kinds) for source in sources)):
+def join_all(
+    sources: Sequence[Source], join: Join, say: Say, peaks: str = NAMES, *, ignore_genome: bool = False
+) -> dict[str, Joined]:
+    joined, kinds = {}, agreed((source.label, source.kinds) for source in sources)
+    for modality in ordered(kinds):
         having = [source for source in sources if modality in source.parts]
         parts = [source.parts[modality] for source in having]
         named = [(source.label, part.var) for source, part in zip(having, parts, strict=True)]
+        if kinds[modality].likelihood == "NM" and not ignore_genome:
+            check_genomes(named)
         is_by_overlap = modality == "atac" and peaks != NAMES
-        result = join_peaks(named, peaks, say) if is_by_overlap else join_features(modality, named, join)
+        result = (
+            join_peaks(named, peaks, say, ignore_genome=ignore_genome)
+            if is_by_overlap
+            else join_features(modality, named, join)
+        )
         columns = tuple(
             own if part.columns is None else np.where(part.columns >= 0, own[part.columns], -1)
             for own, part in zip(result.columns, parts, strict=True)

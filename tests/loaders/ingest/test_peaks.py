@@ -11,7 +11,7 @@ import pytest
 import scipy.sparse
 
 from loaders.check import check_store
-from loaders.ingest import append, ingest
+from loaders.ingest import append, ingest, merge
 from loaders.stores import open_store, read_store
 
 ONE = ["chr1:100-200", "chr1:300-400", "chr2:100-200"]
@@ -107,3 +107,35 @@ def test_cohorts_that_do_not_go_together_are_refused(
     with pytest.raises(ValueError, match=r"peaks: got 'nowhere'; choose names, union or reference"):
         ingest(one, out=tmp_path / "s.zarr", peaks="nowhere", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5ad", "b.h5ad"]
+
+
+@pytest.mark.parametrize("peaks", ["names", "union", "reference", "store"])
+def test_sources_of_different_genomes_go_together_only_when_that_is_forced(tmp_path: Path, peaks: str) -> None:
+    one = source(tmp_path / "a.h5ad", ONE, genome="GRCh38")
+    other = source(tmp_path / "b.h5ad", ONE if peaks == "names" else OTHER, genome="hg38")
+    ingest(f"atac={one}", out=tmp_path / "a.zarr", progress=False)
+    given = [f"atac={path}" for path in ([other] if peaks == "store" else [one, other])]
+    options = {"peaks": str(tmp_path / "a.zarr") if peaks == "store" else peaks, "progress": False}
+    match = r"peaks: .*b.h5ad is of the genome hg38, .*a\.(h5ad|zarr) of GRCh38; lift one over, .*ignore_genome=True"
+    with pytest.raises(ValueError, match=match):
+        ingest(given, out=tmp_path / "s.zarr", **options)
+    assert not list(tmp_path.glob("*s.zarr*"))
+    ingest(given, out=tmp_path / "s.zarr", ignore_genome=True, **options)
+    assert open_store(tmp_path / "s.zarr").schema.num_cells == 30 * len(given)
+
+
+def test_a_store_grows_by_another_genome_only_when_that_is_forced(tmp_path: Path) -> None:
+    for name, genome in (("a", "GRCh38"), ("b", "hg38")):
+        file = source(tmp_path / f"{name}.h5ad", ONE, genome=genome)
+        ingest(f"atac={file}", out=tmp_path / f"{name}.zarr", progress=False)
+    match = r"peaks: .*b.(h5ad|zarr) is of the genome hg38, .*a.zarr of GRCh38; lift one over"
+    stores, before = [tmp_path / "a.zarr", tmp_path / "b.zarr"], (tmp_path / "a.zarr" / "zarr.json").read_bytes()
+    for peaks in ("names", "reference"):
+        with pytest.raises(ValueError, match=match):
+            append(tmp_path / "a.zarr", f"atac={tmp_path / 'b.h5ad'}", peaks=peaks, progress=False)
+    with pytest.raises(ValueError, match=match):
+        merge(stores, out=tmp_path / "m.zarr", progress=False)
+    assert (tmp_path / "a.zarr" / "zarr.json").read_bytes() == before
+    assert merge(stores, out=tmp_path / "m.zarr", ignore_genome=True, progress=False).num_cells == 60
+    grown = append(tmp_path / "a.zarr", f"atac={tmp_path / 'b.h5ad'}", ignore_genome=True, progress=False)
+    assert grown.parts == (30, 30)

@@ -172,6 +172,32 @@ def test_a_server_that_is_gone_is_named_with_what_was_read(own_store: Path, toy:
     assert "\n" not in str(raised.value)
 
 
+class ClosedHandler(QuietHandler):
+    """Refuses what lies behind a part of a path."""
+
+    closed: ClassVar = ""
+
+    def do_GET(self) -> None:
+        if self.closed in self.path:
+            self.send_error(403)
+        else:
+            super().do_GET()
+
+    do_HEAD = do_GET
+
+
+@pytest.mark.parametrize("closed", ["/own.zarr", "/mod/rna/X/data/c/"])
+def test_a_bucket_without_permission_is_named(
+    own_store: Path, toy: ModuleType, closed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ClosedHandler, "closed", closed)
+    with serving(own_store.parent, ClosedHandler) as address:
+        match = rf"{address}/own.zarr.* cannot be fetched .*403.* lets you read"
+        with pytest.raises(RuntimeError, match=match) as raised:
+            open_store(f"{address}/own.zarr").matrix("rna").read(0, toy.NUM_CELLS)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Options of obstore for the bucket `atlas` of an S3 server, a process of its own."""
