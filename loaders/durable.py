@@ -241,7 +241,10 @@ def remove_leftovers(
             try:
                 folder.rmdir()  # Its process was killed at once, or is about to make the lock and makes another folder.
             except OSError:
-                continue
+                if (folder / _LOCK).exists():
+                    continue
+                # The lock comes before all else: what is there without it was left by a kill while it was removed.
+                shutil.rmtree(folder, ignore_errors=True)
         except OSError:  # Its process lives.
             continue
         removed.append(folder)

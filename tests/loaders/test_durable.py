@@ -152,6 +152,15 @@ def test_a_folder_killed_before_it_was_locked_is_removed(tmp_path: Path) -> None
     assert names(tmp_path) == ["a"]
 
 
+def test_a_folder_killed_while_it_was_removed_goes_with_the_next_write(tmp_path: Path) -> None:
+    """Of what is in it the lock may be gone first."""
+    leftover = tmp_path / ".a.x1234567.partial"
+    (leftover / "spill").mkdir(parents=True)
+    (leftover / "spill" / "plan.json").touch()
+    write_text(tmp_path / "a", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_of_two_that_write_one_thing_the_second_says_who_is_at_it(tmp_path: Path) -> None:
     with holding(tmp_path / "a"):
         with holding(tmp_path / "b"):
