@@ -21,6 +21,9 @@ import os, signal, sys
 from liam_scale import embed
 from liam_scale.cli import main
 embed.CELLS_PER_STEP, embed.STEPS_PER_PIECE = 50, 1
+if "evaluate" in sys.argv or "sweep" in sys.argv:  # a UMAP takes longer than all the rest
+    from liam_scale.evaluation import plots
+    plots.umap_coordinates = lambda points, seed: points[:, :2]
 moment, folder, fsync, done = int(sys.argv.pop(1)), sys.argv.pop(1), os.fsync, 0
 writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 def count():
