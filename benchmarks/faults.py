@@ -59,7 +59,7 @@ def read_promises() -> list[Promise]:
 
 def run_tests(tests: Sequence[str], report: Path) -> None:
     options = ["-m", "not gpu", "-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
-    code = subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=ROOT).returncode
+    code = subprocess.run([sys.executable, "-m", "pytest", "-n0", *options, *tests], cwd=ROOT).returncode
     if code > 1:
         raise SystemExit(f"pytest ended with code {code}: {PAGE} names tests that there are not, or it was interrupted")
 

@@ -156,7 +156,7 @@ def tests(place: Place, report: Report) -> None:
         if what == "pytest -m gpu" and not place.is_gpu:
             report.not_run(what, "no GPU", gate="no failure")
             continue
-        command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *options]
+        command = [sys.executable, "-m", "pytest", "-q", "-n0", "-rs", "-p", "no:cacheprovider", *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         last = (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1].strip("= ")
         if done.returncode == 0 and " passed" not in last:

@@ -11,6 +11,7 @@ import ranks
 import torch
 
 from loaders.ecosystem import plain_mudata
+from loaders.formats.cache import use_cache
 
 if not torch.cuda.is_available():
     # Triton reads it when it is imported, which torch does now and then.
@@ -34,6 +35,13 @@ def _plain_mudata() -> Iterator[None]:
     """mudata before 0.4 warns on every object made until its coming default is chosen."""
     with plain_mudata():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_cache() -> Iterator[None]:
+    """A cache of remote stores is of the process, and would serve the tests that follow."""
+    yield
+    use_cache(None)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ def test_on_a_pretend_device_all_is_as_on_the_cpu(page: str, environment: dict[s
         pytest.skip(f"the pretend device is built by {compiler} and ninja, which are not both here")
     paths = os.pathsep.join((environment["PYTHONPATH"], str(INSIDE.parent)))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(INSIDE / page)],
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(INSIDE / page)],
         env={**environment, "PYTHONPATH": paths, "LIAM_SCALE_PRETEND": "1"},
         capture_output=True,
         text=True,
