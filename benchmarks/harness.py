@@ -69,9 +69,9 @@ class Process:
         self._process.wait()
 
 
-def peak_rss_mb() -> float:
-    """Peak resident memory of this process; `ru_maxrss` carries the parent's through fork and exec."""
-    status = Path("/proc/self/status").read_text()
+def peak_rss_mb(process: int | str = "self") -> float:
+    """Peak resident memory of a process; `ru_maxrss` carries the parent's through fork and exec."""
+    status = Path(f"/proc/{process}/status").read_text()
     return next(float(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, describe_machine, table
+from harness import ROOT, describe_machine, peak_rss_mb, table
 from scale import size_of
 
 MOSAIC = (("rna", "atac"), ("rna",), ("rna", "atac"), ("atac",))
@@ -74,12 +74,11 @@ class Family:
     def _look(self) -> None:
         for pid in self._members():
             try:
-                status = Path(f"/proc/{pid}/status").read_text()
+                peak = peak_rss_mb(pid)
                 times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            except OSError:
+            except (OSError, StopIteration):  # it has just ended
                 continue
-            peak = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
-            self._peaks[pid] = max(self._peaks.get(pid, 0.0), *(float(value) / 1024 for value in peak), 0.0)
+            self._peaks[pid] = max(self._peaks.get(pid, 0.0), peak)
             self._seconds[pid] = (int(times[11]) + int(times[12])) / TICK
 
     def measured(self) -> dict[str, Any]:

@@ -224,6 +224,6 @@ def evaluate(
         An option names what is not there.
     """
     is_name = isinstance(data, str | Path)
-    keys = [(key,) if isinstance(key, str) else tuple(key) for key in (batch_key, label_key)]
+    keys = [as_tuple(key) for key in (batch_key, label_key)]
     config = EvaluateConfig(str(data) if is_name else "data in memory", batch_key=keys[0], label_key=keys[1], **options)
     return evaluate_cells(config, data=None if is_name else data)

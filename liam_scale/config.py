@@ -71,13 +71,13 @@ class TrainConfig:
             raise ValueError(
                 "store: got none; name a store, e.g. atlas.zarr (liam-scale ingest makes one), before the options"
             )
-        if unknown := sorted(self.model.weights().keys() - set(self.batch_key) if len(self.batch_key) > 1 else ()):
-            raise ValueError(
-                f"--model.alphas: got {', '.join(unknown)}; --batch-key names {', '.join(self.batch_key)}: give weights"
-                " of these"
-            )
         if self.model.alphas and len(self.batch_key) < 2:
             raise ValueError(
                 f"--model.alphas: got {' '.join(self.model.alphas)} with {len(self.batch_key)} columns to remove; give "
                 "--alpha, or several columns of --batch-key"
+            )
+        if unknown := sorted(self.model.weights().keys() - set(self.batch_key)):
+            raise ValueError(
+                f"--model.alphas: got {', '.join(unknown)}; --batch-key names {', '.join(self.batch_key)}: give weights"
+                " of these"
             )

@@ -29,8 +29,8 @@ def to_table(value: Any) -> Any:
 
 
 def as_tuple(value: Any) -> tuple[Any, ...]:
-    """Several values, where an older file has one, or none."""
-    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    """Several values, where a user or an older file may give one text, or none."""
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
 def to_dotted(value: Any) -> dict[str, Any]:

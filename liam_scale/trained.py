@@ -23,6 +23,7 @@ from liam_scale.labels import transfer_labels
 from liam_scale.map import MapConfig, map_store
 from liam_scale.model import Liam
 from liam_scale.run import RunDirectory, RunRecord, attributes_of
+from liam_scale.tables import as_tuple
 from liam_scale.training.history import read_history
 from loaders.durable import SUFFIX, replacing
 from loaders.formats.root import addresses
@@ -191,7 +192,7 @@ class Run:
         DataFrame of cells (or groups) x features; of several draws with columns (`mean` or `sd`, feature), where the
         standard deviation is that over draws: of the value of a cell, or of the mean of a group. With `out`: its path.
         """
-        chosen = (features,) if isinstance(features, str) else tuple(features)
+        chosen = as_tuple(features)
         own = {"modality": modality, "groupby": groupby, "target_sample": target_sample, "num_samples": num_samples}
         asked = {"run": self.path, "features": chosen, **own, **options}
         if out is not None:
@@ -226,7 +227,7 @@ class Run:
         """
         labels = groupby if isinstance(groupby, pd.Series) else None
         name = groupby if isinstance(groupby, str) else str(groupby.name)
-        groups = (group,) if isinstance(group, str) else tuple(group)
+        groups = as_tuple(group)
         asked: dict[str, Any] = {"groupby": name, "group": groups, "out": None if out is None else Path(out)}
         return differential(DifferentialConfig(run=self.path, **asked, **options), self.open_store(store), labels)
 

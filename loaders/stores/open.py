@@ -104,26 +104,22 @@ def open_known(
     modality: str | None = None,
     layer: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
-    obs_filter: str | None = None,
-    measurements: Mapping[str, str] | None = None,
-    tiledb_config: Mapping[str, str | float] | None = None,
+    **of_soma: Any,
 ) -> Store:
     """`open_store` where it is known what modalities of other names are, though they need not be there."""
     kinds = {**PRESETS, **kinds}
     choice = {"modality": modality, "layer": layer}
-    of_soma = {"obs_filter": obs_filter, "measurements": measurements, "tiledb_config": tiledb_config}
     if isinstance(address, anndata.AnnData | mudata.MuData):
         _refuse(of_soma, f"{type(address).__name__} in memory")
         return store_of(_streamable(open_held(address, **choice, kinds=kinds, say=_log.info)), HeldEmbeddings(address))
     if isinstance(address, Sequence) and not isinstance(address, str):
-        options = {"format": format, "storage_options": storage_options, **choice, **of_soma}
-        return ChainedStore([open_known(one, kinds, **options) for one in address])  # type: ignore[arg-type]
+        options: Any = {"format": format, "storage_options": storage_options, **choice, **of_soma}
+        return ChainedStore([open_known(one, kinds, **options) for one in address])
     if format == "soma" or (format is None and is_soma(address)):
         if not isinstance(address, str | Path):
             raise ValueError(f"store {describe_address(address)}: got format='soma' for an object of zarr; give a path")
         _refuse({"modality": modality, "storage_options": storage_options}, "a TileDB-SOMA experiment")
-        soma: Any = {**of_soma, "layer": layer, "kinds": kinds}
-        experiment = SomaExperiment(address, **soma, say=_log.info)
+        experiment = SomaExperiment(address, layer=layer, kinds=kinds, **of_soma, say=_log.info)
         _tell_unshuffled(experiment.uri)
         return store_of(experiment.source, SomaEmbeddings(experiment), close=experiment.close)
     _refuse(of_soma, describe_address(address))
