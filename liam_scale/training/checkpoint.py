@@ -24,9 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loaders.documents import read_table
 from loaders.durable import remove, remove_leftovers, replacing, sha256_of
-from loaders.options import checked
+from loaders.options import checked, read_table
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +44,8 @@ _sound: dict[Path, tuple[object, ...]] = {}
 class Checkpoint:
     """What a run needs to go on: tensors by group, and plain values."""
 
-    tensors: dict[str, dict[str, Tensor]]
-    """Groups `model`, `optimizer`, and `best` when there is one."""
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """Groups `model`, `optimizer`, and `best` when there is one; one that was read holds files, not their tensors."""
     state: dict[str, Any]
     """Position in the run and of the loader, sums since the last evaluation, history: JSON values."""
     path: Path | None = None
@@ -55,6 +54,28 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return 0 if self.path is None else _step_of(self.path)
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors of a file, read one by one when they are asked for: all of a checkpoint are four times the weights."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, "pt") as file:
+            self._names = tuple(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        # Opened anew each time: the file is mapped, and its pages count for this process while it is open.
+        with safe_open(self._path, "pt") as file:
+            return file.get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class State(TypedDict):
@@ -68,10 +89,14 @@ class State(TypedDict):
 
 
 @contextmanager
-def taking_up(checkpoint: Checkpoint) -> Iterator[tuple[dict[str, dict[str, Tensor]], State]]:
+def taking_up(checkpoint: Checkpoint) -> Iterator[tuple[Mapping[str, Mapping[str, Tensor]], State]]:
     """Tensors and state of a checkpoint for a trainer to take up; RuntimeError where they are not those of its run."""
     try:
         yield checkpoint.tensors, checked("state", checkpoint.state, State)
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(
+            f"checkpoint {checkpoint.path}: cannot be read ({error}); run the same command again"
+        ) from error
     except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise RuntimeError(
             f"checkpoint {checkpoint.path}: is not one of this run ({type(error).__name__}: {error}); remove it to go"
@@ -260,7 +285,7 @@ def load_checkpoint(directory: Path, step: int) -> Checkpoint:
 def _load(path: Path) -> Checkpoint:
     verify(path)
     try:
-        tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
+        tensors = {file.stem: _Stored(file) for file in path.glob("*.safetensors")}
         state = read_table(path / "state.json")
         _sound[path] = _signature(path)
     except (OSError, ValueError, SafetensorError) as error:

@@ -93,11 +93,11 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return tensors
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put the moments of a checkpoint back."""
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put the moments of a checkpoint back, one after the other."""
     parameters = dict(model.named_parameters())
-    for key, value in _apart(parameters, tensors).items():
-        name, moment = key.rsplit("/", 1)
+
+    def put(name: str, moment: str, value: Tensor) -> None:
         state = optimizer.state[parameters[name]]
         if moment in state:  # memory that ranks share
             state[moment].copy_(value)
@@ -105,16 +105,12 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
             # Fused Adam wants its step count beside the parameter, as float32.
             state[moment] = value.to(parameters[name].device)
 
-
-def _apart(parameters: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The moments of an older checkpoint, where those of a `library_weight` are the last column of the `weight`'s."""
-    found = dict(tensors)
-    for name in [name for name in parameters if name.endswith("library_weight") and f"{name}/step" not in tensors]:
-        weight = name.removesuffix("library_weight") + "weight"
-        for moment in [key.rsplit("/", 1)[1] for key in tensors if key.startswith(f"{weight}/")]:
-            joined = tensors[f"{weight}/{moment}"]
-            parts = (
-                (joined[:, :-1].contiguous(), joined[:, -1].contiguous()) if joined.dim() else (joined, joined.clone())
-            )
-            found[f"{weight}/{moment}"], found[f"{name}/{moment}"] = parts
-    return found
+    for key, value in tensors.items():
+        name, moment = key.rsplit("/", 1)
+        library = f"{name.removesuffix('weight')}library_weight"
+        # In older checkpoints the moments of a `library_weight` are the last column of the `weight`'s.
+        if library in parameters and f"{library}/{moment}" not in tensors:
+            last = value[:, -1].contiguous() if value.dim() else value.clone()
+            put(library, moment, last)
+            value = value[:, :-1].contiguous() if value.dim() else value
+        put(name, moment, value)

@@ -25,8 +25,7 @@ from liam_scale.training.protocols import ByCell, MinibatchSource
 from liam_scale.training.recorded import as_recorded
 from liam_scale.training.shared_adam import SharedAdam
 from liam_scale.training.signals import INTERRUPT, StopRequest
-from liam_scale.training.soundness import NotFinite, Setback, Soundness, not_finite
-from liam_scale.training.update import Given, Update
+from liam_scale.training.update import Given, NotFinite, Setback, Soundness, Update, not_finite
 from loaders.minibatch import Minibatch
 
 STEPS_BETWEEN_AGREEMENTS = 10
@@ -124,8 +123,7 @@ class Trainer:
         with taking_up(checkpoint) as (tensors, state):
             self.model.load_state_dict(tensors["model"])
             load_optimizer_tensors(self.model, self.optimizer, tensors["optimizer"])
-            best = tensors.get("best")
-            self._best = {name: value.clone() for name, value in best.items()} if best else None
+            self._best = dict(tensors["best"]) if "best" in tensors and self.world.is_main else None
             self.at = Progression(**state["at"])
             self._start_step = self._saved_step = self.at.global_step
             self.history.rows = list(state["history"])
@@ -178,7 +176,7 @@ class Trainer:
         self._last_checkpoint, self._saved_step = time.monotonic(), self.at.global_step
 
     def best_weights(self) -> dict[str, Tensor]:
-        """Weights of the best evaluation, the present ones where there was none."""
+        """Weights of the best evaluation, which the main rank keeps; the present ones where there was none."""
         return self._best if self._best is not None else self.model.state_dict()
 
     def fit(self) -> Outcome:
@@ -388,6 +386,8 @@ class Trainer:
             return False
         self.at.best_metric, self.at.evaluations_since_best = metric, 0
         self.at.best_epoch, self.at.best_step = self.at.epoch, self.at.global_step
+        if not self.world.is_main:
+            return True
         weights = self.model.state_dict()
         if self._best is None:
             self._best = {name: value.detach().clone() for name, value in weights.items()}

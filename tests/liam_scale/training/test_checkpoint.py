@@ -14,6 +14,7 @@ from liam_scale.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
     save_weights,
+    taking_up,
     verify,
 )
 
@@ -30,6 +31,20 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert found.state == {"step": 7}
     assert torch.equal(found.tensors["model"]["w"], torch.full((3, 2), 7.0))
     assert set(found.tensors) == {"model", "optimizer", "best"}
+
+
+def test_a_checkpoint_that_was_found_takes_no_memory_until_it_is_read(tmp_path: Path) -> None:
+    """Four times the weights, held while training goes on, were a quarter of a rank's memory."""
+    path = save_checkpoint(tmp_path, make(7), step=7)
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    with pytest.raises(KeyError):
+        found.tensors["model"]["another"]
+    shutil.rmtree(path)
+    state = {"at": {}, "sums": {}, "loader": {}, "cells_seen": 0, "history": []}
+    told = r"step-000000007: cannot be read .* run the same command again"
+    with pytest.raises(RuntimeError, match=told), taking_up(replace(found, state=state)) as (tensors, _):
+        dict(tensors["model"])
 
 
 def test_the_newest_are_kept_and_none_is_half_written(tmp_path: Path) -> None:
