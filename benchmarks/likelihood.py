@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from liam_scale.kernels.cpu.softmax_tiles import has_onednn, multiply_transposed
 from liam_scale.kernels.negative_binomial import negative_binomial
 from liam_scale.kernels.negative_multinomial import negative_multinomial
-from liam_scale.kernels.precision import has_bf16
+from liam_scale.kernels.options import has_bf16
 from liam_scale.kernels.sparse_linear import sparse_linear
 from loaders.minibatch import SparseCounts
 

@@ -21,8 +21,7 @@ from liam_scale.evaluate import EvaluateConfig, Evaluation
 from liam_scale.evaluate import evaluate as evaluate_cells
 from liam_scale.features import features
 from liam_scale.finding import IN_MEMORY, chosen, opened
-from liam_scale.kernels.options import Impl
-from liam_scale.kernels.precision import Precision
+from liam_scale.kernels.options import Impl, Precision
 from liam_scale.model import ModelConfig
 from liam_scale.model.config import ModelName
 from liam_scale.run import RunDirectory

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from liam_scale.config import TrainConfig
-from liam_scale.kernels.precision import check_precision
+from liam_scale.kernels.options import check_precision
 from liam_scale.model import Liam, ModelData, check_ranks
 from liam_scale.resume import changed_options
 from liam_scale.run import Ending, RunDirectory, RunRecord
@@ -30,8 +30,8 @@ from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_sc
 from liam_scale.training.protocols import MinibatchSource
 from liam_scale.training.recorded import check_graph, lacks_graph
 from liam_scale.training.skipping import SkippingSource, lost_rows
-from liam_scale.training.soundness import NotFinite, Setback
 from liam_scale.training.trainer import Outcome, Trainer
+from liam_scale.training.update import NotFinite, Setback
 from loaders.loader import Loader
 from loaders.options import LoaderConfig
 from loaders.sizing import parse_memory

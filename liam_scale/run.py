@@ -23,10 +23,9 @@ from liam_scale.model import Liam, ModelConfig, ModelData, parameter_key
 from liam_scale.tables import as_tuple, from_table, read_toml, to_table
 from liam_scale.training.checkpoint import Checkpoint, load_weights, newest_checkpoint, save_weights
 from liam_scale.training.trainer import Outcome
-from loaders.documents import read_table
 from loaders.durable import gone_on_error, leftovers, remove_leftovers, replacing, write_text
 from loaders.modalities import PRESETS, agreed
-from loaders.options import LoaderConfig, check_options
+from loaders.options import LoaderConfig, check_options, read_table
 from loaders.schema import is_folder_name, sha256_of_json, sha256_of_names
 from loaders.stores import Store
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import tomli_w
 
-from loaders.documents import read_table
-from loaders.options import checked
+from loaders.options import checked, read_table
 
 
 def to_table(value: Any) -> Any:

@@ -1,12 +1,13 @@
-"""Options: types and ranges are checked in one way, whoever fills them; and what a user chooses about loading."""
+"""Options and documents (JSON, TOML): size, types and ranges are checked in one way, whoever fills them."""
 
 from __future__ import annotations
 
+import json
 import math
 import numbers
 import os
 from collections import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -114,6 +115,36 @@ def _settled(option: str, value: Any, kind: Any) -> Any:
     if not is_taken or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{option}: got {value!r}; give {name}")
     return kind(value)
+
+
+MOST_BYTES = 256 << 20
+"""Of a document. Names of millions of features take a fifth of it; read, a document takes ten times its size."""
+
+
+def check_size(file: Path, most: int = MOST_BYTES) -> None:
+    """ValueError for a file that would fill the memory."""
+    if (size := file.stat().st_size) > most:
+        raise ValueError(f"{file.name} has {size:,} bytes, expected at most {most:,}")
+
+
+def read_table(file: Path, parse: Callable[[str], Any] = json.loads, *, most: int = MOST_BYTES) -> dict[str, Any]:
+    """The table in a file.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    ValueError
+        It holds none, or is larger than `most` bytes.
+    """
+    check_size(file, most)
+    try:
+        table = parse(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply; write it anew") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"it holds {type(table).__name__}, expected a table")
+    return table
 
 
 @dataclass(frozen=True)

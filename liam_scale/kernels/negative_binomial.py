@@ -13,12 +13,14 @@ from liam_scale.kernels.gradients import Formed, attach, checked_buffer, make_ta
 from liam_scale.kernels.options import (
     Impl,
     OutputLayer,
+    Precision,
     check_choice,
     check_output_layer,
     check_shape,
     memory_of_tiles,
+    precision_in_use,
+    product_precision,
 )
-from liam_scale.kernels.precision import Precision, precision_in_use, product_precision
 from loaders.minibatch import SparseCounts
 
 
@@ -54,7 +56,7 @@ def negative_binomial(
     cell_weight
         (B,) weight of each cell's log-likelihood in the loss; 0 for a cell without the modality.
     impl, precision, tile_bytes
-        See `liam_scale.kernels.options` and `liam_scale.kernels.precision`.
+        See `liam_scale.kernels.options` and `liam_scale.kernels.options`.
     grad_buffers
         Persistent tensors `weight` (F, H), `bias` (F,) and `log_theta` that the gradients are written into and
         adopted as `.grad`; None: ordinary autograd.

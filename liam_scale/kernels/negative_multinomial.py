@@ -14,13 +14,15 @@ from liam_scale.kernels.options import (
     Impl,
     Likelihood,
     OutputLayer,
+    Precision,
     SizedLayer,
     check_choice,
     check_output_layer,
     check_shape,
     memory_of_tiles,
+    precision_in_use,
+    product_precision,
 )
-from liam_scale.kernels.precision import Precision, precision_in_use, product_precision
 from liam_scale.kernels.terms import Coupling
 from loaders.minibatch import SparseCounts
 
@@ -66,7 +68,7 @@ def negative_multinomial(
         Only for `original` on several ranks: cells with non-zero weight, and cells, of the global minibatch; and the
         weight of a cell that has the modality (a rank may hold none). None: this rank holds the whole minibatch.
     impl, precision, tile_bytes
-        See `liam_scale.kernels.options` and `liam_scale.kernels.precision`.
+        See `liam_scale.kernels.options` and `liam_scale.kernels.options`.
     grad_buffers
         Persistent tensors `weight` (F, H), `bias` (F,) and `library_weight` (F,) that the gradients are written into
         and adopted as `.grad`; None: ordinary autograd.

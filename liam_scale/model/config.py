@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from liam_scale.kernels.options import Impl
-from liam_scale.kernels.precision import Precision
+from liam_scale.kernels.options import Impl, Precision
 from loaders.modalities import PRESETS, Kind, is_name, ordered, saying
 from loaders.options import Range, check_options
 

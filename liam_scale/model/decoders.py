@@ -16,8 +16,7 @@ from liam_scale.kernels import reference
 from liam_scale.kernels.gradients import kept_gradients
 from liam_scale.kernels.negative_binomial import negative_binomial
 from liam_scale.kernels.negative_multinomial import negative_multinomial
-from liam_scale.kernels.options import Impl, Likelihood
-from liam_scale.kernels.precision import Precision
+from liam_scale.kernels.options import Impl, Likelihood, Precision
 from liam_scale.model.layers import BlockOptions, Draw, HiddenBlock, SampleLinear
 from loaders.minibatch import SparseCounts
 

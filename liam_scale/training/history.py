@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from liam_scale.training.distributed import World
-from loaders.documents import check_size
 from loaders.durable import write_text
+from loaders.options import check_size
 
 
 class Meter:

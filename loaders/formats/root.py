@@ -16,9 +16,9 @@ import zarr.errors
 from zarr.abc.store import Store as ZarrBackend
 from zarr.storage import FsspecStore, LocalStore
 
-from loaders.documents import check_size
 from loaders.formats.damage import Damaged, said_by, unreachable
 from loaders.formats.storage import RemoteStore
+from loaders.options import check_size
 
 Address: TypeAlias = str | Path | ZarrBackend | zarr.Group
 """A path, an address, a store object of zarr-python, or an open group."""

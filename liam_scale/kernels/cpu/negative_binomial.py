@@ -33,8 +33,7 @@ from liam_scale.kernels.cpu.softmax_tiles import (
 from liam_scale.kernels.cpu.sparse import by_feature
 from liam_scale.kernels.cpu.vector_math import FAST_MATH, count_terms, log
 from liam_scale.kernels.gradients import Targets
-from liam_scale.kernels.options import OutputLayer
-from liam_scale.kernels.precision import Precision
+from liam_scale.kernels.options import OutputLayer, Precision
 from liam_scale.kernels.reference import NB_EPSILON, THETA_FLOOR
 from loaders.csr import compiled
 

@@ -34,8 +34,7 @@ from liam_scale.kernels.cpu.softmax_tiles import (
 from liam_scale.kernels.cpu.sparse import by_feature
 from liam_scale.kernels.cpu.vector_math import FAST_MATH, load
 from liam_scale.kernels.gradients import Targets
-from liam_scale.kernels.options import SizedLayer
-from liam_scale.kernels.precision import Precision
+from liam_scale.kernels.options import Precision, SizedLayer
 from liam_scale.kernels.reference import ORIGINAL_EPSILON
 from liam_scale.kernels.terms import Cells, Coupling, InputGradients, Terms, coupled_terms, per_cell_terms
 from loaders.csr import compiled

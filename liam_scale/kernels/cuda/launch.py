@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liam_scale.kernels.precision import Precision
+from liam_scale.kernels.options import Precision
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs kernels on CPU tensors; it reads the environment once, when a kernel is defined."""

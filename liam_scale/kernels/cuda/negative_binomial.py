@@ -33,8 +33,7 @@ from liam_scale.kernels.cuda.launch import (
 from liam_scale.kernels.cuda.softmax import Walked, first_walk, rounded, takes_kernels, walked
 from liam_scale.kernels.device import negative_binomial as plain
 from liam_scale.kernels.gradients import Targets
-from liam_scale.kernels.options import OutputLayer
-from liam_scale.kernels.precision import Precision
+from liam_scale.kernels.options import OutputLayer, Precision
 from liam_scale.kernels.reference import NB_EPSILON, THETA_FLOOR
 
 _EPSILON = tl.constexpr(NB_EPSILON)

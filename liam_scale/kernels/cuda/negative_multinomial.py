@@ -24,8 +24,7 @@ from liam_scale.kernels.cuda.softmax import (
 )
 from liam_scale.kernels.device import negative_multinomial as plain
 from liam_scale.kernels.gradients import Targets
-from liam_scale.kernels.options import SizedLayer
-from liam_scale.kernels.precision import Precision
+from liam_scale.kernels.options import Precision, SizedLayer
 from liam_scale.kernels.reference import ORIGINAL_EPSILON
 from liam_scale.kernels.terms import Cells, Coupling, InputGradients, Terms, coupled_terms, per_cell_terms
 

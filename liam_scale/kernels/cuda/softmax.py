@@ -28,8 +28,7 @@ from liam_scale.kernels.cuda.launch import (
     width_of,
 )
 from liam_scale.kernels.gradients import Targets
-from liam_scale.kernels.options import OutputLayer
-from liam_scale.kernels.precision import Precision
+from liam_scale.kernels.options import OutputLayer, Precision
 
 FIRST: dict[Precision, Tile] = {
     "float32": Tile(cells=64, features=32, warps=8, stages=2),

@@ -14,8 +14,7 @@ from liam_scale.kernels.device import negative_multinomial as plain_multinomial
 from liam_scale.kernels.device import noise as plain_noise
 from liam_scale.kernels.device import sparse as plain_sparse
 from liam_scale.kernels.gradients import make_targets
-from liam_scale.kernels.options import TILE_BYTES, OutputLayer, SizedLayer
-from liam_scale.kernels.precision import Precision
+from liam_scale.kernels.options import TILE_BYTES, OutputLayer, Precision, SizedLayer
 from loaders.minibatch import SparseCounts
 
 CELLS, FEATURES, HIDDEN = 5, 70, 128

@@ -14,8 +14,7 @@ from liam_scale.kernels.device.compiled import dense_log_likelihood
 from liam_scale.kernels.device.products import multiply
 from liam_scale.kernels.device.sparse import cell_of_entries, entries
 from liam_scale.kernels.gradients import Targets
-from liam_scale.kernels.options import OutputLayer
-from liam_scale.kernels.precision import Precision
+from liam_scale.kernels.options import OutputLayer, Precision
 from liam_scale.kernels.reference import NB_EPSILON, theta_of
 
 TEMPORARIES = 10

@@ -25,8 +25,7 @@ from liam_scale.kernels.device.sparse import (
     with_transpose,
 )
 from liam_scale.kernels.gradients import Targets
-from liam_scale.kernels.options import SizedLayer
-from liam_scale.kernels.precision import Precision
+from liam_scale.kernels.options import Precision, SizedLayer
 from liam_scale.kernels.reference import ORIGINAL_EPSILON
 from liam_scale.kernels.terms import Cells, Coupling, InputGradients, Terms, coupled_terms, per_cell_terms
 from loaders.minibatch import SparseCounts

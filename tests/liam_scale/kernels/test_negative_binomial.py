@@ -7,7 +7,7 @@ import scipy.sparse
 import torch
 
 from liam_scale.kernels.negative_binomial import negative_binomial
-from liam_scale.kernels.precision import has_bf16
+from liam_scale.kernels.options import has_bf16
 from loaders.minibatch import SparseCounts
 
 SHARED = Path(os.environ.get("LIAM_SHARED", Path(__file__).resolve().parents[4] / "shared"))

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liam_scale.kernels import reference
 from liam_scale.kernels.negative_multinomial import negative_multinomial
-from liam_scale.kernels.precision import has_bf16
+from liam_scale.kernels.options import has_bf16
 from loaders.minibatch import SparseCounts
 
 SHARED = Path(os.environ.get("LIAM_SHARED", Path(__file__).resolve().parents[4] / "shared"))

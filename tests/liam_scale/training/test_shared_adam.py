@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from liam_scale.training.distributed import join_world
 from liam_scale.training.optim import OptimConfig, build_optimizer, load_optimizer_tensors, optimizer_tensors
 from liam_scale.training.shared_adam import SharedAdam, share_memory
-from liam_scale.training.soundness import Soundness
+from liam_scale.training.update import Soundness
 
 def make():
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from liam_scale.model import logistic_normal_mean
 from liam_scale.training.distributed import World
 from liam_scale.training.history import Meter
 from liam_scale.training.optim import OptimConfig, build_optimizer
-from liam_scale.training.soundness import Soundness
+from liam_scale.training.update import Soundness
 
 CASES = {
     "as a rule": {},

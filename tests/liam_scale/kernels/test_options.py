@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from liam_scale.kernels.options import TILE_BYTES, memory_of_tiles
-from liam_scale.kernels.precision import check_precision, precision_in_use, product_precision
+from liam_scale.kernels.options import TILE_BYTES, check_precision, memory_of_tiles, precision_in_use, product_precision
 
 CPU = torch.device("cpu")
 

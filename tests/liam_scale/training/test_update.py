@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from liam_scale.training.distributed import World
-from liam_scale.training.soundness import Soundness, not_finite
+from liam_scale.training.update import Soundness, not_finite
 
 
 def trained_on(*factors: float) -> tuple[list[torch.Tensor], Soundness]:
@@ -54,7 +54,7 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from liam_scale.training.distributed import join_world
-from liam_scale.training.soundness import Soundness
+from liam_scale.training.update import Soundness
 
 with join_world("cpu") as world:
     torch.manual_seed(0)
