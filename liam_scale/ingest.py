@@ -35,8 +35,8 @@ class IngestConfig:
     join: Literal["inner", "outer"] = "inner"
     """Features kept when several sources differ: those of all, or those of any."""
     peaks: Annotated[str, tyro.conf.arg(metavar="names|union|reference|PATH")] = "names"
-    """How ATAC is matched: by name; or by overlap: overlapping peaks are one (union), or counts go to the peaks of the
-    first source (reference), of a store or of a BED file."""
+    """How peaks (ATAC, and NM modalities whose features all name intervals) are matched: by name; or by overlap:
+    overlapping peaks are one (union), or counts go to those of the first source (reference), a store or a BED file."""
     ignore_genome: bool = False
     """Take peaks together though their sources name different genomes in var, which else are refused."""
     feature_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+
+from loaders.modalities import Kind
 
 NAME = re.compile(r"^([\w.]+)[:\-_](\d+)[\-_](\d+)$")
 """How peaks are named: chr1:100-600, chr1-100-600, chr1_100_600."""
@@ -86,6 +89,15 @@ def united(parts: Sequence[Intervals]) -> Intervals:
         ends = furthest[np.append(begins[1:] - 1, len(order) - 1)]
         found.append((np.full(len(begins), name, dtype=object), whole.start[order][begins], ends))
     return Intervals(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+
+def are_peaks(modality: str, kind: Kind, *names: Iterable[str]) -> bool:
+    """Whether features can be matched by the intervals that they are named after.
+
+    ATAC is always taken so, and a peak that names none is then an error; of the other negative multinomials those are
+    (histone marks, not methylation of genes) of which every feature names one.
+    """
+    return modality == "atac" or (kind.likelihood == "NM" and all(NAME.match(str(name)) for name in chain(*names)))
 
 
 def intervals_of(names: Sequence[str], where: str) -> Intervals:

@@ -19,6 +19,10 @@ Say = Callable[[str], None]
 """Takes remarks on what was assumed."""
 
 
+def unsaid(remark: str) -> None:
+    """A `Say` for what is said elsewhere."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One modality of a source.

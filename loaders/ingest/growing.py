@@ -29,7 +29,7 @@ from loaders.formats.features import Join
 from loaders.formats.root import addresses, local_path, open_root
 from loaders.formats.scverse import open_group
 from loaders.formats.sealed import open_sealed
-from loaders.formats.source import Source
+from loaders.formats.source import Source, unsaid
 from loaders.ingest.cells import SAMPLE, gather_cells
 from loaders.ingest.matrices import Atlas
 from loaders.ingest.peaks import NAMES, REFERENCE, check_genomes, join_peaks
@@ -38,6 +38,7 @@ from loaders.ingest.shards import CHUNKS_PER_SHARD, ShardWriter
 from loaders.ingest.sources import parse_source
 from loaders.ingest.staging import Staging, check_out, explain_disk_errors
 from loaders.ingest.writer import CELLS_PER_CHUNK, ModalityLayout, StoreWriter, WrittenRows
+from loaders.intervals import are_peaks
 from loaders.modalities import PRESETS, Declared, agreed, check_found, declared
 from loaders.progress import Progress
 from loaders.schema import SCHEMA_KEY, Schema
@@ -79,7 +80,7 @@ def append(
         "inner": the store keeps its features; sources must have all of them, and others of theirs are left out.
         "outer": features that only one side has are kept, and are zero in the cells of the other.
     peaks
-        "reference": counts of ATAC go to the peak of the store with which theirs shares most bases.
+        "reference": counts of peaks go to that of the store with which theirs shares most bases.
     ignore_genome
         Take peaks though the new cells name another genome than the store.
     seed
@@ -108,13 +109,14 @@ def append(
                 old, asked = _opened(path), declared(modality)
                 kinds = {**PRESETS, **agreed([("what was asked for", asked), (str(path), old.schema.kinds)])}
                 named = [parse_source(text, kinds) for text in texts]
-                new = open_all(named, layer=layer, feature_key=feature_key, files=files, say=_unsaid)
+                new = open_all(named, layer=layer, feature_key=feature_key, files=files, say=unsaid)
                 found = {name: str(kind) for source in new for name, kind in source.kinds.items()}
                 check_found(asked, found, "none of the sources")
                 _check_fit(old, new, sample_key, join, peaks, ignore_genome=ignore_genome)
             forced: dict[str, Any] = {"ignore_genome": ignore_genome}
             options: dict[str, Any] = {"memory": memory, "join": join, "seed": seed, "progress": progress, **forced}
-            reference = str(path) if peaks == REFERENCE and "atac" in old.source.parts else NAMES
+            has_peaks = any(are_peaks(name, part.kind, part.var.index) for name, part in old.source.parts.items())
+            reference = str(path) if peaks == REFERENCE and has_peaks else NAMES
             own: dict[str, Any] = {"sample_key": sample_key, "feature_key": feature_key, "layer": layer}
             own |= {"peaks": reference, "modality": found}
             ingest(texts, out=made, overwrite=True, **own, **options)
@@ -193,12 +195,8 @@ def _opened(path: Path) -> _Held:
     assert isinstance(root, zarr.Group), root
     schema = own_schema(root, str(path))
     root = root if schema.metadata is None else open_sealed(root, str(path), schema.metadata)
-    source = open_group(root, str(path), path, modality=None, layer=None, say=_unsaid)
+    source = open_group(root, str(path), path, modality=None, layer=None, say=unsaid)
     return _Held(path, root, schema, source)
-
-
-def _unsaid(remark: str) -> None:
-    """What is said when the sources are read."""
 
 
 def _check_fit(
@@ -206,9 +204,8 @@ def _check_fit(
 ) -> None:
     """Refuse cells that the store has, or that lack its features, before hours of reading."""
     held = pd.Index(old.source.cell_ids.astype(object))
-    ids = pd.Index(gather_cells(new, sample_key, _unsaid).ids.astype(object))
-    twice = ids[ids.isin(held)]
-    if len(twice):
+    ids = pd.Index(gather_cells(new, sample_key, unsaid).ids.astype(object))
+    if len(twice := ids[ids.isin(held)]):
         raise ValueError(
             f"sources: got {len(twice):,} cells that stand in {old.source.label} already, such as {twice[0]!r}; leave"
             f" them out, or rename them in the source if they are others"
@@ -219,14 +216,14 @@ def _check_fit(
             both = [(old.source.label, before), (source.label, part.var)]
             if part.kind.likelihood == "NM" and not ignore_genome:
                 check_genomes(both)
-            if name == "atac" and peaks == REFERENCE and name in old.source.parts:
-                join_peaks(both, peaks, _unsaid, ignore_genome=ignore_genome)
+            is_shared = peaks == REFERENCE and name in old.source.parts
+            if is_shared and are_peaks(name, part.kind, before.index, part.var.index):
+                join_peaks(name, both, peaks, unsaid, ignore_genome=ignore_genome)
                 continue
-            var = before.index
-            lacking = var[~var.isin(part.var.index)]
-            if len(lacking) and (join == "inner" or len(lacking) == len(var)):
+            lacking = before.index[~before.index.isin(part.var.index)]
+            if len(lacking) and (join == "inner" or len(lacking) == len(before)):
                 raise ValueError(
-                    f"sources: {name} of {source.label} lacks {len(lacking):,} of the {len(var):,} features of"
+                    f"sources: {name} of {source.label} lacks {len(lacking):,} of the {len(before):,} features of"
                     f" {old.source.label} (such as {str(lacking[0])!r}; it has {str(part.var.index[0])!r}); bring the"
                     f" names to one kind, or count what it lacks as zero with join='outer'"
                 )

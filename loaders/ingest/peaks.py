@@ -11,7 +11,7 @@ import pandas as pd
 
 from loaders.formats.features import Joined, storable
 from loaders.formats.root import HDF5_SUFFIXES
-from loaders.formats.source import Say
+from loaders.formats.source import Say, unsaid
 from loaders.ingest.sources import open_source, parse_source
 from loaders.intervals import Intervals, intervals_of, read_bed, united
 from loaders.schema import check_unique
@@ -28,22 +28,25 @@ def check_peaks(peaks: str) -> None:
         )
 
 
-def _reference(path: Path) -> pd.DataFrame:
-    """The peaks of a BED file, or of a store or file with ATAC."""
+def _reference(path: Path, modality: str) -> pd.DataFrame | None:
+    """The peaks of a BED file, or of a store or file; None where that lacks the modality."""
     if path.is_dir() or path.suffix in HDF5_SUFFIXES:
         with ExitStack() as files:
-            parts = open_source(parse_source(str(path)), layer=None, files=files, say=lambda remark: None).parts
-        if "atac" not in parts:
-            raise ValueError(f"peaks: {path} has no ATAC, it has {', '.join(parts)}; give a store that has")
-        return parts["atac"].var
+            parts = open_source(parse_source(str(path)), layer=None, files=files, say=unsaid).parts
+        return parts[modality].var if modality in parts else None
     names = pd.Index(read_bed(path, option="peaks").names(), dtype=object)
     check_unique(f"peaks: {path}", names, "leave one of them out")
     return pd.DataFrame(index=names)
 
 
 def join_peaks(
-    sources: Sequence[tuple[str, pd.DataFrame]], peaks: str, say: Say, *, ignore_genome: bool = False
-) -> Joined:
+    modality: str,
+    sources: Sequence[tuple[str, pd.DataFrame]],
+    peaks: str,
+    say: Say,
+    *,
+    ignore_genome: bool = False,
+) -> Joined | None:
     """Peaks of the store, and where those of each source go: to the one with which they share most bases.
 
     Parameters
@@ -56,16 +59,22 @@ def join_peaks(
     ignore_genome
         Take peaks of a store that names another genome.
 
+    Returns
+    -------
+    None where the store of `peaks` lacks the modality.
+
     Raises
     ------
     ValueError
         A peak that is not named after an interval; a store of another genome; a source of which no peak overlaps.
     """
-    held = [intervals_of(var.index.astype(str).tolist(), f"atac of {where}") for where, var in sources]
+    held = [intervals_of(var.index.astype(str).tolist(), f"{modality} of {where}") for where, var in sources]
     if peaks == UNION:
         var, what = pd.DataFrame(index=pd.Index(united(held).names(), dtype=object)), "those of the union"
     else:
-        var = sources[0][1] if peaks == REFERENCE else _reference(Path(peaks))
+        var = sources[0][1] if peaks == REFERENCE else _reference(Path(peaks), modality)
+        if var is None:
+            return None
         what = f"those of {sources[0][0] if peaks == REFERENCE else peaks}"
         if not ignore_genome:
             check_genomes([(peaks, var), *sources])
@@ -76,7 +85,7 @@ def join_peaks(
         is_itself = peaks == REFERENCE and number == 0
         column = np.arange(len(own)) if is_itself else own.best(target)
         columns.append(column)
-        _tell(where, what, own, target, column, say)
+        _tell(f"{modality} of {where}", what, own, target, column, say)
     return Joined(storable(var), tuple(columns))
 
 
@@ -90,8 +99,8 @@ def _tell(where: str, what: str, own: Intervals, target: Intervals, column: np.n
     shared = len(own) - lost - len(np.unique(column[column >= 0]))
     if lost or shared:
         say(
-            f"atac: {lost:,} of {len(own):,} peaks of {where} overlap none of {what} and are left out; {shared:,} share"
-            f" one with another, and their counts are added up"
+            f"{where}: {lost:,} of {len(own):,} peaks overlap none of {what} and are left out; {shared:,} share one"
+            f" with another, and their counts are added up"
         )
 
 

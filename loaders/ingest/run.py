@@ -30,6 +30,7 @@ from loaders.ingest.staging import Staging, check_out, explain_disk_errors
 from loaders.ingest.tasks import Job, keeping, place_of
 from loaders.ingest.workers import Workers, WorkersLost, open_workers
 from loaders.ingest.writer import StoreWriter
+from loaders.intervals import are_peaks
 from loaders.modalities import PRESETS, Declared, agreed, check_found, declared, ordered
 from loaders.schema import Schema
 from loaders.sizing import describe_memory, parse_memory
@@ -78,7 +79,8 @@ def ingest(
     join
         Features kept where sources differ: "inner" those of all, "outer" those of any (zero where a source lacks one).
     peaks
-        How ATAC of several sources is matched: "names"; or by overlap of the intervals that peaks are named after, each
+        How peaks (ATAC, and other NM modalities whose features are all named after intervals) of several sources are
+        matched: "names"; or by overlap of the intervals, each
         to the one with which it shares most bases: "union", overlapping peaks of all sources are one; "reference",
         those of the first source; or the path of a store or a BED file with the peaks. Counts that come together are
         added up.
@@ -231,24 +233,24 @@ def join_all(
     sources: Sequence[Source], join: Join, say: Say, peaks: str = NAMES, *, ignore_genome: bool = False
 ) -> dict[str, Joined]:
     joined, kinds = {}, agreed((source.label, source.kinds) for source in sources)
+    by_overlap: dict[str, bool] = {}
     for modality in ordered(kinds):
         having = [source for source in sources if modality in source.parts]
         parts = [source.parts[modality] for source in having]
         named = [(source.label, part.var) for source, part in zip(having, parts, strict=True)]
         if kinds[modality].likelihood == "NM" and not ignore_genome:
             check_genomes(named)
-        is_by_overlap = modality == "atac" and peaks != NAMES
-        result = (
-            join_peaks(named, peaks, say, ignore_genome=ignore_genome)
-            if is_by_overlap
-            else join_features(modality, named, join)
-        )
+        matched = None
+        if peaks != NAMES and are_peaks(modality, kinds[modality], *(var.index for _, var in named)):
+            matched = join_peaks(modality, named, peaks, say, ignore_genome=ignore_genome)
+            by_overlap[modality] = matched is not None
+        result = matched or join_features(modality, named, join)
         columns = tuple(
             own if part.columns is None else np.where(part.columns >= 0, own[part.columns], -1)
             for own, part in zip(result.columns, parts, strict=True)
         )
         joined[modality] = Joined(result.var, columns)
-        if is_by_overlap:
+        if matched:
             continue
         for source, part in zip(having, parts, strict=True):
             absent = result.var.index[~result.var.index.isin(part.var.index)]
@@ -260,6 +262,10 @@ def join_all(
         largest = max(len(part.var) for part in parts)
         if join == "inner" and len(result.var) < largest:
             say(f"{modality}: {len(result.var)} of up to {largest} features are in all sources and are kept")
+    if lacking := ", ".join(name for name, is_matched in by_overlap.items() if not is_matched):
+        if not any(by_overlap.values()):
+            raise ValueError(f"peaks: {peaks} has no {lacking}; give a store that has, or a BED file")
+        say(f"{lacking}: {peaks} has none, so that its features are matched by name")
     return joined
 
 

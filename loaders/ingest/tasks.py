@@ -23,7 +23,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from loaders.formats.source import Part, Source
+from loaders.formats.source import Part, Source, unsaid
 from loaders.ingest.checks import Place, check_and_map
 from loaders.ingest.runs import Run, RunWriter, crc_of, merge_runs
 from loaders.ingest.shards import ShardWriter
@@ -219,7 +219,7 @@ class _Here:
         with self._lock:
             if number not in self._sources:
                 named, layer = self._job.sources[number], self._job.layer
-                self._sources[number] = open_source(named, layer=layer, files=self._files, say=lambda remark: None)
+                self._sources[number] = open_source(named, layer=layer, files=self._files, say=unsaid)
             return self._sources[number]
 
     def close(self) -> None:

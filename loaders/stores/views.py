@@ -17,7 +17,7 @@ from loaders.csr import widest_dtype
 from loaders.formats.compressed import CompressedRows
 from loaders.formats.features import shared_names
 from loaders.formats.matrix import ChainedMatrix, Matrix, SelectedColumns, once
-from loaders.intervals import intervals_of
+from loaders.intervals import are_peaks, intervals_of
 from loaders.modalities import PRESETS, Kind, Kinds, agreed, ordered
 from loaders.schema import ModalitySchema, ObsColumn, Schema, sha256_of_names, unite_categories
 from loaders.stores.base import Store, check_embedding, describe_store
@@ -34,8 +34,8 @@ class MatchedStore:
     Parameters
     ----------
     by_overlap
-        Match ATAC by the intervals that peaks are named after: each to the one asked for with which it shares most
-        bases, counts that come together added up.
+        Match peaks (see `are_peaks`) by the intervals that they are named after: each to the one asked for with which
+        it shares most bases, counts that come together added up.
     kinds
         What the modalities are that the store lacks, where their names do not tell.
 
@@ -80,11 +80,13 @@ class MatchedStore:
         """(F of the store,) column of the model of each feature, -1 for those it does not know."""
         column = {str(name): i for i, name in enumerate(self._names[modality])}
         names = self.store.feature_names(modality).tolist()
-        if modality == "atac" and self._by_overlap:
+        kind = self.store.schema.kinds[modality]
+        if self._by_overlap and are_peaks(modality, kind, column, names):
             asked = intervals_of(list(column), "the peaks asked for")
-            target = intervals_of(names, f"atac of {self.uri}").best(asked).astype(np.int32)
+            where = f"{modality} of {self.uri}"
+            target = intervals_of(names, where).best(asked).astype(np.int32)
             lost = int((target < 0).sum())
-            _log.info("atac of %s: %d of its %d peaks overlap none of those asked for", self.uri, lost, len(names))
+            _log.info("%s: %d of its %d peaks overlap none of those asked for", where, lost, len(names))
         else:
             target = np.array([column.get(str(name), -1) for name in names], dtype=np.int32)
         found = len(np.unique(target[target >= 0]))
@@ -93,7 +95,7 @@ class MatchedStore:
             raise ValueError(
                 f"store: {modality} of {self.uri} has no {what} in common with the "
                 f"{len(column):,} asked for (it has {names[0]!r}, ...; asked for is {next(iter(column))!r}, ...); "
-                "rename one of them" + (", or match peaks by overlap" if modality == "atac" else "")
+                "rename one of them" + (", or match peaks by overlap" if kind.likelihood == "NM" else "")
             )
         if found < len(column):
             _log.info(

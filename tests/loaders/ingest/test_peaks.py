@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import anndata
+import mudata
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse
 
 from loaders.check import check_store
 from loaders.ingest import append, ingest, merge
-from loaders.stores import open_store, read_store
+from loaders.stores import MatchedStore, open_store, read_store
 
 ONE = ["chr1:100-200", "chr1:300-400", "chr2:100-200"]
 OTHER = ["chr1:150-180", "chr1:190-320", "chr1:380-390", "chr2:500-600", "chr9:1-5"]
@@ -52,7 +54,7 @@ def test_peaks_of_a_reference_take_the_counts_of_those_that_overlap_them_most(
     np.testing.assert_array_equal(counts_of(tmp_path / "s.zarr", "b"), expected)
     assert check_store(tmp_path / "s.zarr").is_sound
     said = capsys.readouterr().err
-    assert "2 of 5 peaks of" in said
+    assert "2 of 5 peaks overlap none of" in said
     assert "1 share one with another, and their counts are added up" in said
 
 
@@ -83,6 +85,38 @@ def test_the_reference_may_be_a_bed_file_or_a_store_to_which_cells_are_added(bot
     np.testing.assert_array_equal(counts_of(tmp_path / "s.zarr", "b"), expected)
     np.testing.assert_array_equal(counts_of(tmp_path / "s.zarr", "a"), one)
     assert check_store(tmp_path / "s.zarr").is_sound
+
+
+def test_other_modalities_are_matched_so_where_all_of_their_features_name_intervals(tmp_path: Path) -> None:
+    files, kinds = [], ["h3k27ac=NM", "methylation=NM"]
+    for name, peaks in (("a", ONE), ("b", OTHER)):
+        marks = anndata.read_h5ad(source(tmp_path / f"{name}.h5ad", peaks))
+        genes = anndata.AnnData(marks.X[:, :3], obs=marks.obs, var=pd.DataFrame(index=["GATA1", "CD4", f"of {name}"]))
+        data = mudata.MuData({"h3k27ac": marks, "methylation": genes})
+        files.append(tmp_path / f"{name}.h5mu")
+        data.write_h5mu(files[-1])
+    ingest(files, out=tmp_path / "s.zarr", peaks="reference", modality=kinds, progress=False)
+    whole = open_store(tmp_path / "s.zarr")
+    assert whole.feature_names("h3k27ac").tolist() == ONE
+    assert whole.feature_names("methylation").tolist() == ["GATA1", "CD4"]
+    other = anndata.read_h5ad(tmp_path / "b.h5ad").X.toarray()
+    expected = np.stack([other[:, 0], other[:, 1] + other[:, 2], np.zeros(30)], axis=1)
+    held = read_store(tmp_path / "s.zarr")["h3k27ac"][[f"b{c}" for c in range(30)]].X.toarray()
+    np.testing.assert_array_equal(held, expected)
+
+    ingest(files[0], out=tmp_path / "a.zarr", modality=kinds, progress=False)
+    append(tmp_path / "a.zarr", files[1], peaks="reference", modality=kinds, join="outer", progress=False)
+    grown = read_store(tmp_path / "a.zarr")["h3k27ac"][[f"b{c}" for c in range(30)]].X.toarray()
+    np.testing.assert_array_equal(grown, expected)
+
+    lacks = source(tmp_path / "other.h5ad", ONE)
+    with pytest.raises(ValueError, match=r"peaks: .*other.h5ad has no h3k27ac; give a store that has, or a BED file"):
+        ingest(files[0], out=tmp_path / "x.zarr", peaks=str(lacks), modality=kinds, progress=False)
+    asked = {"h3k27ac": ONE, "methylation": ["CD4"]}
+    matched = MatchedStore(open_store(files[1], modality=kinds), asked, by_overlap=True)
+    np.testing.assert_array_equal(matched.matrix("h3k27ac").sums(), expected.sum(axis=1))
+    with pytest.raises(ValueError, match=r"no feature in common .* or match peaks by overlap"):
+        MatchedStore(open_store(files[1], modality=kinds), {"h3k27ac": ["chr7:1-2"]}, by_overlap=True)
 
 
 @pytest.mark.parametrize(
