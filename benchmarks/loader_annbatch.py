@@ -29,6 +29,19 @@ def prepare(source: str, out: str, dtype: str) -> None:
     collection.add_adatas([zarr.open_group(source, mode="r")], load_adata=load, rng=np.random.default_rng(0))
 
 
+def ingest(source: str, out: str) -> None:
+    """Make its collection of an h5ad file, with its defaults."""
+    import numpy as np
+    import zarr
+    from annbatch import DatasetCollection
+
+    start, cpu = time.perf_counter(), time.process_time()
+    collection = DatasetCollection(zarr.open_group(out, mode="w"))
+    collection.add_adatas([source], rng=np.random.default_rng(0))
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+    print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak_of_process() * 2**20}))
+
+
 class Epochs:
     """Epochs over one collection, or over several in lock-step."""
 
@@ -69,6 +82,8 @@ if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
     if command == "prepare":
         prepare(*arguments)
+    elif command == "ingest":
+        ingest(*arguments)
     elif command == "probe":
         import annbatch
         import zarrs  # noqa: F401
