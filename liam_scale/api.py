@@ -119,6 +119,7 @@ def train(
     eps: float = 0.01,
     weight_decay: float = 1e-6,
     shard: bool = True,
+    reduce_bf16: bool = False,
     kl_warmup: Literal["auto", "epochs", "steps"] = "auto",
     kl_warmup_epochs: int = 400,
     kl_weight_min: float = 1e-3,

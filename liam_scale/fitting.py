@@ -239,6 +239,7 @@ def trainer_of(
             couples_cells=record.model.likelihood == "original",
             other_noise_from=[told["to"] for told in record.rollbacks],
             columns=columns,
+            reduce_bf16=config.optim.reduce_bf16,
         )
 
 

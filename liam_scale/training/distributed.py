@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -12,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from liam_scale.kernels.backends import triton_serves
 from liam_scale.kernels.device.compiled import can_compile
@@ -109,6 +111,34 @@ def _kernels(device: torch.device) -> str:
 def backend_of(device: torch.device) -> str:
     """What collectives go through."""
     return "nccl" if device.type == "cuda" else "gloo"
+
+
+def averaging(model: nn.Module, world: World, *, in_bf16: bool) -> nn.Module:
+    """The model in DDP, whose backward pass makes each gradient the mean over ranks.
+
+    Parameters
+    ----------
+    in_bf16
+        What goes between ranks is rounded to bfloat16, half of the bytes; the mean stands in float32 again.
+    """
+    devices = [world.device.index] if world.device.type == "cuda" else None
+    # Buffers (priors) never change, so no forward pass need send them; torch 2.13 renamed the switch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
+    module = DistributedDataParallel(model, device_ids=devices, **options)
+    if in_bf16:
+        # DDP takes no annotations that are texts.
+        module.register_comm_hook(world.size, lambda state, bucket: _mean_in_bf16(state, bucket))
+    return module
+
+
+def _mean_in_bf16(size: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """As `bf16_compress_hook` of torch, which refuses gloo."""
+    whole = bucket.buffer()
+    rounded = whole.div(size).to(torch.bfloat16)
+    done: Any = dist.all_reduce(rounded, async_op=True)
+    return done.get_future().then(lambda _: whole.copy_(rounded))
 
 
 @contextmanager

@@ -33,6 +33,8 @@ class OptimConfig:
     """L2 penalty, in the gradient."""
     shard: bool = True
     """Ranks on the CPUs of one machine share weights and moments, and each updates its part."""
+    reduce_bf16: bool = False
+    """Other ranks average gradients in bfloat16, half of the bytes between GPUs and machines."""
     kl_warmup: Literal["auto", "epochs", "steps"] = "auto"
     """Unit in which the weight of KL(z) grows; auto: epochs up to 100,000 cells, steps above."""
     kl_warmup_epochs: Annotated[int, Range(least=0)] = 400

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from liam_scale.training.checkpoint import Checkpoint, save_checkpoint, taking_up
-from liam_scale.training.distributed import World
+from liam_scale.training.distributed import World, averaging
 from liam_scale.training.errors import AgreedError
 from liam_scale.training.history import History, Meter, Row, summarise
 from liam_scale.training.optim import KLSchedule, load_optimizer_tensors, optimizer_tensors
@@ -70,6 +68,8 @@ class Trainer:
         Steps from each of which on the noise is another one: where training was rolled back to.
     columns
         Further values of a row of the history.
+    reduce_bf16
+        DDP averages gradients in bfloat16.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class Trainer:
         couples_cells: bool = False,
         other_noise_from: Sequence[int] = (),
         columns: Callable[[], Row] = dict,
+        reduce_bf16: bool = False,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.train_source, self.validation_source = train, validation
@@ -106,12 +107,7 @@ class Trainer:
         self._last_checkpoint = time.monotonic()
         self._module: nn.Module = model
         if world.size > 1 and not isinstance(optimizer, SharedAdam):
-            devices = [world.device.index] if world.device.type == "cuda" else None
-            # Buffers (priors) never change, so no forward pass need send them; torch 2.13 renamed the switch.
-            known = inspect.signature(DistributedDataParallel).parameters
-            switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            options: dict[str, Any] = {switch: False, "gradient_as_bucket_view": True}
-            self._module = DistributedDataParallel(model, device_ids=devices, **options)
+            self._module = averaging(model, world, in_bf16=reduce_bf16)
         update = Update(self._module, optimizer, self._soundness, self._give_up)
         self._update = as_recorded(update, config.graph, world, couples_cells=couples_cells)
         self.max_steps = max_epochs * train.steps_per_epoch

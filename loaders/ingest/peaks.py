@@ -72,9 +72,10 @@ def join_peaks(
     if peaks == UNION:
         var, what = pd.DataFrame(index=pd.Index(united(held).names(), dtype=object)), "those of the union"
     else:
-        var = sources[0][1] if peaks == REFERENCE else _reference(Path(peaks), modality)
-        if var is None:
+        found = sources[0][1] if peaks == REFERENCE else _reference(Path(peaks), modality)
+        if found is None:
             return None
+        var = found
         what = f"those of {sources[0][0] if peaks == REFERENCE else peaks}"
         if not ignore_genome:
             check_genomes([(peaks, var), *sources])

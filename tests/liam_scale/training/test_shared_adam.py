@@ -11,8 +11,7 @@ import os
 import sys
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from liam_scale.training.distributed import join_world
+from liam_scale.training.distributed import averaging, join_world
 from liam_scale.training.optim import OptimConfig, build_optimizer, load_optimizer_tensors, optimizer_tensors
 from liam_scale.training.shared_adam import SharedAdam, share_memory
 from liam_scale.training.update import Soundness
@@ -22,12 +21,12 @@ def make():
     # Of the last one's bias, one number, all but one rank have no part.
     return nn.Sequential(nn.Linear(13, 7), nn.ReLU(), nn.Linear(7, 1))
 
-def train(model, world, config, steps, broken_at=None, moments=None):
+def train(model, world, config, steps, broken_at=None, moments=None, in_bf16=False):
     optimizer = build_optimizer(model, config, world)
     if moments is not None:
         load_optimizer_tensors(model, optimizer, moments)
     soundness, shared = Soundness(optimizer, world), isinstance(optimizer, SharedAdam)
-    module = model if shared else DistributedDataParallel(model)
+    module = model if shared else averaging(model, world, in_bf16=in_bf16)
     for step in steps:
         inputs = torch.randn(5, 13, generator=torch.Generator().manual_seed(100 * step + world.rank))
         module(inputs).pow(2).sum().backward()
@@ -52,10 +51,11 @@ with join_world("cpu") as world:
     model.load_state_dict(half[1])
     resumed = train(model, world, config, range(3, 6), moments=half[2])
     broken = train(make(), world, config, range(6), broken_at=3)
+    rounded = train(make(), world, OptimConfig(lr=0.01, shard=False), range(6), in_bf16=True)
     double = share_memory(list(make().double().parameters()), world)
     os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if the ranks were on several machines
     elsewhere = share_memory(list(make().parameters()), world)
-    torch.save([plain, shared, resumed, half, broken, double, elsewhere], f"{sys.argv[1]}/{world.rank}.pt")
+    torch.save([plain, shared, resumed, half, broken, rounded, double, elsewhere], f"{sys.argv[1]}/{world.rank}.pt")
 """
 
 
@@ -94,5 +94,15 @@ def test_a_gradient_that_one_rank_alone_sees_broken_withholds_the_update_of_all(
         assert equal(broken[1], half[1])
 
 
+def test_gradients_averaged_in_bfloat16_are_the_same_on_all_ranks_and_close_to_those_in_float32(
+    ranks: list[Any],
+) -> None:
+    for plain, *_, rounded, _, _ in ranks:
+        assert equal(rounded[1], ranks[0][5][1])
+        assert not equal(rounded[1], plain[1])
+        for name, value in plain[1].items():
+            torch.testing.assert_close(rounded[1][name], value, rtol=0, atol=0.01 * 6 * 2**-7)
+
+
 def test_doubles_and_several_machines_share_nothing(ranks: list[Any]) -> None:
-    assert [rank[5:] for rank in ranks] == [[None, None]] * len(ranks)
+    assert [rank[6:] for rank in ranks] == [[None, None]] * len(ranks)
