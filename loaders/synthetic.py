@@ -83,6 +83,11 @@ class Simulation:
     replicate is shared by its conditions, and obs has `replicate` and `condition`."""
     condition_effect: float = 0.35
     """Standard deviation of the conditions' log effects on features, shared by their replicates."""
+    num_sites: int = 1
+    """With several, samples are nested in sites: sample s is of site s // (num_samples // num_sites), whose effect adds
+    to its own, and obs has `site`."""
+    site_effect: float = 0.35
+    """Standard deviation of the sites' log effects on features."""
     seed: int = 0
     """Decides everything; cell c is the same in a store of any size."""
 
@@ -100,6 +105,11 @@ class Simulation:
             raise ValueError(
                 f"num_conditions: got {self.num_conditions} for {self.num_samples} samples; every replicate is seen"
                 " under every condition: give a number that divides num_samples"
+            )
+        if self.num_sites < 1 or self.num_samples % self.num_sites:
+            raise ValueError(
+                f"num_sites: got {self.num_sites} for {self.num_samples} samples; every site has as many: give a number"
+                " that divides num_samples"
             )
         if self.num_samples < 1 or self.num_types < 2:
             raise ValueError(
@@ -177,7 +187,7 @@ def simulate(
     Notes
     -----
     obs: `sample`, `donor` (the same), `cell_type`, `mixed_with`, `own_weight`; with several conditions `replicate` and
-    `condition`. Counts of rna and atac saturate at 255.
+    `condition`, with several sites `site`. Counts of rna and atac saturate at 255.
     20,000 cells of the default shape take 40 s of one core.
     """
     simulation = Simulation(**options)
@@ -282,13 +292,17 @@ def _sample_effects(
     simulation: Simulation, features: int, rng: np.random.Generator
 ) -> tuple[npt.NDArray[np.float64], float]:
     """(S, F) factors of the samples' rates, and the standard deviation of their logarithm."""
-    replicates, conditions = simulation.num_samples // simulation.num_conditions, simulation.num_conditions
-    own = rng.normal(0.0, simulation.sample_effect, (replicates, features))
-    if conditions == 1:
-        return np.exp(own), simulation.sample_effect
-    of_condition = rng.normal(0.0, simulation.condition_effect, (conditions, features))
-    both = (own[:, None] + of_condition).reshape(-1, features)
-    return np.exp(both), float(np.hypot(simulation.sample_effect, simulation.condition_effect))
+    samples, conditions, sites = simulation.num_samples, simulation.num_conditions, simulation.num_sites
+    own = rng.normal(0.0, simulation.sample_effect, (samples // conditions, features))
+    logs, spreads = np.repeat(own, conditions, axis=0), [simulation.sample_effect]
+    if conditions > 1:
+        of_condition = rng.normal(0.0, simulation.condition_effect, (conditions, features))
+        logs += np.tile(of_condition, (samples // conditions, 1))
+        spreads.append(simulation.condition_effect)
+    if sites > 1:
+        logs += np.repeat(rng.normal(0.0, simulation.site_effect, (sites, features)), samples // sites, axis=0)
+        spreads.append(simulation.site_effect)
+    return np.exp(logs), float(np.hypot.reduce(spreads))
 
 
 def _points_for(rates: npt.NDArray[np.float64], nonzeros: float) -> float:
@@ -343,12 +357,13 @@ def _obs(simulation: Simulation, truth: Sequence[_Cells]) -> Iterator[tuple[str,
     names = pd.Index([f"type{number:02d}" for number in range(simulation.num_types)])
     yield "sample", donors
     yield "donor", donors
+    groups = {}
     if simulation.num_conditions > 1:
-        for name, codes in zip(("replicate", "condition"), np.divmod(samples, simulation.num_conditions), strict=True):
-            yield (
-                name,
-                pd.Categorical.from_codes(codes, pd.Index([f"{name}{number}" for number in range(codes.max() + 1)])),
-            )
+        groups["replicate"], groups["condition"] = np.divmod(samples, simulation.num_conditions)
+    if simulation.num_sites > 1:
+        groups["site"] = samples // (simulation.num_samples // simulation.num_sites)
+    for name, codes in groups.items():
+        yield name, pd.Categorical.from_codes(codes, pd.Index([f"{name}{number}" for number in range(codes.max() + 1)]))
     yield "cell_type", pd.Categorical.from_codes(np.concatenate([cells.types for cells in truth]), names)
     yield "mixed_with", pd.Categorical.from_codes(np.concatenate([cells.others for cells in truth]), names)
     yield "own_weight", np.concatenate([cells.weights for cells in truth]).astype(np.float32)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,18 @@ import liam_scale  # noqa: E402
 from liam_scale.evaluate import EvaluateConfig, evaluate  # noqa: E402
 from liam_scale.evaluation.found import Evaluation  # noqa: E402
 from liam_scale.evaluation.imputation import MEAN_PROFILE  # noqa: E402
+from liam_scale.evaluation.measures import MEASURES as evaluated  # noqa: E402
+from liam_scale.evaluation.recommendation import ranks  # noqa: E402
 from loaders.ingest import ingest  # noqa: E402
 from loaders.synthetic import simulate_mudata  # noqa: E402
 
-STAND_IN = {"num_genes": 600, "num_peaks": 2_000, "genes_per_cell": 120, "peaks_per_cell": 250, "num_types": 8}
+STAND_IN = {"num_genes": 1_000, "num_peaks": 2_500, "genes_per_cell": 150, "peaks_per_cell": 300, "num_types": 8}
 """Shape of the simulated data."""
 
-MEASURES = {"leiden_nmi": "NMI", "label_accuracy": "label across samples", "ilisi": "iLISI"}
+MEASURES = {"leiden_nmi": "NMI", "label_accuracy": "label across samples", "ilisi": "iLISI of {}"}
+"""Measures that tables show, of those that are computed."""
+
+EPOCHS, SECONDS = "epochs", "CPU s"
 
 
 def parse(doc: str | None, **columns: str) -> argparse.Namespace:
@@ -45,7 +52,7 @@ def parse(doc: str | None, **columns: str) -> argparse.Namespace:
     parser.add_argument("data", nargs="?", type=Path, help="a MuData; default: the simulated stand-in")
     for name, default in {"batch_key": "sample", "label_key": "cell_type", **columns}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default)
-    parser.add_argument("--cells", type=int, default=2_400, help="of the stand-in")
+    parser.add_argument("--cells", type=int, default=1_500, help="of the stand-in")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-epochs", type=int, default=None, help="default: as the training command")
     parser.add_argument("--out", type=Path, default=None, help="folder for stores and runs; default: a temporary one")
@@ -104,32 +111,49 @@ def measured(
     covariates: Sequence[str] = (),
     truth: Path | None = None,
 ) -> pd.DataFrame:
-    """A row for each run, by name with its training options, and seed: what `evaluate` says of the embedding."""
+    """A row for each run, by name with its training options, and seed: all that `evaluate` says of the embedding, as
+    `measure:column`, epochs and CPU seconds. What is finished in `--out` is not run again."""
     rows = []
     for name, training in runs.items():
         for seed in options.seeds:
-            own = f"{name.replace(' ', '-')}-{seed}"
-            chosen = {"batch_key": options.batch_key, "max_epochs": options.max_epochs, **training}
-            run = liam_scale.train(store, out=options.out / f"{store.stem}-{own}", seed=seed, **chosen)
-            run.embed(store, key=f"X_{own}")
-            columns = {"batch_key": (options.batch_key, *covariates), "label_key": (options.label_key,)}
-            imputed = {} if truth is None else {"run": run.path, "truth": str(truth)}
-            asked = {"embedding": f"X_{own}", "baseline": False, "scib": "quick", **columns, **imputed}
-            rows.append({"run": name, "seed": seed, **_row(evaluate(EvaluateConfig(str(store), **asked)), f"X_{own}")})
+            own = re.sub(r"\W+", "-", f"{store.stem}-{name}-{seed}")
+            file = options.out / f"{own}.json"
+            if not file.exists():
+                chosen = {"batch_key": options.batch_key, "max_epochs": options.max_epochs, "seed": seed, **training}
+                found = _measured_once(store, options.out / own, chosen, options, covariates, truth)
+                file.write_text(json.dumps(found))
+            rows.append({"run": name, "seed": seed, **json.loads(file.read_text())})
             print(json.dumps(rows[-1]), flush=True)
     return pd.DataFrame(rows)
 
 
-def _row(found: Evaluation, embedding: str) -> dict[str, float]:
-    """The measures of the first columns, iLISI of further ones, and imputation beside that of the mean profile."""
-    values = found.table.set_index("of", append=True)[embedding]
-    row: dict[str, float] = {}
-    for (key, of), value in values.items():
-        if key in MEASURES:
-            row[f"iLISI of {of}" if key in row else key] = float(value)
+def _measured_once(
+    store: Path,
+    out: Path,
+    training: Mapping[str, Any],
+    options: argparse.Namespace,
+    covariates: Sequence[str],
+    truth: Path | None,
+) -> dict[str, float]:
+    began, key = time.process_time(), f"X_{out.name}"
+    run = liam_scale.train(store, out=out, **training)
+    seconds = time.process_time() - began
+    run.embed(store, key=key, overwrite=True)
+    columns = {"batch_key": (options.batch_key, *covariates), "label_key": (options.label_key,)}
+    imputed = {} if truth is None else {"run": run.path, "truth": str(truth)}
+    asked = EvaluateConfig(str(store), embedding=key, baseline=False, scib="quick", **columns, **imputed)
+    epochs = [int(pd.read_csv(file)["epoch"].iloc[-1]) + 1 for file in out.rglob("history.csv")]
+    return {**_values(evaluate(asked), key), EPOCHS: max(epochs), SECONDS: seconds}
+
+
+def _values(found: Evaluation, embedding: str) -> dict[str, float]:
+    """Every measure, and those of imputation beside those of the mean profile."""
+    table = found.table
+    row = {f"{key}:{of}": float(v) for key, of, v in zip(table.index, table["of"], table[embedding], strict=True)}
     if found.imputation is not None:
         for key, one in found.imputation.iterrows():
-            row[f"{one['of']} {key}"], row[f"{one['of']} {key}, mean profile"] = one[embedding], one[MEAN_PROFILE]
+            for column, what in ((embedding, ""), (MEAN_PROFILE, ", mean profile")):
+                row[f"imputed {one['of']} {key}{what}"] = float(one[column])
     return row
 
 
@@ -139,19 +163,40 @@ def means(frame: pd.DataFrame) -> pd.DataFrame:
 
 def show(title: str, frame: pd.DataFrame, published: Mapping[str, str] | None = None) -> None:
     """Mean and standard deviation over seeds, beside the published NMI and iLISI of the model named for a run."""
-    grouped = frame.drop(columns="seed").groupby("run", sort=False)
+    titles = {column: text for column in frame if (text := _title(str(column)))}
+    grouped = frame[["run", *titles]].groupby("run", sort=False)
     mean, spread = grouped.mean(), grouped.std()
     known, rows = published_scores(), []
     for name in mean.index:
-        own = [
-            f"{value:.3f}" + (f" ± {sd:.3f}" if sd == sd else "") if value == value else "-"
-            for value, sd in zip(mean.loc[name], spread.loc[name], strict=True)
-        ]
+        own = [_shown(*both) for both in zip(mean.loc[name], spread.loc[name], strict=True)]
         entry = known.get((published or {}).get(str(name), ""), {})
         shown = " / ".join(f"{float(entry[key]):.3f}" for key in ("nmi", "iLISI_batch") if entry.get(key)) or "-"
         rows.append((name, *own, shown))
-    header = ("run", *(MEASURES.get(str(column), str(column)) for column in mean), "published NMI / iLISI")
-    print(f"\n{title}\n\n{table(header, rows)}\n", flush=True)
+    print(f"\n{title}\n\n{table(('run', *titles.values(), 'published NMI / iLISI'), rows)}\n", flush=True)
+
+
+def _title(column: str) -> str:
+    """Of a column that is shown; empty: it is not."""
+    if column in (EPOCHS, SECONDS) or (column.startswith("imputed") and "deviance" in column):
+        return column
+    key, _, of = column.partition(":")
+    return MEASURES.get(key, "").format(of)
+
+
+def _shown(mean: float, spread: float) -> str:
+    if np.isnan(mean):
+        return "-"
+    digits = 0 if mean > 10 else 3
+    return f"{mean:.{digits}f}" + ("" if np.isnan(spread) else f" ± {spread:.{digits}f}")
+
+
+def ranked(frame: pd.DataFrame, options: argparse.Namespace, *, remove: Sequence[str] = ()) -> pd.DataFrame:
+    """The runs as a sweep ranks its configurations: columns `overall`, `removal`, `conservation`, best first."""
+    own = frame[[column for column in frame if ":" in column]]
+    configured = own.assign(model=frame["run"], batch_key=options.batch_key, alpha=0.0)
+    better = {key: measure.better for key, measure in evaluated.items()}
+    found = ranks(configured, better=better, remove=remove)
+    return found[["overall", "removal", "conservation"]].droplevel(["batch_key", "alpha"])
 
 
 def published_scores() -> dict[str, dict[str, str]]:
@@ -164,4 +209,4 @@ def published_scores() -> dict[str, dict[str, str]]:
 
 
 def verdict(conclusion: str, came_out: bool, figures: str) -> None:
-    print(f"the paper: {conclusion}: {'came out' if came_out else 'did not come out'} ({figures})", flush=True)
+    print(f"{conclusion}: {'came out' if came_out else 'did not come out'} ({figures})", flush=True)

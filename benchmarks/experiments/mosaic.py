@@ -37,8 +37,9 @@ def main() -> None:
     models = {"paired": "liam_paired_full", "full": "liam_mosaic_full", "a": "liam_mosaic_a", "b": "liam_mosaic_b"}
     show("samples that lack a modality", found, models)
     mean = means(found)
-    loss = mean.loc["paired", "leiden_nmi"] - mean.loc[["full", "a", "b"], "leiden_nmi"]
-    gain = mean["atac deviance, mean profile"] - mean["atac deviance"]
+    nmi = mean[f"leiden_nmi:{options.label_key}"]
+    loss = nmi["paired"] - nmi[["full", "a", "b"]]
+    gain = mean["imputed atac deviance, mean profile"] - mean["imputed atac deviance"]
     figures = f"NMI falls by {', '.join(f'{loss[name]:.3f} ({name})' for name in loss.index)}; deviance of imputed ATAC"
     figures += f" below the mean profile's by {', '.join(f'{value:.3f}' for value in gain.dropna())}"
     verdict("a mosaic costs little biology", bool((loss < 0.06).all() and (gain.dropna() > 0).all()), figures)

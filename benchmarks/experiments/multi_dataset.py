@@ -29,10 +29,11 @@ def main() -> None:
     show("RNA alone", found)
     show("all modalities", both)
     mean, alone = means(both), means(found).iloc[0]
-    mixes = mean["iLISI of technology"].max() > 0.5 * alone["iLISI of technology"]
-    kept = mean["leiden_nmi"].max() > alone["leiden_nmi"] - 0.03
-    figures = f"iLISI of technologies {mean['iLISI of technology'].max():.3f}, of RNA alone"
-    figures += f" {alone['iLISI of technology']:.3f}; NMI {mean['leiden_nmi'].max():.3f}, {alone['leiden_nmi']:.3f}"
+    nmi = f"leiden_nmi:{options.label_key}"
+    mixes = mean["ilisi:technology"].max() > 0.5 * alone["ilisi:technology"]
+    kept = mean[nmi].max() > alone[nmi] - 0.03
+    figures = f"iLISI of technologies {mean['ilisi:technology'].max():.3f}, of RNA alone"
+    figures += f" {alone['ilisi:technology']:.3f}; NMI {mean[nmi].max():.3f}, {alone[nmi]:.3f}"
     verdict("data sets of two technologies integrate through RNA", bool(mixes and kept), figures)
 
 

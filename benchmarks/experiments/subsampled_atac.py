@@ -15,7 +15,7 @@ PUBLISHED = {"bavae": "BAVAE_sample_{}", "concat": "BAVAE_sample_{}_concat", "at
 
 def main() -> None:
     options = parse(__doc__)
-    data, nmi = load(options), {}
+    data, nmi, column = load(options), {}, f"leiden_nmi:{options.label_key}"
     whole = ingested(data, options.out / "atac-100.zarr")
     alone = measured(whole, {"rna-only": {"model": "rna-only"}}, options)
     show("RNA alone", alone, {"rna-only": "BAVAE_sample_100_rna_only_20dims"})
@@ -23,8 +23,8 @@ def main() -> None:
         store = ingested(thinned(data, percent / 100), options.out / f"atac-{percent}.zarr")
         found = measured(store, RUNS, options)
         show(f"{percent} % of the peaks", found, {run: model.format(percent) for run, model in PUBLISHED.items()})
-        nmi[percent] = means(found)["leiden_nmi"]
-    rna, least = means(alone)["leiden_nmi"].iloc[0], nmi[10]
+        nmi[percent] = means(found)[column]
+    rna, least = means(alone)[column].iloc[0], nmi[10]
     figures = (
         f"NMI at 10 %: early {least['bavae']:.3f}, late {least['concat']:.3f}, ATAC alone {least['atac-only']:.3f}"
     )

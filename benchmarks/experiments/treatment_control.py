@@ -3,35 +3,53 @@
 Data: DOGMA-seq of stimulated and control PBMC (GSE156478) with obs columns replicate, sample, condition; by default a
 stand-in: six samples, three replicates under two conditions, whose effects on genes and peaks are known.
 Expected: removing the replicate, its mixing rises with alpha and that of the condition stays flat; removing the sample,
-that of the condition rises too.
+that of the condition rises too. Of the stand-in the mixture of types of every cell is known: the sweep, which sees
+labels alone, should recommend an alpha at which neighbours in other replicates tell it as well as anywhere.
 
     python benchmarks/experiments/treatment_control.py --out treatment [--max-epochs 30]
 """
 
-import subprocess
-import sys
+from pathlib import Path
 
+import anndata
+import numpy as np
 import pandas as pd
-from common import ROOT, ingested, load, parse, table, verdict
+from common import ingested, load, parse, table, verdict
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
-ALPHAS = (1, 5, 25, 100, 1000)
+from liam_scale.sweep import SweepConfig, members_of, sweep
+
+ALPHAS = (1.0, 5.0, 25.0, 100.0, 1000.0)
+TRUTH = ["true mixture, R2", "condition told"]
 
 
 def main() -> None:
     options = parse(__doc__)
     data = load(options, num_conditions=2, condition_effect=0.4)
     store = ingested(data, options.out / "treatment.zarr")
-    command = [sys.executable, "-m", "liam_scale.cli", "sweep", str(store), "--out", str(options.out / "sweep")]
-    command += ["--batch-key", "replicate", options.batch_key, "--keep-key", "condition"]
-    command += ["--label-key", options.label_key, "--alpha", *map(str, ALPHAS), "--seeds", *map(str, options.seeds)]
-    command += [] if options.max_epochs is None else ["--max-epochs", str(options.max_epochs)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    runs = pd.read_csv(options.out / "sweep" / "sweep.csv")
+    config = SweepConfig(
+        (str(store),),
+        out=options.out / "sweep",
+        batch_key=("replicate", options.batch_key),
+        keep_key=("condition",),
+        label_key=(options.label_key,),
+        alpha=ALPHAS,
+        seeds=tuple(options.seeds),
+        max_epochs=options.max_epochs,
+        plots=False,
+    )
+    found = sweep(config)
+    assert found is not None
+    runs, recommended = found.table, found.recommendation
     columns = ["ilisi:replicate", "ilisi:condition", f"leiden_nmi:{options.label_key}"]
-    mean, spread = (getattr(runs.groupby(["batch_key", "alpha"])[columns], kind)() for kind in ("mean", "std"))
+    if options.data is None:
+        told = [_told(member.embedding, data.obs) for member in members_of(config)]
+        runs, columns = pd.concat([runs, pd.DataFrame(told, columns=TRUTH)], axis=1), [*columns, *TRUTH]
+    grouped = runs.groupby(["batch_key", "alpha"])[columns]
+    mean, spread = grouped.mean(), grouped.std()
     shown = mean.map("{:.3f}".format) + " ± " + spread.map("{:.3f}".format)
     rows = [(*index, *row) for index, row in zip(shown.index, shown.to_numpy(), strict=True)]
-    print(f"\n{table(('removed', 'alpha', *columns), rows)}\n")
+    print(f"\n{table(('removed', 'alpha', *columns), rows)}\n\n{found.ranks.iloc[:, :3].round(2)}\n\n{recommended}\n")
     rise = {key: mean.loc[key].iloc[1:].max() - mean.loc[key].iloc[0] for key in ("replicate", options.batch_key)}
     noise = 2 * spread.mean()
     own, kept = rise["replicate"]["ilisi:replicate"], rise["replicate"]["ilisi:condition"]
@@ -39,6 +57,32 @@ def main() -> None:
     figures = f"replicate rises by {own:.3f}, condition by {kept:.3f}; removing the sample, condition by {other:.3f}"
     came_out = own > noise["ilisi:replicate"] and kept <= max(0.02, bound) and other > max(0.02, bound, kept)
     verdict("the replicate mixes, the condition is kept, and with the sample it is lost", bool(came_out), figures)
+    if options.data is None and recommended.alpha is not None:
+        truth = mean[TRUTH[0]]
+        chosen, best = truth[recommended.batch_key, recommended.alpha], truth.max()
+        figures = f"R2 {chosen:.3f}, best {best:.3f} at alpha {truth.idxmax()[1]:g} with {truth.idxmax()[0]}"
+        is_best = chosen >= best - np.sqrt(runs.groupby(["batch_key", "alpha"])[TRUTH[0]].var().mean())
+        verdict("the recommended alpha tells the truth within one sd of the best", bool(is_best), figures)
+
+
+def _told(embedding: Path, truth: pd.DataFrame) -> tuple[float, float]:
+    """How well a cell's 15 nearest neighbours in other replicates tell its mixture of types and its condition."""
+    held = anndata.read_zarr(embedding)
+    obs, points = truth.loc[held.obs_names], held.obsm["X_liam"]
+    types = obs["cell_type"].cat.categories
+    weights = obs["own_weight"].to_numpy()[:, None]
+    own, other = (pd.get_dummies(obs[c].astype(pd.CategoricalDtype(types))) for c in ("cell_type", "mixed_with"))
+    mixture = weights * own.to_numpy() + (1 - weights) * other.to_numpy()
+    condition, replicates = obs["condition"].astype(str).to_numpy(), obs["replicate"].to_numpy()
+    guessed, right = np.empty_like(mixture), np.empty(len(obs))
+    for replicate in np.unique(replicates):
+        inside = replicates == replicate
+        near = KNeighborsRegressor(15).fit(points[~inside], mixture[~inside])
+        guessed[inside] = near.predict(points[inside])
+        voted = KNeighborsClassifier(15).fit(points[~inside], condition[~inside]).predict(points[inside])
+        right[inside] = voted == condition[inside]
+    left = np.square(mixture - guessed).sum() / np.square(mixture - mixture.mean(axis=0)).sum()
+    return 1 - float(left), float(right.mean())
 
 
 if __name__ == "__main__":

@@ -146,13 +146,17 @@ def _no_compromise(key: str, mean: pd.DataFrame, fits: pd.DataFrame, keep: Seque
     )
 
 
-def ranks(runs: pd.DataFrame, *, better: dict[str, str], keep: Sequence[str] = ()) -> pd.DataFrame:
+def ranks(
+    runs: pd.DataFrame, *, better: dict[str, str], keep: Sequence[str] = (), remove: Sequence[str] = ()
+) -> pd.DataFrame:
     """Rank of each configuration (1 is best) in each measure, and the mean ranks: the paper's table.
 
     Parameters
     ----------
     better
         By key of the measure: `higher`, `lower` or `towards 1`. Of a covariate in `keep` the other end is better.
+    remove
+        Covariates whose mixing counts besides those of the column `batch_key`.
 
     Returns
     -------
@@ -161,7 +165,7 @@ def ranks(runs: pd.DataFrame, *, better: dict[str, str], keep: Sequence[str] = (
     """
     measures = [name for name in runs.columns if name.partition(":")[0] in better]
     mean = runs.groupby(CONFIGURATION)[measures].mean()
-    covariates = {*runs["batch_key"], *keep}
+    covariates = {*runs["batch_key"], *keep, *remove}
     found = {}
     for name in measures:
         key, _, column = name.partition(":")

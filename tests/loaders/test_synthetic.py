@@ -163,3 +163,21 @@ def test_a_replicate_is_seen_under_every_condition_and_shares_its_effect():
 def test_conditions_that_do_not_divide_the_samples_are_refused():
     with pytest.raises(ValueError, match="num_conditions: got 2 for 3 samples"):
         simulate_mudata(num_cells=10, num_samples=3, num_conditions=2)
+
+
+def test_samples_of_a_site_share_its_effect_and_have_their_own():
+    options = {"num_genes": 300, "num_peaks": 0, "genes_per_cell": 120, "num_samples": 6, "num_types": 2}
+    data = simulate_mudata(num_cells=1500, num_sites=3, sample_effect=0.4, site_effect=0.8, **options)
+    columns = data.obs[["sample", "site"]].drop_duplicates().sort_values("sample")
+    assert columns["site"].tolist() == ["site0", "site0", "site1", "site1", "site2", "site2"]
+    counts = data.mod["rna"].to_df().groupby(data.obs["sample"].to_numpy()).sum() + 1
+    logs = np.log(counts.div(counts.sum(axis=1), axis=0)).to_numpy()
+    logs -= logs.mean(axis=0)
+    alike = np.corrcoef(logs)
+    assert min(alike[0, 1], alike[2, 3], alike[4, 5]) > max(alike[0, 2], alike[1, 4], alike[3, 5]) + 0.5
+    assert alike[0, 1] < 0.95, "two samples of a site differ"
+
+
+def test_sites_that_do_not_divide_the_samples_are_refused():
+    with pytest.raises(ValueError, match="num_sites: got 2 for 3 samples"):
+        simulate_mudata(num_cells=10, num_samples=3, num_sites=2)
