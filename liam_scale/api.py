@@ -78,6 +78,7 @@ def train(
     *,
     out: str | Path,
     batch_key: str | Sequence[str] | None = (),
+    continuous_key: str | Sequence[str] = (),
     where: str | None = None,
     features: str | Path | Sequence[str] | None = None,
     modality: Declared = (),
@@ -152,6 +153,8 @@ def train(
     batch_key
         Obs column with the sample of each cell, the covariate to remove; or several, each with an adversary of its own.
         Without it nothing is removed.
+    continuous_key
+        Obs columns of numbers, such as age or log depth, that the decoders read beside the embedding.
     where
         Cells to train on, an expression over obs columns as `pandas.DataFrame.query` takes it.
     features
@@ -195,7 +198,8 @@ def _config(options: dict[str, Any]) -> TrainConfig:
     sections = {"model": ModelConfig, "loader": LoaderConfig, "optim": OptimConfig, "training": TrainingConfig}
     made = {name: kind(**{f.name: options[f.name] for f in fields(kind)}) for name, kind in sections.items()}
     own = {f.name: options[f.name] for f in fields(TrainConfig) if f.name in options and f.name not in made}
-    own["batch_key"] = as_tuple(own["batch_key"])
+    for name in ("batch_key", "continuous_key"):
+        own[name] = as_tuple(own[name])
     store = options["store"]
     is_held = isinstance(store, AnnData | MuData)
     named = [f"{type(store).__name__}{IN_MEMORY}"] if is_held else addresses(store, "store")

@@ -18,6 +18,7 @@ from loaders.options import LoaderConfig, Range, check_options
 LOCKED = (
     "seed",
     "batch_key",
+    "continuous_key",
     "where",
     "modality",
     "model",
@@ -44,6 +45,8 @@ class TrainConfig:
     batch_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
     """Obs column with the sample of each cell, the covariate to remove; of several (site donor) each has an adversary
     of its own. Without it nothing is removed."""
+    continuous_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
+    """Obs columns of numbers, such as age or log depth, that the decoders read beside the embedding, standardised."""
     where: Annotated[str | None, tyro.conf.arg(metavar="EXPRESSION")] = None
     """Cells to train on, an expression over obs columns as pandas takes it: "tissue == 'blood' and n_counts > 500"."""
     features: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None

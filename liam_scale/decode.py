@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +16,7 @@ import tyro
 from torch import Tensor
 
 from liam_scale.command import Command
+from liam_scale.continuous import standardised
 from liam_scale.finding import stores_of
 from liam_scale.model import Liam
 from liam_scale.posterior import Latents, drawn, embedded, group_codes, shares, single
@@ -25,7 +26,7 @@ from liam_scale.training.devices import Device, check_device, device_of
 from loaders.durable import replacing
 from loaders.ecosystem import add_dense_matrix, write_anndata
 from loaders.formats.root import HDF5_SUFFIXES
-from loaders.options import Range, check_options
+from loaders.options import Range, check_options, named_numbers
 from loaders.sizing import parse_memory
 from loaders.stores import Store
 
@@ -51,6 +52,8 @@ class Decoding:
     """Obs column: a row for each group of cells, the mean of its cells, instead of one for each cell."""
     target_sample: Annotated[str, tyro.conf.arg(metavar="SAMPLE")] = "own"
     """Sample that all cells are decoded as; own: that of each cell; mean: average over all samples."""
+    at: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN=VALUE ...")] = ()
+    """Values of continuous covariates that all cells are decoded for, such as age=40; else each cell has its own."""
     num_samples: Annotated[int, Range(least=0)] = 0
     """Posterior draws of each cell, for which the encoders read its counts; 0: decode the embedding in the store, once.
     Several give the mean and the standard deviation over draws."""
@@ -71,6 +74,11 @@ class Decoding:
         check_options(self, "--")
         check_device(self.device)
         parse_memory(self.memory)
+        self.given_numbers()
+
+    def given_numbers(self) -> dict[str, float]:
+        """What `at` says, by column."""
+        return named_numbers("--at", self.at, wanted="columns with a number, such as age=40")
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,7 @@ class _Work:
         self.model = directory.load_model().to(device_of(config.device))
         self.store = store or stores_of(directory, config.store)
         self.targets = _target_codes(config, self.store, record)
+        self.numbers = _numbers(config, self.store, record)
         self.groups = None if config.groupby is None else group_codes(self.store, config.groupby)
         self.has_sd = config.num_samples > 1
         self.num_columns = sum(len(part.columns) for part in self.chosen)
@@ -197,7 +206,9 @@ class _Work:
         for latents in self.latents:
             rows = latents.rows.cpu().numpy()
             targets = [torch.from_numpy(codes[rows]).long().to(latents.rows.device) for codes in self.targets]
-            mean, variance = _moments(self.model, latents, targets, self.chosen, max(1, self.config.num_samples))
+            numbers = {k: torch.from_numpy(own[rows]).to(latents.rows.device) for k, own in self.numbers.items()}
+            draws = max(1, self.config.num_samples)
+            mean, variance = _moments(self.model, latents, targets, numbers, self.chosen, draws)
             sd = variance.sqrt_().cpu().numpy() * size if self.has_sd else None
             yield Values(rows, mean.cpu().numpy() * size, sd)
 
@@ -258,9 +269,27 @@ def _target_codes(config: Decoding, store: Store, record: RunRecord) -> list[np.
     return [np.broadcast_to(samples.index(config.target_sample), num_cells)]
 
 
+def _numbers(config: Decoding, store: Store, record: RunRecord) -> dict[str, np.ndarray]:
+    """(n,) standardised value of every cell to decode for, by continuous covariate."""
+    known, given = record.data.continuous, config.given_numbers()
+    if unknown := [name for name in given if name not in known]:
+        held = f"the run has {', '.join(known)}" if known else "the run has no continuous covariates"
+        raise ValueError(f"--at: got {', '.join(unknown)}; {held}")
+    found = standardised(store, {name: own for name, own in known.items() if name not in given})
+    for name, value in given.items():
+        mean, deviation = known[name]
+        found[name] = np.full(store.schema.num_cells, (value - mean) / deviation, np.float32)
+    return found
+
+
 @torch.no_grad()
 def _moments(
-    model: Liam, latents: Latents, targets: list[Tensor], chosen: list[Chosen], num_draws: int
+    model: Liam,
+    latents: Latents,
+    targets: list[Tensor],
+    numbers: Mapping[str, Tensor],
+    chosen: list[Chosen],
+    num_draws: int,
 ) -> tuple[Tensor, Tensor]:
     """(B, chosen features) mean and variance over draws of the shares, which are averaged over the targets."""
     widest = max(model.data.num_features[part.modality] for part in chosen)
@@ -269,9 +298,10 @@ def _moments(
     for start in range(0, len(latents.rows), step):
         own = slice(start, start + step)
         few, samples = latents[own], [codes[own] for codes in targets]
+        values = {name: column[own] for name, column in numbers.items()}
         mean, squares = (torch.zeros(()).to(few.mean) for _ in range(2))
         for number in range(num_draws):
-            share = _chosen_shares(model, few.draw(number), samples, chosen)
+            share = _chosen_shares(model, few.draw(number), samples, values, chosen)
             # Welford's update: a variance is not the small difference of two large sums.
             before, mean = share - mean, mean + (share - mean) / (number + 1)
             squares = squares + before * (share - mean)
@@ -280,12 +310,14 @@ def _moments(
     return torch.cat(means), torch.cat(variances)
 
 
-def _chosen_shares(model: Liam, z_BL: Tensor, samples: list[Tensor], chosen: list[Chosen]) -> Tensor:
+def _chosen_shares(
+    model: Liam, z_BL: Tensor, samples: list[Tensor], numbers: Mapping[str, Tensor], chosen: list[Chosen]
+) -> Tensor:
     """(B, chosen features), averaged over the samples."""
     parts = []
     for part in chosen:
         columns = torch.from_numpy(part.columns).to(z_BL.device)
-        decoded = [shares(model, part.modality, z_BL, sample_B)[:, columns] for sample_B in samples]
+        decoded = [shares(model, part.modality, z_BL, sample_B, numbers)[:, columns] for sample_B in samples]
         parts.append(torch.stack(decoded).mean(dim=0))
     return torch.cat(parts, dim=1)
 

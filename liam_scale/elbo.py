@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from liam_scale.continuous import standardised
 from liam_scale.finding import stores_of
 from liam_scale.model import Liam
 from liam_scale.model.noise import Noise
@@ -72,6 +73,7 @@ def elbo(
         opened,
         replace(directory.loader_config(), minibatch=CELLS_PER_STEP, streams=1, memory=memory, threads=None),
         sample=sample_codes(opened, record.batch_key, record.data.samples),
+        obs=standardised(opened, record.data.continuous),
         modalities=record.model.modalities,
         subset="all",
         shuffle=False,

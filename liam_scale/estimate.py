@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from liam_scale.config import TrainConfig
+from liam_scale.continuous import described
 from liam_scale.fitting import seconds_a_step, trainer_of
 from liam_scale.kernels.options import TILE_BYTES
 from liam_scale.model import Liam, ModelConfig, ModelData
@@ -76,7 +77,8 @@ def describe_plan(config: TrainConfig, store: Store, models: tuple[ModelConfig, 
     for model in models:
         sizes = {name: schema.modalities[name].num_features for name in model.modalities}
         names, covariates = samples.names, samples.covariates
-        data = ModelData(num_features=sizes, samples=names, covariates=covariates, kinds=schema.kinds)
+        told = {"kinds": schema.kinds, "continuous": described(store, config.continuous_key)}
+        data = ModelData(num_features=sizes, samples=names, covariates=covariates, **told)
         size = count_parameters(model, data)
         parameters += size
         memory = max(memory, BASE_BYTES + size * BYTES_PER_PARAMETER + parse_memory(config.loader.memory) + TILE_BYTES)

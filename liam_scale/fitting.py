@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from liam_scale.config import TrainConfig
+from liam_scale.continuous import standardised
 from liam_scale.kernels.options import check_precision
 from liam_scale.model import Liam, ModelData, check_ranks
 from liam_scale.resume import changed_options
@@ -269,6 +270,7 @@ def training_loaders(
 ) -> Iterator[tuple[MinibatchSource, MinibatchSource | None]]:
     """Loaders of this rank's training and validation cells; None where no cell validates."""
     sample = sample_codes(store, config.batch_key, data.samples)
+    numbers = standardised(store, data.continuous)
     chosen = config.loader
     assert chosen.streams is not None
     scored = replace(chosen, minibatch=max(chosen.minibatch, VALIDATION_CELLS))
@@ -282,6 +284,7 @@ def training_loaders(
                 store,
                 read,
                 sample=sample,
+                obs=numbers,
                 modalities=tuple(data.num_features),
                 seed=config.seed,
                 rank=world.rank,

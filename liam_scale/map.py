@@ -20,6 +20,7 @@ from torch import Tensor
 
 from liam_scale.command import Command
 from liam_scale.config import TrainConfig
+from liam_scale.continuous import standardised
 from liam_scale.embed import EmbedConfig, check_replaces, embed_store
 from liam_scale.finding import open_stores
 from liam_scale.fitting import training_loaders
@@ -116,6 +117,7 @@ def map_store(config: MapConfig) -> RunDirectory:
     if config.label_key is not None:
         check_labelled(source, label_key=config.label_key, key=config.key)
     store = _matched(config, source, record)
+    standardised(store, record.data.continuous)  # refuses a store without the columns that decoders read
     batch_key = _keys(config, record)
     loader_config = replace(source.loader_config(), streams=16, memory=config.memory)
     own = model_data(store, record.model, batch_key, loader_config)
@@ -125,6 +127,7 @@ def map_store(config: MapConfig) -> RunDirectory:
         store=(config.store,),
         out=out,
         batch_key=batch_key,
+        continuous_key=tuple(record.data.continuous),
         seed=config.seed,
         model=extended.config,
         loader=loader_config,

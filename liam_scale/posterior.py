@@ -5,7 +5,7 @@ Shapes: B cells, L latent dimensions, F features, S samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -154,17 +154,20 @@ def _embed_command(run: Path, stores: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def shares(model: Liam, modality: str, z_BL: Tensor, sample_B: Tensor) -> Tensor:
-    """(B, F) share of every feature of a modality in the cell's total, as decoded for a sample.
+def shares(
+    model: Liam, modality: str, z_BL: Tensor, sample_B: Tensor, numbers: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """(B, F) share of every feature of a modality in the cell's total, as decoded for a sample, and for the values of
+    continuous covariates (standardised, by column; none: their means).
 
     ATAC and other NM modalities: the probability of a peak among all peaks, exp(l_f) / sum exp(l), with the library
     size at the mean of the sample.
     """
-    decoder = model.decoder(modality)
+    decoder, inputs_BK = model.decoder(modality), model.decoder_inputs(z_BL, numbers)
     if isinstance(decoder, NegativeMultinomialDecoder):
         log_library_B = model.library_prior(modality)[0][sample_B]
-        return torch.softmax(decoder.logits(z_BL, log_library_B, sample_B), dim=1)
-    return decoder.scale(z_BL, sample_B)
+        return torch.softmax(decoder.logits(inputs_BK, log_library_B, sample_B), dim=1)
+    return decoder.scale(inputs_BK, sample_B)
 
 
 def group_codes(store: Store, groupby: str) -> tuple[np.ndarray, tuple[str, ...]]:

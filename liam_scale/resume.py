@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from liam_scale.command import flag_of
 from liam_scale.config import LOCKED, UNLOCKED, TrainConfig
 from liam_scale.contents import differences
+from liam_scale.continuous import described
 from liam_scale.model import ModelConfig, resolve
 from liam_scale.run import RunDirectory
 from liam_scale.samples import check_samples, samples_of
@@ -21,6 +24,7 @@ def resolved(config: TrainConfig, store: Store) -> tuple[ModelConfig, ...]:
     """The models of a run; refuses what does not fit the store before any work."""
     samples = samples_of(store, config.batch_key)
     check_samples(store, config.batch_key, samples)
+    described(store, config.continuous_key)  # refuses what decoders cannot read
     models = resolve(config.model, modalities=tuple(store.schema.modalities), num_samples=len(samples.names))
     if config.loader.balance is not None and config.loader.balance not in store.schema.obs_columns:
         raise ValueError(
@@ -114,9 +118,20 @@ def _check_same_run(config: TrainConfig, directory: RunDirectory, store: Store) 
     else:
         found, own = store.schema.fingerprint, record.fingerprint
         lines = [f"its fingerprint is {found[:12]}, the run has {own[:12]}"] if found != own else []
+    lines += _other_numbers(config, directory, store)
     if lines:
         raise ValueError(
             f"store: {store.uri} is not what {directory.path} was trained on:\n  "
             + "\n  ".join(lines)
             + "\n  give the run's own store (and its own --features), or name another --out"
         )
+
+
+def _other_numbers(config: TrainConfig, directory: RunDirectory, store: Store) -> list[str]:
+    """Continuous covariates whose values are not those of the training."""
+    now, before = described(store, config.continuous_key), directory.record().data.continuous
+    return [
+        f"{name} of obs has mean {now[name][0]:g} and deviation {now[name][1]:g}, the run {mean:g} and {sd:g}"
+        for name, (mean, sd) in before.items()
+        if not np.allclose(now[name], (mean, sd), rtol=1e-9, atol=0)
+    ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from liam_scale.continuous import described
 from liam_scale.model import ModelConfig, ModelData, library_priors
 from loaders.options import LoaderConfig
 from loaders.selection import encode_column
@@ -141,8 +142,14 @@ def sample_codes(store: Store, batch_key: Sequence[str], samples: Sequence[str])
     return np.array([known[name] for name in own.names], dtype=np.int64)[own.codes]
 
 
-def model_data(store: Store, model: ModelConfig, batch_key: Sequence[str], loader: LoaderConfig) -> ModelData:
-    """Features, samples and library priors of the modalities of a (resolved) model."""
+def model_data(
+    store: Store,
+    model: ModelConfig,
+    batch_key: Sequence[str],
+    loader: LoaderConfig,
+    continuous_key: Sequence[str] = (),
+) -> ModelData:
+    """Features, samples and library priors of the modalities of a (resolved) model; means of the columns of numbers."""
     samples = samples_of(store, batch_key)
     codes, kinds = samples.codes, store.schema.kinds
     transforms = loader.transforms(kinds)
@@ -169,4 +176,5 @@ def model_data(store: Store, model: ModelConfig, batch_key: Sequence[str], loade
         prior_variance=variances,
         covariates=samples.covariates,
         kinds=kinds,
+        continuous=described(store, continuous_key),
     )

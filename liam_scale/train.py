@@ -78,7 +78,7 @@ def _create(directory: RunDirectory, config: TrainConfig, store: Store, models: 
     """Lay down the folder of a new run: one model, or one folder for each model of a late integration."""
     made, contents = [], contents_of(store, labels_of(config))
     for model in models:
-        data = model_data(store, model, config.batch_key, config.loader)
+        data = model_data(store, model, config.batch_key, config.loader, config.continuous_key)
         features = {name: list(map(str, store.feature_names(name))) for name in model.modalities}
         own = record_of(config, store, model, data, contents)
         made.append((part_folder(model.modalities[0]), own, to_toml(replace(config, model=model)), features))

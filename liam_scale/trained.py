@@ -58,13 +58,14 @@ class Run:
         record, state = self.record, "finished" if self.directory.is_finished else "not finished"
         keys = " x ".join(map(repr, record.batch_key))
         samples = f"{record.data.num_samples} samples of {keys}" if keys else "no samples"
+        read = f", decoders read {', '.join(record.data.continuous)}" if record.data.continuous else ""
         latent = sum(part.record().model.n_latent or 0 for part in self.directory.parts())
         sizes = ", ".join(f"{name}: {size:,}" for name, size in record.data.num_features.items())
         lines = [
             f"Run {self.path}: {record.model.model}, {state}",
             f"stores: {', '.join(record.stores)}",
             f"features: {sizes}",
-            f"{samples}, {latent} latent dimensions, id {record.id}",
+            f"{samples}, {latent} latent dimensions{read}, id {record.id}",
         ]
         return "\n    ".join(lines)
 
@@ -159,6 +160,7 @@ class Run:
         modality: str | None = None,
         groupby: str | None = None,
         target_sample: str = "own",
+        at: str | Sequence[str] = (),
         num_samples: int = 25,
         return_mean: bool = False,
         out: str | Path | None = None,
@@ -175,6 +177,8 @@ class Run:
             Obs column: a row for each group of cells, their mean, instead of one for each cell.
         target_sample
             Sample that all cells are decoded as; own: that of each cell; mean: average over all samples.
+        at
+            Values of continuous covariates that all cells are decoded for, such as "age=40"; default: its own.
         num_samples
             Posterior draws of each cell, reproducible by `seed`; 0: decode the embedding in the store, once.
         return_mean
@@ -194,7 +198,7 @@ class Run:
         """
         chosen = as_tuple(features)
         own = {"modality": modality, "groupby": groupby, "target_sample": target_sample, "num_samples": num_samples}
-        asked = {"run": self.path, "features": chosen, **own, **options}
+        asked = {"run": self.path, "features": chosen, "at": as_tuple(at), **own, **options}
         if out is not None:
             return decode(DecodeConfig(out=Path(out), **asked), self.open_store(store))
         mean, sd = normalized(Decoding(**asked), self.open_store(store))

@@ -242,7 +242,7 @@ def assemble(
     *,
     epoch: int,
     sample: npt.NDArray[np.integer] | None,
-    obs: Mapping[str, npt.NDArray[np.integer]],
+    obs: Mapping[str, npt.NDArray[np.generic]],
 ) -> tuple[list[Minibatch], npt.NDArray[np.uint8]]:
     """Minibatches of a group's steps, and the one block of memory in which all their arrays stand.
 
@@ -253,12 +253,13 @@ def assemble(
     pool
         Where that memory comes from.
     sample, obs
-        (n,) codes of every cell of the store.
+        (n,) codes of every cell of the store; of `obs` also numbers, float32.
     """
     slices, group, lost = leave_out(slices, group)
     offsets = {name: _offsets(name, slices, group) for name in outputs}
     columns = [("", part) for part in ("rows", "place", "sample")] + [("obs", name) for name in obs]
     wanted: Wanted = {column: (len(group.target), np.int64) for column in columns}
+    wanted |= {("obs", name): (len(group.target), np.float32) for name in obs if obs[name].dtype.kind == "f"}
     for name, output in outputs.items():
         wanted |= _wanted(name, offsets[name], group, output)
     block, memory = pool.take_all(wanted)

@@ -27,7 +27,7 @@ from loaders.minibatch import Minibatch
 from loaders.options import LoaderConfig, Size, checked
 from loaders.plan import Epoch, Plan, Window
 from loaders.prefetch import Prefetch, Task, Workers, result_of
-from loaders.selection import encode_column, sample_codes, select_rows, weights_of
+from loaders.selection import columns_of, sample_codes, select_rows, weights_of
 from loaders.sizing import Sizes, choose_sizes, default_threads, gpu_threads, parse_memory
 from loaders.stores.base import Store, ids_of
 from loaders.windows import ModalityInput, WindowCells, WindowRows, open_inputs, order_window, read_window
@@ -80,7 +80,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
     transpose
         Whether counts also carry their transpose, which training needs.
     obs
-        Further obs columns whose codes to hand out.
+        Further obs columns whose codes to hand out; or numbers to hand out as they are, (n,) by name.
     values
         Type in which counts are handed out: float32, which models compute with, or "stored": the store's own, mostly
         uint8, which takes 5 instead of 8 bytes an entry to copy to a device. Transformed modalities are float32.
@@ -113,7 +113,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         subset: Subset = "train",
         shuffle: bool = True,
         transpose: bool = True,
-        obs: Sequence[str] = (),
+        obs: Sequence[str] | Mapping[str, npt.NDArray[np.floating]] = (),
         values: Literal["float32", "stored"] = "float32",
         weights: npt.NDArray[np.floating] | None = None,
         drop: npt.NDArray[np.bool_] | Mapping[str, Sequence[str]] | None = None,
@@ -130,7 +130,7 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         self._handover = Handover(device) if device is not None and device.type != "cpu" else None
         self._pool = self._handover.pool if self._handover else Pool()
         self._sample = None if sample is None else sample_codes(store, sample)
-        self._obs = {name: encode_column(store, name, allow_missing=True).codes for name in obs}
+        self._obs = columns_of(store, obs)
         self._threads = config.threads or (gpu_threads() if self._handover else default_threads())
         rows = select_rows(store, self._sample, subset=subset, share=config.validation_share, seed=seed, drop=drop)
         sizes = choose_sizes(

@@ -153,7 +153,7 @@ class Minibatch:
     epoch, step
         Position of this minibatch; step counts from 0 within the epoch.
     obs
-        Further obs columns as (B,) int64 codes (-1: missing).
+        Further obs columns as (B,) int64 codes (-1: missing), or the numbers that were given for them, float32.
     lost
         Rows of the store, cells of this rank's share that stand in damaged chunks and were left out; see `Loader`.
     counted

@@ -6,8 +6,9 @@ import json
 import math
 import numbers
 import os
+import sys
 from collections import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -75,6 +76,33 @@ def check_options(options: Any, prefix: str = "") -> None:
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
+
+
+def named_numbers(
+    option: str, texts: Sequence[str], *, wanted: str, least: float = -sys.float_info.max
+) -> dict[str, float]:
+    """Numbers by name, of texts such as `age=40`.
+
+    Parameters
+    ----------
+    wanted
+        How the message says what to give.
+
+    Raises
+    ------
+    ValueError
+        A text has no name or no finite number of at least `least`.
+    """
+    found = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = math.nan
+        if not name or not least <= found[name] < math.inf:
+            raise ValueError(f"{option}: got {text!r}; give {wanted}")
+    return found
 
 
 def checked(option: str, value: Any, hint: Any) -> Any:

@@ -32,6 +32,20 @@ def encode_column(store: Store, name: str, *, allow_missing: bool) -> ObsColumn:
     return ObsColumn(column.codes.astype(np.min_scalar_type(-len(column.categories) - 1)), column.categories)
 
 
+def columns_of(
+    store: Store, obs: Sequence[str] | Mapping[str, npt.NDArray[np.floating]]
+) -> dict[str, npt.NDArray[np.generic]]:
+    """(n,) codes of obs columns, by name; or the numbers that are given by name, as float32."""
+    if not isinstance(obs, Mapping):
+        return {name: encode_column(store, name, allow_missing=True).codes for name in obs}
+    for name, values in obs.items():
+        if values.shape != (store.schema.num_cells,):
+            raise ValueError(
+                f"obs: got {name} of shape {values.shape}; give one number for each of {store.schema.num_cells} cells"
+            )
+    return {name: values.astype(np.float32, copy=False) for name, values in obs.items()}
+
+
 def sample_codes(store: Store, sample: str | npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
     """(n,) code of each cell's sample, of a column or as given, in the narrowest signed type."""
     if isinstance(sample, str):

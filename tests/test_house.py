@@ -29,6 +29,8 @@ KERNELS = [path for path in SOURCES if "numba" in path.read_text() or "compiled"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted(path for path in (ROOT / "docs" / "cluster").rglob("*") if path.is_file() and path.suffix != ".pyc")
 OPTIONS = Path(__file__).with_name("options.txt")
+WIDER = {"modality", "modalities", "batch_key", "continuous_key", "alphas"}
+"""Options of train that Python takes in more forms."""
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -56,7 +58,7 @@ def test_train_reads_as_a_table_of_contents() -> None:
 @pytest.mark.parametrize(
     ("function", "kind", "wider"),
     [
-        (api.train, TrainConfig, {"store", "out", "features", "modalities", "modality", "batch_key", "alphas"}),
+        (api.train, TrainConfig, {*WIDER, "store", "out", "features"}),
         (ingest, IngestConfig, {"sources", "out", "features", "memory", "modality"}),
     ],
 )

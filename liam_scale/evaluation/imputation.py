@@ -9,7 +9,7 @@ Shapes: n cells, F features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from liam_scale.continuous import standardised
 from liam_scale.evaluation.cells import TARGET_SUM, modality_places, read_counts, read_embedding
 from liam_scale.model import Liam
 from liam_scale.posterior import shares, single
@@ -77,6 +78,7 @@ def impute(
     """
     record = single(directory, "impute with")
     model, codes = directory.load_model(), sample_codes(store, record.batch_key, record.data.samples)
+    numbers = standardised(store, record.data.continuous)
     transforms = directory.loader_config().transforms(record.data.kinds)
     found: dict[tuple[str, str], dict[str, float]] = {}
     for name in model.modalities:
@@ -88,7 +90,7 @@ def impute(
         scored = {column: _Scores(kind, is_clr=is_clr) for column in (MEAN_PROFILE, embedding)}
         for cells, places in _chunks(missing, len(missing.columns)):
             counts = _values(truth, name, places, is_clr=is_clr)[:, missing.columns]
-            decoded = _decoded(model, name, holder, embedding, cells, codes)
+            decoded = _decoded(model, name, holder, embedding, cells, codes, numbers)
             scored[MEAN_PROFILE].add(counts, np.broadcast_to(profile, counts.shape))
             scored[embedding].add(counts, decoded)
         for column, one in scored.items():
@@ -152,7 +154,13 @@ def _mean_profile(store: Store, name: str, rows: npt.NDArray[np.int64], *, is_cl
 
 
 def _decoded(
-    model: Liam, name: str, holder: Store, embedding: str, cells: npt.NDArray[np.int64], codes: npt.NDArray[np.integer]
+    model: Liam,
+    name: str,
+    holder: Store,
+    embedding: str,
+    cells: npt.NDArray[np.int64],
+    codes: npt.NDArray[np.integer],
+    numbers: Mapping[str, npt.NDArray[np.float32]],
 ) -> Values:
     """(n, F) decoded shares."""
     order = np.argsort(cells)
@@ -160,7 +168,8 @@ def _decoded(
     values[order] = read_embedding(holder, embedding, cells[order])
     with torch.no_grad():
         sample = torch.from_numpy(np.asarray(codes)[cells]).long()
-        return shares(model, name, torch.from_numpy(values), sample).numpy().astype(np.float64)
+        own = {key: torch.from_numpy(column[cells]) for key, column in numbers.items()}
+        return shares(model, name, torch.from_numpy(values), sample, own).numpy().astype(np.float64)
 
 
 class _Scores:

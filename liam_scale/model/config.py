@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -11,7 +10,7 @@ import tyro
 
 from liam_scale.kernels.options import Impl, Precision
 from loaders.modalities import PRESETS, Kind, is_name, ordered, saying
-from loaders.options import Range, check_options
+from loaders.options import Range, check_options, named_numbers
 
 ModelName = Literal[
     "bavae", "cvae", "cdvae", "avae", "cevae", "batchvae", "vae", "rna-only", "atac-only", "adt-only", "concat"
@@ -90,16 +89,8 @@ class ModelConfig:
 
     def weights(self) -> dict[str, float]:
         """Weights of adversaries that have one of their own, by obs column."""
-        found: dict[str, float] = {}
-        for text in self.alphas:
-            name, _, value = text.rpartition("=")
-            try:
-                found[name] = float(value)
-            except ValueError:
-                found[name] = math.nan
-            if not name or not 0 <= found[name] < math.inf:
-                raise ValueError(f"--model.alphas: got {text!r}; give columns with a weight from 0 on, such as site=25")
-        return found
+        wanted = "columns with a weight from 0 on, such as site=25"
+        return named_numbers("--model.alphas", self.alphas, wanted=wanted, least=0.0)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "modalities": list(self.modalities), "alphas": list(self.alphas)}
@@ -126,6 +117,8 @@ class ModelData:
     """Where samples are combinations of several obs columns: the value of each sample, by column."""
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     """What each modality is; those whose names tell may be left out."""
+    continuous: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Mean and standard deviation of the columns of numbers that decoders read, standardised."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -141,6 +134,8 @@ class ModelData:
                     f"library priors of {name}: got {len(means)} values for {len(self.samples)} samples; "
                     "give one per sample"
                 )
+        if unsound := [name for name, (_, deviation) in self.continuous.items() if not deviation > 0]:
+            raise ValueError(f"continuous: got standard deviation 0 of {unsound[0]}; leave it out")
         for name, values in self.covariates.items():
             if len(values) != len(self.samples):
                 raise ValueError(
@@ -173,6 +168,7 @@ class ModelData:
         kinds = {name: asdict(kind) for name, kind in self.kinds.items() if name not in PRESETS}
         return {
             **({"kinds": kinds} if kinds else {}),
+            **({"continuous": {name: list(own) for name, own in self.continuous.items()}} if self.continuous else {}),
             "num_features": dict(self.num_features),
             "samples": list(self.samples),
             "prior_mean": {name: list(values) for name, values in self.prior_mean.items()},
@@ -189,6 +185,7 @@ class ModelData:
             prior_variance={name: tuple(values) for name, values in entry["prior_variance"].items()},
             covariates={name: tuple(values) for name, values in entry.get("covariates", {}).items()},
             kinds={name: Kind(**kind) for name, kind in entry.get("kinds", {}).items()},
+            continuous={name: (mean, sd) for name, (mean, sd) in entry.get("continuous", {}).items()},
         )
 
 

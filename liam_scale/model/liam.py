@@ -153,7 +153,7 @@ class Liam(nn.Module):
 
     def _decoder(self, name: str, draw: Draw) -> NegativeBinomialDecoder | NegativeMultinomialDecoder:
         config, samples = self.config, self.data.num_samples
-        sizes = (self.num_latent, config.n_hidden, self.data.num_features[name])
+        sizes = (self.num_latent + len(self.data.continuous), config.n_hidden, self.data.num_features[name])
         seen = samples if config.conditional_decoder else 0
         if self._is_multinomial(name):
             return NegativeMultinomialDecoder(
@@ -211,6 +211,7 @@ class Liam(nn.Module):
         """Every term of the objective for every cell; see `objective.CellTerms`."""
         sample = minibatch.sample
         masks = modality_masks(minibatch, self.modalities)
+        inputs_BK = self.decoder_inputs(inference.z, minibatch.obs)
         kernel_losses: list[Tensor] = []
         reconstruction, kl_libraries = {}, {}
         for name in self.modalities:
@@ -221,7 +222,7 @@ class Liam(nn.Module):
                 coupled["cell_scale"] = cell_weight  # type: ignore[assignment]
             kernel_loss, log_likelihood = self.decoders[parameter_key(name)].log_likelihood(  # type: ignore[operator]
                 minibatch.counts[name],
-                inference.z,
+                inputs_BK,
                 inference.log_library.get(name),
                 sample,
                 cell_weight_B=cell_weight * masks[name].to(inference.z.dtype),
@@ -238,6 +239,15 @@ class Liam(nn.Module):
             kl_z = kl_z * minibatch.counted
             adversarial = {name: values * minibatch.counted for name, values in adversarial.items()}
         return CellTerms(reconstruction, kl_libraries, kl_z, adversarial, masks, kernel_losses)
+
+    def decoder_inputs(self, z_BL: Tensor, numbers: Mapping[str, Tensor] | None) -> Tensor:
+        """(B, L + columns) the latent space with standardised numbers of the cells, by column; None: their means."""
+        names = list(self.data.continuous)
+        if not names:
+            return z_BL
+        if numbers is None:
+            return torch.cat([z_BL, z_BL.new_zeros(len(z_BL), len(names))], dim=1)
+        return torch.cat([z_BL, torch.stack([numbers[name] for name in names], dim=1).to(z_BL.dtype)], dim=1)
 
     def _adversarial(self, z_BL: Tensor, sample_B: Tensor) -> dict[str, Tensor]:
         """(B,) cross entropy of each adversary, which reads z through a gradient reversal."""

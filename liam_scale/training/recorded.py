@@ -97,6 +97,7 @@ class Capacity:
         self._sample: Tensor = torch.zeros(cells, dtype=torch.int64, device=device)
         self._place = torch.zeros_like(self._sample)
         self._counted = torch.zeros(cells, dtype=torch.bool, device=device)
+        self._obs = {name: torch.zeros(cells, dtype=own.dtype, device=device) for name, own in first.obs.items()}
         self._kl_weight, self._cell_weight = (torch.zeros((), device=device) for _ in range(2))
         self._key = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -122,6 +123,8 @@ class Capacity:
             _fill(self._present[name], minibatch.present[name])
         _fill(self._sample, minibatch.sample)
         _fill(self._place, minibatch.place)
+        for name, column in self._obs.items():
+            _fill(column, minibatch.obs[name])
         self._counted[:cells].fill_(True)
         self._counted[cells:].zero_()
         self._kl_weight.fill_(given.kl_weight)
@@ -129,7 +132,8 @@ class Capacity:
         self._key.fill_(signed(step_key(seed=given.seed, step=given.step), 64))
         # new objects around the same memory: they remember totals that they were asked for
         counts_here = {name: replace(counts) for name, counts in self._counts.items()}
-        here = Minibatch(counts_here, self._present, self._sample, self._place, self._place, 0, counted=self._counted)
+        held: dict[str, Any] = {"counted": self._counted, "obs": self._obs}
+        here = Minibatch(counts_here, self._present, self._sample, self._place, self._place, 0, **held)
         return here, replace(given, kl_weight=self._kl_weight, cell_weight=self._cell_weight), self._key
 
 
