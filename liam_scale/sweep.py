@@ -28,7 +28,7 @@ from liam_scale.evaluate import EvaluateConfig, evaluate
 from liam_scale.evaluation import plots, report
 from liam_scale.evaluation.cells import read_column
 from liam_scale.evaluation.measures import MEASURES, require_extra
-from liam_scale.evaluation.recommendation import CONFIGURATION, Recommendation, ranks, recommend, summarised
+from liam_scale.evaluation.recommendation import CONFIGURATION, Recommendation, columns_of, ranks, recommend, summarised
 from liam_scale.finding import open_stores, seen_by
 from liam_scale.model.config import ModelName
 from liam_scale.run import RunDirectory
@@ -48,7 +48,7 @@ class SweepConfig:
     out: Path
     """Folder of the sweep."""
     batch_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
-    """Obs columns to remove, one after the other: each gets runs of its own."""
+    """Obs columns to remove, one after the other: each gets runs of its own; `site+donor` are removed at once."""
     alpha: Annotated[tuple[float, ...], tyro.conf.arg(metavar="ALPHA ...")] = (1.0, 5.0, 25.0, 100.0)
     """Weights of the adversary."""
     seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED ...")] = (0, 1, 2)
@@ -87,8 +87,13 @@ class SweepConfig:
         for option, least in (("alpha", 0.0), ("seeds", 0)):
             if min(getattr(self, option)) < least:
                 raise ValueError(f"--{option}: got {min(getattr(self, option)):g}; give at least 0")
-        if both := sorted({*self.batch_key} & {*self.keep_key}):
+        if both := sorted({*self.columns} & {*self.keep_key}):
             raise ValueError(f"--keep-key: got {', '.join(both)}, which --batch-key removes; name other columns")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Obs columns that any run removes."""
+        return tuple(dict.fromkeys(column for key in self.batch_key for column in columns_of(key)))
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ def members_of(config: SweepConfig) -> list[Member]:
     members = []
     for model, key, alpha, seed in itertools.product(config.model, config.batch_key, config.alpha, config.seeds):
         folder = config.out / "runs" / f"{model}-{key.replace('/', '_')}-alpha{alpha:g}-seed{seed}"
-        command = [*start, "liam_scale.train", *config.store, "--out", str(folder), "--batch-key", key]
+        command = [*start, "liam_scale.train", *config.store, "--out", str(folder), "--batch-key", *columns_of(key)]
         command += ["--model", model, "--alpha", f"{alpha:g}", "--seed", str(seed)]
         command += [] if config.options is None else ["--config", str(config.options)]
         command += [] if config.max_epochs is None else ["--max-epochs", str(config.max_epochs)]
@@ -175,7 +180,7 @@ def members_of(config: SweepConfig) -> list[Member]:
 
 def _check_columns(config: SweepConfig, store: Store) -> None:
     """Refuse a column that is not there before hours of training, not after."""
-    for option, keys in (("batch", config.batch_key), ("label", config.label_key), ("keep", config.keep_key)):
+    for option, keys in (("batch", config.columns), ("label", config.label_key), ("keep", config.keep_key)):
         for key in keys:
             read_column(store, key, option=f"--{option}-key")
 
@@ -263,7 +268,7 @@ def _scored(one: Member, config: SweepConfig, store: Store) -> dict[str, object]
     store = seen_by(directory, choose(store, where=directory.record().where))
     if not one.embedding.exists():
         embed_store(EmbedConfig(run=one.folder, store=config.store, out=one.embedding), store)
-    keys = dict.fromkeys((one.batch_key, *config.batch_key, *config.keep_key))
+    keys = dict.fromkeys((*columns_of(one.batch_key), *config.columns, *config.keep_key))
     asked = EvaluateConfig(
         config.store[0],
         embedding_file=str(one.embedding),

@@ -41,8 +41,14 @@ class Recommendation:
         return f"recommended: alpha {self.alpha:g} with {self.batch_key} ({self.model}): {self.reason}"
 
 
+def columns_of(batch_key: str) -> tuple[str, ...]:
+    """Obs columns that a configuration removes at once: those of `site+donor` are two."""
+    return tuple(batch_key.split("+"))
+
+
 def summarised(runs: pd.DataFrame, *, keep: Sequence[str] = ()) -> pd.DataFrame:
-    """The runs with what a choice looks at: `mixing` of the covariate removed, `kept` (mean over `keep`), `biology`.
+    """The runs with what a choice looks at: `mixing` of the covariate removed (mean over several), `kept` (mean over
+    `keep`), `biology`.
 
     Parameters
     ----------
@@ -52,7 +58,10 @@ def summarised(runs: pd.DataFrame, *, keep: Sequence[str] = ()) -> pd.DataFrame:
     names = pd.Series(runs.columns, index=runs.columns).str.partition(":")[0]
     biology = runs[[name for name in runs.columns if names[name] in BIOLOGY]]
     kept = runs[[f"{MIXING}:{key}" for key in keep if f"{MIXING}:{key}" in runs]]
-    mixing = [row.get(f"{MIXING}:{row['batch_key']}", np.nan) for _, row in runs.iterrows()]
+    mixing = [
+        np.mean([row.get(f"{MIXING}:{column}", np.nan) for column in columns_of(row["batch_key"])])
+        for _, row in runs.iterrows()
+    ]
     own = runs[[*CONFIGURATION, "seed"]]
     return own.assign(mixing=np.asarray(mixing, float), kept=kept.mean(axis=1), biology=biology.mean(axis=1))
 
@@ -165,7 +174,7 @@ def ranks(
     """
     measures = [name for name in runs.columns if name.partition(":")[0] in better]
     mean = runs.groupby(CONFIGURATION)[measures].mean()
-    covariates = {*runs["batch_key"], *keep, *remove}
+    covariates = {*(column for key in runs["batch_key"] for column in columns_of(key)), *keep, *remove}
     found = {}
     for name in measures:
         key, _, column = name.partition(":")

@@ -35,12 +35,14 @@ def config_of(store: Path, out: Path, **options) -> SweepConfig:
 def test_every_run_is_a_training_command_that_the_parser_takes(tmp_path: Path) -> None:
     options = tmp_path / "more.toml"
     options.write_text("[optim]\nlr = 0.01\n")
-    config = config_of(Path("a.zarr"), tmp_path / "s", batch_key=("donor", "site"), options=options)
+    config = config_of(Path("a.zarr"), tmp_path / "s", batch_key=("donor", "site+donor"), options=options)
     members = members_of(config)
     assert len(members) == len({one.folder for one in members}) == 8
+    assert config.columns == ("donor", "site")
     for one in members:
         parsed = of_word("train").parse(one.command[one.command.index("liam_scale.train") + 1 :])
-        assert (parsed.batch_key, parsed.model.alpha, parsed.seed) == ((one.batch_key,), one.alpha, one.seed)
+        columns = ("donor",) if one.batch_key == "donor" else ("site", "donor")
+        assert (parsed.batch_key, parsed.model.alpha, parsed.seed) == (columns, one.alpha, one.seed)
         assert (parsed.out, parsed.training.max_epochs, parsed.optim.lr) == (one.folder, 1, 0.01)
 
 
@@ -51,7 +53,7 @@ def test_what_cannot_be_swept_is_refused_before_anything_is_trained(multiome: Pa
     with pytest.raises(ValueError, match="--batch-key: got none"):
         config_of(multiome, out, batch_key=())
     with pytest.raises(ValueError, match="--keep-key: got sample, which --batch-key removes"):
-        config_of(multiome, out, keep_key=("sample",))
+        config_of(multiome, out, batch_key=("cell_type+sample",), keep_key=("sample",))
     with pytest.raises(ValueError, match="--alpha: got -1"):
         config_of(multiome, out, alpha=(-1.0,))
     assert not out.exists()

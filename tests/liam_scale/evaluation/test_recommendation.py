@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+import pytest
 
-from liam_scale.evaluation.recommendation import ranks, recommend
+from liam_scale.evaluation.recommendation import ranks, recommend, summarised
 
 ALPHAS = (1.0, 5.0, 25.0, 100.0, 1000.0)
 BETTER = {"ilisi": "higher", "leiden_nmi": "higher", "same_sample_ratio": "towards 1", "pcr": "lower"}
@@ -113,3 +114,18 @@ def test_ranks_follow_the_direction_of_each_measure() -> None:
     assert best[["ilisi:donor", "same_sample_ratio:donor"]].tolist() == [1.0, 1.0]
     assert best[["ilisi:condition", "leiden_nmi:type"]].tolist() == [2.0, 2.0]
     assert table["conservation"].tolist() == [1.0, 2.0] or table["conservation"].tolist() == [2.0, 1.0]
+
+
+def test_of_columns_removed_at_once_the_mean_mixing_counts_and_each_ranks_as_removal() -> None:
+    both = KNEE.assign(batch_key="replicate+donor", **{"ilisi:donor": KNEE["ilisi:replicate"] + 0.2})
+    assert summarised(both)["mixing"].to_numpy() == pytest.approx(KNEE["ilisi:replicate"].to_numpy() + 0.1)
+    found = recommend(both)
+    assert (found.alpha, found.batch_key) == (25.0, "replicate+donor")
+    table = ranks(both, better=BETTER)
+    assert table["removal"].to_numpy() == pytest.approx(table[["ilisi:replicate", "ilisi:donor"]].mean(axis=1))
+
+
+def test_covariates_named_beside_the_ones_removed_rank_as_removal_too() -> None:
+    table = ranks(KNEE, better=BETTER, remove=["condition"])
+    assert table["removal"].to_numpy() == pytest.approx(table[["ilisi:replicate", "ilisi:condition"]].mean(axis=1))
+    assert table["conservation"].to_numpy() == pytest.approx(table["leiden_nmi:cell_type"])
