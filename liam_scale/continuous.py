@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from loaders.options import named_numbers
 from loaders.stores import Store
 
 OPTION = "--continuous-key"
@@ -78,3 +79,18 @@ def _numbers(column: pd.Series, key: str, uri: str, option: str) -> npt.NDArray[
             f" {first} ({column.loc[first]}); every cell needs one: fill them in, or leave these cells out (--where)"
         )
     return values
+
+
+def values_at(texts: Sequence[str], known: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Standardised values of columns of a run, of texts such as `age=40`.
+
+    Raises
+    ------
+    ValueError
+        A text says no number, or the run has no such column.
+    """
+    given = named_numbers("--at", texts, wanted="columns with a number, such as age=40")
+    if unknown := [name for name in given if name not in known]:
+        held = f"the run has {', '.join(known)}" if known else "the run has no continuous covariates"
+        raise ValueError(f"--at: got {', '.join(unknown)}; {held}")
+    return {name: (value - known[name][0]) / known[name][1] for name, value in given.items()}

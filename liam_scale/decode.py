@@ -16,7 +16,7 @@ import tyro
 from torch import Tensor
 
 from liam_scale.command import Command
-from liam_scale.continuous import standardised
+from liam_scale.continuous import standardised, values_at
 from liam_scale.finding import stores_of
 from liam_scale.model import Liam
 from liam_scale.posterior import Latents, drawn, embedded, group_codes, shares, single
@@ -26,7 +26,7 @@ from liam_scale.training.devices import Device, check_device, device_of
 from loaders.durable import replacing
 from loaders.ecosystem import add_dense_matrix, write_anndata
 from loaders.formats.root import HDF5_SUFFIXES
-from loaders.options import Range, check_options, named_numbers
+from loaders.options import Range, check_options
 from loaders.sizing import parse_memory
 from loaders.stores import Store
 
@@ -74,11 +74,6 @@ class Decoding:
         check_options(self, "--")
         check_device(self.device)
         parse_memory(self.memory)
-        self.given_numbers()
-
-    def given_numbers(self) -> dict[str, float]:
-        """What `at` says, by column."""
-        return named_numbers("--at", self.at, wanted="columns with a number, such as age=40")
 
 
 @dataclass(frozen=True)
@@ -271,15 +266,10 @@ def _target_codes(config: Decoding, store: Store, record: RunRecord) -> list[np.
 
 def _numbers(config: Decoding, store: Store, record: RunRecord) -> dict[str, np.ndarray]:
     """(n,) standardised value of every cell to decode for, by continuous covariate."""
-    known, given = record.data.continuous, config.given_numbers()
-    if unknown := [name for name in given if name not in known]:
-        held = f"the run has {', '.join(known)}" if known else "the run has no continuous covariates"
-        raise ValueError(f"--at: got {', '.join(unknown)}; {held}")
-    found = standardised(store, {name: own for name, own in known.items() if name not in given})
-    for name, value in given.items():
-        mean, deviation = known[name]
-        found[name] = np.full(store.schema.num_cells, (value - mean) / deviation, np.float32)
-    return found
+    known = record.data.continuous
+    given = values_at(config.at, known)
+    own = standardised(store, {name: told for name, told in known.items() if name not in given})
+    return {**own, **{name: np.full(store.schema.num_cells, value, np.float32) for name, value in given.items()}}
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ import tyro
 from torch import Tensor
 
 from liam_scale.command import Command
+from liam_scale.continuous import values_at
 from liam_scale.finding import stores_of
 from liam_scale.model import Liam
 from liam_scale.model.decoders import NegativeBinomialDecoder
@@ -65,6 +66,8 @@ class DifferentialConfig:
     """Group to compare with; rest: all other cells that have a group."""
     modality: str = "rna"
     """Modality whose features are compared."""
+    at: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN=VALUE ...")] = ()
+    """Values of continuous covariates at which groups are compared, such as age=40; default: the training's means."""
     delta: Annotated[float, Range(least=0)] = 0.25
     """Log2 fold change that a change must exceed to count as one."""
     fdr: Annotated[float, Range(above=0, below=1)] = 0.05
@@ -150,6 +153,7 @@ def differential(
     record = single(directory, "compare with")
     if config.modality not in record.model.modalities:
         raise ValueError(f"--modality: got {config.modality}; the model holds {', '.join(record.model.modalities)}")
+    values_at(config.at, record.data.continuous)  # refused before anything is read
     store = store or stores_of(directory, config.store)
     codes, names = group_codes(store, config.groupby) if labels is None else _codes_of(store, labels)
     compared, others = _comparisons(config, codes, names)
@@ -283,8 +287,12 @@ def _compare(
     step = max(1, SHARE_BYTES // (4 * model.data.num_features[config.modality]))
     chunks = [slice(start, start + step) for start in range(0, config.pairs, step)]
 
+    known = model.data.continuous
+    at = {**dict.fromkeys(known, 0.0), **values_at(config.at, known)}
+
     def decoded(z: Tensor, own: slice) -> Tensor:
-        return shares(model, config.modality, z[own], samples[own])
+        numbers = {name: z.new_full((len(z[own]),), value) for name, value in at.items()}
+        return shares(model, config.modality, z[own], samples[own], numbers)
 
     scale1, scale2 = (
         torch.stack([decoded(z, own).sum(dim=0, dtype=torch.float64) for own in chunks]).sum(dim=0) / config.pairs

@@ -118,9 +118,15 @@ def test_losses_rest_on_the_age_of_each_cell(run: liam_scale.Run, store: Path, t
     assert run.elbo(tmp_path / "turned.zarr")["reconstruction_loss_rna"].mean() > own + 0.5
 
 
-def test_a_comparison_of_groups_is_made_at_the_mean_age(run: liam_scale.Run) -> None:
-    found = run.differential(groupby="cell_type", pairs=200, cells=100)
-    assert np.isfinite(found["lfc_mean"]).all()
+def test_groups_are_compared_at_the_mean_age_or_at_one_that_is_asked_for(run: liam_scale.Run) -> None:
+    options: dict[str, Any] = {"groupby": "cell_type", "pairs": 200, "cells": 100}
+    mean, at_mean, old = (
+        run.differential(**options, at=at) for at in ((), (f"age={run.record.data.continuous['age'][0]}",), ("age=80",))
+    )
+    pd.testing.assert_frame_equal(mean, at_mean)
+    assert old["scale1"]["gene0"].mean() > 1.2 * mean["scale1"]["gene0"].mean()
+    with pytest.raises(ValueError, match="--at: got weight; the run has age"):
+        run.differential(**options, at=["weight=3"])
 
 
 def test_training_goes_on_with_the_same_columns_and_values_alone(
