@@ -25,6 +25,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
+from ablation import MODELS, PUBLISHED  # noqa: E402, F401  handed on
 from harness import describe_machine, table  # noqa: E402
 from quality import SHARED  # noqa: E402
 
