@@ -30,9 +30,8 @@ def aged(num_cells: int = 512, first_sample: int = 0) -> mudata.MuData:
     data = simulate_mudata(num_cells=num_cells, num_samples=2, **SHAPE)
     rng = np.random.default_rng(num_cells)
     ages = rng.uniform(20, 80, num_cells)
-    counts = data["rna"].X.tolil()
-    counts[:, 0] = rng.poisson(ages / 8)[:, None]
-    counts[:, 1] = rng.poisson((100 - ages) / 8)[:, None]
+    counts = data["rna"].X.toarray().astype(np.float32)
+    counts[:, 0], counts[:, 1] = rng.poisson(ages / 8), rng.poisson((100 - ages) / 8)
     data["rna"].X = scipy.sparse.csr_matrix(counts)
     data.obs["age"] = ages
     data.obs["donor"] = [f"donor{int(name[-1]) + first_sample}" for name in data.obs["donor"]]
