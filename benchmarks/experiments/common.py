@@ -38,7 +38,7 @@ from liam_scale.evaluation.recommendation import ranks  # noqa: E402
 from loaders.ingest import ingest  # noqa: E402
 from loaders.synthetic import simulate_mudata  # noqa: E402
 
-STAND_IN = {"num_genes": 1_000, "num_peaks": 2_500, "genes_per_cell": 150, "peaks_per_cell": 300, "num_types": 8}
+STAND_IN = {"num_genes": 600, "num_peaks": 1_500, "genes_per_cell": 120, "peaks_per_cell": 220, "num_types": 8}
 """Shape of the simulated data."""
 
 MEASURES = {"leiden_nmi": "NMI", "label_accuracy": "label across samples", "ilisi": "iLISI of {}"}
@@ -48,7 +48,7 @@ EPOCHS, SECONDS = "epochs", "CPU s"
 
 
 def parse(doc: str | None, **columns: str) -> argparse.Namespace:
-    """Options of every experiment, and one for each further obs column with its default; prints the machine."""
+    """Options of every experiment, and further ones with their defaults, such as obs columns; prints the machine."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="?", type=Path, help="a MuData; default: the simulated stand-in")
     for name, default in {"batch_key": "sample", "label_key": "cell_type", **columns}.items():

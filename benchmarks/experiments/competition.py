@@ -22,7 +22,7 @@ BOTH = "both removed, site 25, sample 1"
 
 
 def main() -> None:
-    options = parse(__doc__, site_key="site")
+    options = parse(__doc__, site_key="site", shapes=" ".join(SHAPES))
     site, sample = options.site_key, options.batch_key
     runs = {
         "VAE": {"model": "vae", "batch_key": None},
@@ -32,8 +32,8 @@ def main() -> None:
         "sample removed, alpha 25": {"alpha": 25.0},
         BOTH: {"batch_key": [site, sample], "alphas": [f"{site}=25", f"{sample}=1"]},
     }
-    for name, shape in SHAPES.items():
-        data = load(options, num_sites=3, site_effect=0.6, sample_effect=0.3, **shape)
+    for name in options.shapes.split():
+        data = load(options, num_sites=3, site_effect=0.6, sample_effect=0.3, **SHAPES[name])
         if options.data is not None and ("adt" in data.mod) != (name == "cite"):
             continue
         store = ingested(data, options.out / f"{name}.zarr")
