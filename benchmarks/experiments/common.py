@@ -38,8 +38,12 @@ from liam_scale.evaluation.recommendation import ranks  # noqa: E402
 from loaders.ingest import ingest  # noqa: E402
 from loaders.synthetic import simulate_mudata  # noqa: E402
 
-STAND_IN = {"num_genes": 600, "num_peaks": 1_500, "genes_per_cell": 120, "peaks_per_cell": 220, "num_types": 8}
+STAND_IN = {"num_genes": 400, "num_peaks": 800, "genes_per_cell": 100, "peaks_per_cell": 160, "num_types": 8}
 """Shape of the simulated data."""
+
+CUT = {"optim": {"lr": 3e-3}, "training": {"patience_steps": 300}}
+"""What trainings on the simulated data are spared, the same for all: with three times the learning rate and half of the
+patience they end after some 1,000 steps instead of 2,500."""
 
 MEASURES = {"leiden_nmi": "NMI", "label_accuracy": "label across samples", "ilisi": "iLISI of {}"}
 """Measures that tables show, of those that are computed."""
@@ -53,7 +57,7 @@ def parse(doc: str | None, **columns: str) -> argparse.Namespace:
     parser.add_argument("data", nargs="?", type=Path, help="a MuData; default: the simulated stand-in")
     for name, default in {"batch_key": "sample", "label_key": "cell_type", **columns}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=default)
-    parser.add_argument("--cells", type=int, default=1_500, help="of the stand-in")
+    parser.add_argument("--cells", type=int, default=1_200, help="of the stand-in")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-epochs", type=int, default=None, help="default: as the training command")
     parser.add_argument("--out", type=Path, default=None, help="folder for stores and runs; default: a temporary one")
@@ -120,7 +124,9 @@ def measured(
             own = re.sub(r"\W+", "-", f"{store.stem}-{name}-{seed}")
             file = options.out / f"{own}.json"
             if not file.exists():
-                chosen = {"batch_key": options.batch_key, "max_epochs": options.max_epochs, "seed": seed, **training}
+                given = {"batch_key": options.batch_key, "max_epochs": options.max_epochs, "seed": seed}
+                cut = {} if options.data is not None else {**CUT["optim"], **CUT["training"]}
+                chosen = {**given, **cut, **training}
                 found = _measured_once(store, options.out / own, chosen, options, covariates, truth)
                 file.write_text(json.dumps(found))
             rows.append({"run": name, "seed": seed, **json.loads(file.read_text())})
