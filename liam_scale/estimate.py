@@ -77,8 +77,8 @@ def describe_plan(config: TrainConfig, store: Store, models: tuple[ModelConfig, 
     for model in models:
         sizes = {name: schema.modalities[name].num_features for name in model.modalities}
         names, covariates = samples.names, samples.covariates
-        told = {"kinds": schema.kinds, "continuous": described(store, config.continuous_key)}
-        data = ModelData(num_features=sizes, samples=names, covariates=covariates, **told)
+        read = described(store, config.continuous_key)
+        data = ModelData(num_features=sizes, samples=names, covariates=covariates, kinds=schema.kinds, continuous=read)
         size = count_parameters(model, data)
         parameters += size
         memory = max(memory, BASE_BYTES + size * BYTES_PER_PARAMETER + parse_memory(config.loader.memory) + TILE_BYTES)
