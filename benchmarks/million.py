@@ -1,6 +1,7 @@
 """A million cells from simulation to metrics, killed on the way: a mosaic of 40 samples in the paper's shape.
 
     python benchmarks/million.py [--cells 1000000] [--epochs 3] [--ranks 2]
+    python benchmarks/million.py --cells 500000 --paired --epochs 1 --kills 0 --only train
 
 20 samples have RNA and ATAC, 10 only RNA, 10 only ATAC (13,431 genes, 116,490 peaks). All is done by the commands of
 a user: `torchrun -m liam_scale.train`, all of whose processes are killed (SIGKILL) once in each of the first two epochs
@@ -133,15 +134,23 @@ def main() -> None:
     parser.add_argument("--minibatch", type=int, default=1_024)
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--checkpoint-seconds", type=float, default=300.0)
+    parser.add_argument("--paired", action="store_true", help="all samples have RNA and ATAC")
+    parser.add_argument("--only", choices=["simulate", "train"], help="end after that")
     parser.add_argument("--memory", default="512MiB", help="of the loader of a rank")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "liam-scale-benchmarks")
     options = parser.parse_args()
     describe_machine()
     options.folder.mkdir(parents=True, exist_ok=True)
-    store, out = options.folder / f"million-{options.cells}.zarr", options.folder / f"million-{options.cells}.run"
+    name = f"million-{options.cells}{'-paired' * options.paired}"
+    store, out = options.folder / f"{name}.zarr", options.folder / f"{name}.run"
     if not store.exists():
         code = f"from loaders.synthetic import simulate; simulate({str(store)!r}, num_cells={options.cells}, "
-        run([sys.executable, "-c", f"{code}num_samples=40, mosaic={MOSAIC})"], part="simulate")
+        run(
+            [sys.executable, "-c", f"{code}num_samples=40, mosaic={None if options.paired else MOSAIC})"],
+            part="simulate",
+        )
+    if options.only == "simulate":
+        return
     size = size_of(store)
     torchrun = [
         sys.executable,
@@ -159,10 +168,16 @@ def main() -> None:
     pieces = train(command, out, steps, options.kills, options.checkpoint_seconds)
     with (out / "history.csv").open() as file:
         history = list(csv.DictReader(file))
-    embed = run([*torchrun, "liam_scale.embed", str(out)], part="embed")
-    scores = [sys.executable, "-m", "liam_scale.cli", "evaluate", str(store), "--batch-key", "sample"]
-    scores += ["--label-key", "cell_type", "--out", str(out / "evaluation")]
-    evaluate = run(scores, part="evaluate")
+    after: list[tuple[str, str]] = []
+    if options.only is None:
+        embed = run([*torchrun, "liam_scale.embed", str(out)], part="embed")
+        scores = [sys.executable, "-m", "liam_scale.cli", "evaluate", str(store), "--batch-key", "sample"]
+        scores += ["--label-key", "cell_type", "--out", str(out / "evaluation")]
+        evaluate = run(scores, part="evaluate")
+        after = [
+            ("embed", f"{embed['wall']:,.0f} s, {max(embed['peak_rss_mb']) / 1e3:.2f} GB a rank"),
+            ("evaluate", f"{evaluate['wall']:,.0f} s, {max(evaluate['peak_rss_mb']) / 1e3:.2f} GB"),
+        ]
 
     rows = [
         (
@@ -187,8 +202,7 @@ def main() -> None:
                     f"{hours:.2f} h, {cpu:.2f} CPU h, {3.6e9 * cpu / trained:,.0f} us a cell",
                 ),
                 ("peak RSS of a rank", f"{max(max(piece['peak_rss_mb']) for piece in pieces) / 1e3:.2f} GB"),
-                ("embed", f"{embed['wall']:,.0f} s, {max(embed['peak_rss_mb']) / 1e3:.2f} GB a rank"),
-                ("evaluate", f"{evaluate['wall']:,.0f} s, {max(evaluate['peak_rss_mb']) / 1e3:.2f} GB"),
+                *after,
                 ("30 epochs, extrapolated", f"{30 / len(history) * hours:.1f} h"),
             ],
         )

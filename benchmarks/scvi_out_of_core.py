@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--memory", default="256MiB", help="of the loader")
     parser.add_argument("--minibatch", type=int, default=256)
     parser.add_argument("--max-epochs", type=int, default=1)
+    parser.add_argument("--minibatches", type=int, help="with --in-memory: end an epoch after so many")
     parser.add_argument("--in-memory", action="store_true")
     arguments = parser.parse_args()
     if arguments.limit:
@@ -67,14 +68,20 @@ def main() -> None:
         f"model made of {model.adata.n_obs:,} cells in {time.perf_counter() - start:.0f} s: {peak_of_process():,.0f} MB"
     )
     training: dict[str, Any] = {"max_epochs": arguments.max_epochs, "accelerator": "cpu", "enable_progress_bar": False}
-    start = time.perf_counter()
+    start, cells = time.perf_counter(), 0.95 * data.n_obs
     if arguments.in_memory:
+        if arguments.minibatches is not None:
+            training |= {"limit_train_batches": arguments.minibatches, "limit_val_batches": 0}
+            cells = arguments.minibatches * arguments.minibatch
         model.train(batch_size=arguments.minibatch, train_size=0.95, **training)
     else:
         data.train(model, **training)
     seconds = time.perf_counter() - start
-    speed = 0.95 * data.n_obs * arguments.max_epochs / seconds
+    speed = cells * arguments.max_epochs / seconds
     print(f"trained in {seconds:.0f} s, {speed:,.0f} cells/s, elbo {model.history['elbo_train'].iloc[-1].item():,.1f}")
+    if arguments.minibatches is not None:
+        print(f"peak {peak_of_process():,.0f} MB")
+        return
     latent = model.get_latent_representation() if arguments.in_memory else data.latent(model)
     print(f"latent {latent.shape}, peak {peak_of_process():,.0f} MB")
 
