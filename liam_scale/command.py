@@ -29,8 +29,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from liam_scale.tables import from_table, read_toml, to_toml
-from liam_scale.training.distributed import launched_ranks
-from liam_scale.training.errors import AgreedError
+from liam_scale.training.ranks import AgreedError, launched_ranks
 from loaders.formats.cache import DEFAULT_SIZE, use_cache
 from loaders.formats.damage import Damaged
 

@@ -27,7 +27,8 @@ from liam_scale.model.noise import Noise
 from liam_scale.posterior import ordered_loader
 from liam_scale.run import RunDirectory, attributes_of, check_features, check_maker
 from liam_scale.training.devices import Device, check_device, device_of
-from liam_scale.training.distributed import World, join_world, launched_ranks
+from liam_scale.training.distributed import World, join_world
+from liam_scale.training.ranks import launched_ranks
 from loaders.durable import holding, replacing, sha256_of
 from loaders.ecosystem import write_anndata
 from loaders.formats.root import HDF5_SUFFIXES, open_root

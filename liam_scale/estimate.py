@@ -15,8 +15,9 @@ from liam_scale.run import RunDirectory, record_of
 from liam_scale.samples import samples_of
 from liam_scale.tables import to_toml
 from liam_scale.training.devices import device_of
-from liam_scale.training.distributed import World, launched_ranks
+from liam_scale.training.distributed import World
 from liam_scale.training.optim import default_max_epochs
+from liam_scale.training.ranks import launched_ranks
 from loaders.sizing import describe_memory, parse_memory
 from loaders.stores import Store
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from liam_scale.config import TrainConfig
 from liam_scale.contents import differences
 from liam_scale.run import RunDirectory, RunRecord
+from liam_scale.tables import names_in
 from loaders.formats.root import local_path
 from loaders.modalities import PRESETS, Kind, Kinds, check_found, declared
 from loaders.stores import MatchedStore, Store, choose, open_known
@@ -32,17 +32,6 @@ def open_stores(uris: Sequence[str], kinds: Kinds = PRESETS) -> Store:
 def kinds_of(directory: RunDirectory) -> dict[str, Kind]:
     """What the modalities of a run are."""
     return {name: kind for part in directory.parts() for name, kind in part.record().data.kinds.items()}
-
-
-def names_in(file: Path) -> list[str]:
-    """The names in a text file, one a line."""
-    try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--features: {file} is no text that can be read ({error}); give one name a line") from None
-    if not any(names):
-        raise ValueError(f"--features: {file} is empty; give one name a line")
-    return [name for name in names if name]
 
 
 def opened(config: TrainConfig) -> Store:

@@ -32,6 +32,8 @@ class InfoConfig:
 
     store: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
     """Any store that streams, or a file."""
+    modality: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=NM|NB ...")] = ()
+    """What modalities of other names are where no ingest has said it, such as `h3k27ac=NM`."""
 
 
 def info(store: Store) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def _shown_one(value: Any) -> str:
 
 
 def _info(config: InfoConfig) -> Answer:
-    found = info(open_store(config.store))
+    found = info(open_store(config.store, modality=config.modality))
     return Answer(describe(found), found)
 
 

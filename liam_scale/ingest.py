@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from liam_scale.columns import is_unusual, possible_keys
 from liam_scale.command import Answer, Command
-from liam_scale.finding import names_in
-from liam_scale.samples import is_unusual, possible_keys
+from liam_scale.tables import names_in
 from loaders.ingest import ingest
 from loaders.modalities import PRESETS
 from loaders.schema import Schema

@@ -1,14 +1,14 @@
-"""Samples, the covariate to remove: obs columns that could serve, codes for a model, and what it learns of each."""
+"""Samples, the covariate to remove: codes for a model, and what it learns of each."""
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from liam_scale.columns import possible_keys
 from liam_scale.continuous import described
 from liam_scale.model import ModelConfig, ModelData, library_priors
 from loaders.options import LoaderConfig
@@ -19,11 +19,6 @@ _log = logging.getLogger(__name__)
 
 RARE = 20
 """Cells of a combination of several covariates below which its library priors are those of all cells."""
-
-_USUAL_NAME = re.compile(
-    r"(^|[^a-z])(sample|batch|donor|replicate|library|lane|plate|pool|site|patient|individual|subject)s?(id)?([^a-z]|$)"
-)
-"""How people call the column of the sample."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +38,6 @@ class Samples:
     codes: np.ndarray
     names: tuple[str, ...]
     covariates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-def possible_keys(store: Store) -> list[str]:
-    """Obs columns with at least two values and ten cells a value, those first that are named like a sample's."""
-    return sorted(filter(lambda name: _could_serve(store, name), store.schema.obs_columns), key=is_unusual)
-
-
-def is_unusual(name: str) -> bool:
-    return _USUAL_NAME.search(name.lower()) is None
-
-
-def _could_serve(store: Store, name: str) -> bool:
-    try:
-        column = store.obs_column(name)
-    except ValueError:
-        # Neither labels nor integers, such as a share.
-        return False
-    return 2 <= len(column.categories) <= store.schema.num_cells / 10 and int(column.codes.min()) >= 0
 
 
 def check_samples(store: Store, batch_key: Sequence[str], samples: Samples) -> None:

@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from liam_scale.command import Command
-from liam_scale.finding import names_in
 from liam_scale.ingest import described
+from liam_scale.tables import names_in
 from loaders.ingest import ingest
 
 

@@ -34,6 +34,7 @@ from liam_scale.model.config import ModelName
 from liam_scale.run import RunDirectory
 from liam_scale.tables import to_toml
 from loaders.durable import Held, holding, write_text
+from loaders.modalities import declared
 from loaders.options import Range, check_options
 from loaders.sizing import num_cores
 from loaders.stores import Store, choose
@@ -59,6 +60,8 @@ class SweepConfig:
     """Obs columns with labels, such as cell types: without them nothing says what mixing costs."""
     keep_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
     """Obs columns whose mixing should not rise, such as condition."""
+    modality: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=NM|NB ...")] = ()
+    """What modalities of other names are where no ingest has said it, as for the training command."""
     options: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """TOML file with options of the training command for all runs, such as config.toml of a run."""
     max_epochs: Annotated[int | None, Range(least=1)] = None
@@ -148,7 +151,7 @@ def sweep(config: SweepConfig) -> Sweep | None:
         A run failed; the message names it and its log.
     """
     require_extra()
-    members, store = members_of(config), open_stores(config.store)
+    members, store = members_of(config), open_stores(config.store, declared(config.modality))
     _check_columns(config, store)
     with holding(config.out):
         _settle(config)
@@ -172,6 +175,7 @@ def members_of(config: SweepConfig) -> list[Member]:
         folder = config.out / "runs" / f"{model}-{key.replace('/', '_')}-alpha{alpha:g}-seed{seed}"
         command = [*start, "liam_scale.train", *config.store, "--out", str(folder), "--batch-key", *columns_of(key)]
         command += ["--model", model, "--alpha", f"{alpha:g}", "--seed", str(seed)]
+        command += ["--modality", *config.modality] if config.modality else []
         command += [] if config.options is None else ["--config", str(config.options)]
         command += [] if config.max_epochs is None else ["--max-epochs", str(config.max_epochs)]
         members.append(Member(model, key, alpha, seed, folder, tuple(command)))
@@ -188,6 +192,7 @@ def _check_columns(config: SweepConfig, store: Store) -> None:
 def _settle(config: SweepConfig) -> None:
     """Keep what all runs of a sweep have in common; a sweep may grow by alphas, seeds, models and columns."""
     fixed = {"store": list(config.store), "ranks": config.ranks, "max_epochs": config.max_epochs or 0}
+    fixed |= {"modality": list(config.modality)} if config.modality else {}
     fixed["options"] = "" if config.options is None else config.options.read_text(encoding="utf-8")
     file, wanted = config.out / "sweep.toml", to_toml(fixed)
     if file.exists() and file.read_text(encoding="utf-8") != wanted:

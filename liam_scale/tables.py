@@ -88,3 +88,14 @@ def from_table(kind: type, table: Mapping[str, Any], *, absent: Any, section: st
             value = absent
         vars(options)[field.name] = value
     return options
+
+
+def names_in(file: Path) -> list[str]:
+    """The names in a text file, one a line."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--features: {file} is no text that can be read ({error}); give one name a line") from None
+    if not any(names):
+        raise ValueError(f"--features: {file} is empty; give one name a line")
+    return [name for name in names if name]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from liam_scale.kernels.backends import triton_serves
 from liam_scale.kernels.device.compiled import can_compile
 from liam_scale.training.devices import Device, device_of, name_of
-from liam_scale.training.errors import AgreedError
+from liam_scale.training.ranks import AgreedError, launched_ranks
 from liam_scale.training.signals import interrupts_end_at_once
 from liam_scale.training.watch import Watch
 
@@ -86,11 +85,6 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
-
-
-def launched_ranks() -> tuple[int, int]:
-    """(rank, number of ranks) from torchrun's environment, (0, 1) without it. Touches no device and no network."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def describe(world: World) -> str:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from liam_scale.training.checkpoint import Checkpoint, save_checkpoint, taking_up
 from liam_scale.training.distributed import World, averaging
-from liam_scale.training.errors import AgreedError
 from liam_scale.training.history import History, Meter, Row, summarise
 from liam_scale.training.optim import KLSchedule, load_optimizer_tensors, optimizer_tensors
 from liam_scale.training.options import TrainingConfig
 from liam_scale.training.progress import LossProgress
 from liam_scale.training.protocols import ByCell, MinibatchSource
+from liam_scale.training.ranks import AgreedError
 from liam_scale.training.recorded import as_recorded
 from liam_scale.training.shared_adam import SharedAdam
 from liam_scale.training.signals import INTERRUPT, StopRequest

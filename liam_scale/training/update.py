@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from liam_scale.training.distributed import World
-from liam_scale.training.errors import AgreedError
+from liam_scale.training.ranks import AgreedError
 from liam_scale.training.shared_adam import SharedAdam
 from loaders.minibatch import Minibatch
 

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from liam_scale.training.errors import LostRank
+from liam_scale.training.ranks import LostRank
 
 SECONDS_BETWEEN_BEATS = 1.0
 SECONDS_TO_TELL = 5.0

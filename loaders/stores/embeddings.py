@@ -60,7 +60,7 @@ class ZarrEmbeddings:
         return read(self._sealed(), self._uri, name, start, stop)
 
     def names(self) -> list[str]:
-        return sorted(self._open().get("obsm", {}))
+        return _embeddings(self._open().get("obsm", {}))
 
     def attributes(self, name: str) -> list[dict[str, Any]]:
         return attributes(self._sealed(), self._uri, name)
@@ -90,11 +90,16 @@ class HeldEmbeddings:
         return read({"obsm": self._data.obsm}, f"{type(self._data).__name__} in memory", name, start, stop)
 
     def names(self) -> list[str]:
-        return sorted(self._data.obsm)
+        return _embeddings(self._data.obsm)
 
     def attributes(self, name: str) -> list[dict[str, Any]]:
         made = self._data.uns.get(name, {})
         return [dict(made) if isinstance(made, Mapping) else {}] if name in self._data.obsm else []
+
+
+def _embeddings(obsm: Any) -> list[str]:
+    """All but what MuData keeps there of each modality: which cells have it."""
+    return sorted(name for name in obsm if getattr(getattr(obsm[name], "dtype", None), "kind", None) != "b")
 
 
 def write(root: zarr.Group, name: str, values: npt.NDArray[np.float32], attributes: Mapping[str, str]) -> None:

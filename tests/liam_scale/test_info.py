@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import anndata
+import mudata
 import numpy as np
 import pandas as pd
 import pytest
@@ -52,3 +53,19 @@ def test_json_is_the_same_and_the_command_takes_files(tmp_path: Path, capsys: py
 def test_what_is_no_store_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "none.zarr")]) == 2
     assert "none.zarr" in capsys.readouterr().err
+
+
+def test_a_file_whose_modalities_have_other_names_is_told_what_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = scipy.sparse.csr_matrix(np.ones((30, 20), np.float32))
+    obs = pd.DataFrame(index=[f"c{n}" for n in range(30)])
+    parts = {name: anndata.AnnData(counts, obs=obs) for name in ("rna", "h3k27ac")}
+    for name, part in parts.items():
+        part.var_names = [f"{name}:{n}" for n in range(20)]
+    mudata.MuData(parts).write_h5mu(tmp_path / "a.h5mu")
+    found = info(open_store(tmp_path / "a.h5mu"))
+    # Which cells have the modality that was left out is no embedding.
+    assert (list(found["modalities"]), found["embeddings"]) == (["rna"], {})
+    assert main([str(tmp_path / "a.h5mu"), "--modality", "h3k27ac=NM"]) == 0
+    assert "h3k27ac: 30 cells x 20 features" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 import logging
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import anndata
@@ -29,6 +31,20 @@ def write_source(path: Path, **columns: object) -> Path:
 
 ONE_EACH = [f"value {n}" for n in range(60)]
 TWO = ["x", "y"] * 30
+
+
+def test_commands_that_make_no_minibatch_do_without_torch(tmp_path: Path) -> None:
+    """It is 180 MB of a process, and two seconds."""
+    source = write_source(tmp_path / "a.h5ad", sample=TWO)
+    code = f"""
+import sys
+from liam_scale.cli import main
+assert main(["ingest", {str(source)!r}, "--out", "a.zarr"]) == 0
+assert main(["check", "a.zarr"]) == 0
+assert main(["subset", "a.zarr", "--where", "sample == 'x'", "--out", "b.zarr"]) == 0
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize(

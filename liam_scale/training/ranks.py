@@ -1,6 +1,13 @@
-"""Errors that concern all ranks of a run, of which one tells them."""
+"""The ranks of a run as torchrun says it, and errors that concern all of them, of which one tells; without torch."""
 
 from __future__ import annotations
+
+import os
+
+
+def launched_ranks() -> tuple[int, int]:
+    """(rank, number of ranks) from torchrun's environment, (0, 1) without it. Touches no device and no network."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class AgreedError(RuntimeError):
