@@ -21,12 +21,13 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "liam-scale"
-executed = ["first-integration.md", "multiome.md", "query.md"]
+executed = [page.name for page in Path(__file__).parent.glob("*.md") if "file_format: mystnb" in page.read_text()[:99]]
 exclude_patterns = ["_build", *([] if has_jupyter else executed)]
 suppress_warnings = [] if has_jupyter else ["toc.excluded", "toc.not_readable"]
 nb_execution_mode = "force"
-nb_execution_timeout = 240
+nb_execution_timeout = 600
 nb_execution_raise_on_error = True
+nb_merge_streams = True
 autodoc_typehints = "description"
 napoleon_numpy_docstring = True
 

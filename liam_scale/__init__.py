@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ingest,
         load_run,
         merge,
+        open_store,
         read_store,
         train,
     )
@@ -33,6 +34,7 @@ __all__ = [
     "ingest",
     "load_run",
     "merge",
+    "open_store",
     "read_store",
     "train",
 ]

@@ -49,6 +49,7 @@ __all__ = [
     "ingest",
     "load_run",
     "merge",
+    "open_store",
     "read_store",
     "train",
 ]
@@ -82,6 +83,7 @@ def train(
     where: str | None = None,
     features: str | Path | Sequence[str] | None = None,
     modality: Declared = (),
+    layer: str | None = None,
     seed: int = 0,
     resume: Literal["auto", "never"] = "auto",
     device: Device = "auto",
@@ -163,6 +165,9 @@ def train(
     modality
         What modalities of other names than rna, atac and adt are, as for `ingest`: {"h3k27ac": "NM"}; a store that
         ingest made knows it.
+    layer
+        Layer that holds the counts, such as "counts", of an object in memory or of a store that no ingest made; "raw"
+        also means AnnData's raw. Default: X. What embeds and decodes afterwards reads the same layer.
     dry_run
         Print configuration, model size, and estimates of memory and time; train nothing.
     model
@@ -184,7 +189,8 @@ def train(
     """
     config = _config(locals())
     check_callbacks(callbacks)
-    held = open_store(store, modality=config.modality) if isinstance(store, AnnData | MuData) else None
+    is_held = isinstance(store, AnnData | MuData)
+    held = open_store(store, modality=config.modality, layer=config.layer) if is_held else None
     if not isinstance(features, str | Path | None):
         held = choose(held or opened(config), where=where, features=[str(name) for name in features])
     elif held is not None:

@@ -21,6 +21,7 @@ LOCKED = (
     "continuous_key",
     "where",
     "modality",
+    "layer",
     "model",
     "optim",
     "loader.minibatch",
@@ -53,6 +54,8 @@ class TrainConfig:
     """Text file with the features to train on, a name on each line; a modality of which none is named keeps all."""
     modality: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=NM|NB ...")] = ()
     """What modalities of other names than rna, atac and adt are, where no ingest made the store: `h3k27ac=NM`."""
+    layer: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Layer that holds the counts, where no ingest made the store; `raw` also means AnnData's raw. Default: X."""
     seed: Annotated[int, Range(least=0)] = 0
     """Seed of weights, split, order and noise."""
     resume: Literal["auto", "never"] = "auto"

@@ -38,7 +38,7 @@ from liam_scale.finding import kinds_of
 from liam_scale.run import RunDirectory, check_maker
 from liam_scale.tables import to_toml
 from loaders.durable import write_text
-from loaders.modalities import PRESETS, Kinds
+from loaders.modalities import PRESETS
 from loaders.options import Range, check_options
 from loaders.stores import ObsColumn, Store, open_known, open_store
 from loaders.stores.chosen import with_embedding
@@ -127,8 +127,8 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
     """
     require_extra()
     given: Any = config.store if data is None else data
-    of_run = _kinds(config.run)
-    store = open_known(given, of_run) if isinstance(given, str | anndata.AnnData | mudata.MuData) else given
+    of_run = _of_run(config.run)
+    store = open_known(given, **of_run) if isinstance(given, str | anndata.AnnData | mudata.MuData) else given
     store = with_embedding(store, config.embedding) if config.embedding_file is None else store
     holder = store if config.embedding_file is None else _embedding_file(config.embedding_file, store)
     if config.run is not None and data is None:
@@ -138,7 +138,7 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
     pairs = {key: _pairs(store, key) for key in config.pairs}
     genes = phase_genes(_rna_names(store), store.uri) if config.cell_cycle else None
     times = {key: _pseudotime(store, key) for key in config.pseudotime}
-    truth = None if config.truth is None else open_known(config.truth, of_run)
+    truth = None if config.truth is None else open_known(config.truth, **of_run)
     limits = {"max_cells": config.max_cells, "num_draws": config.draws, "seed": config.seed}
     draws = draw_cells(store, whole, **limits)
     tables, kept = [], None
@@ -165,9 +165,12 @@ def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.M
     return found if config.out is None else _write(found, config, config.out)
 
 
-def _kinds(run: Path | None) -> Kinds:
-    """What modalities are, as the run has them; a folder that is no run is told of later."""
-    return PRESETS if run is None or not RunDirectory(run).is_run else kinds_of(RunDirectory(run))
+def _of_run(run: Path | None) -> dict[str, Any]:
+    """What modalities are and where counts stand, as the run has it; a folder that is no run is told of later."""
+    if run is None or not RunDirectory(run).is_run:
+        return {"kinds": PRESETS}
+    directory = RunDirectory(run)
+    return {"kinds": kinds_of(directory), "foreign_layer": directory.record().layer}
 
 
 def _pairs(store: Store, key: str) -> ObsColumn:

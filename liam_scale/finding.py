@@ -19,14 +19,20 @@ IN_MEMORY = " in memory"
 """How a run calls the store that it was trained on where that is an AnnData or MuData: "MuData in memory"."""
 
 
-def open_stores(uris: Sequence[str], kinds: Kinds = PRESETS) -> Store:
-    """One store, or several chained as one data set; `kinds` says what modalities of other names are."""
+def open_stores(
+    uris: Sequence[str], kinds: Kinds = PRESETS, *, layer: str | None = None, foreign_layer: str | None = None
+) -> Store:
+    """One store, or several chained as one data set; `kinds` says what modalities of other names are.
+
+    `layer` and `foreign_layer` are those of `loaders.stores.open_known`.
+    """
     if uris[0].endswith(IN_MEMORY):
         raise ValueError(
-            f"store: the run was trained on {uris[0]}; give the object again, run.embed(data) or liam_scale.train(data,"
-            f" ...), or a store made of it"
+            f"store: the run was trained on {uris[0]}; give the object again, run.embed(data), or "
+            "store=data of its other methods, or liam_scale.train(data, ...); or a store made of it"
         )
-    return open_known(uris[0] if len(uris) == 1 else list(uris), kinds)
+    one_or_all = uris[0] if len(uris) == 1 else list(uris)
+    return open_known(one_or_all, kinds, layer=layer, foreign_layer=foreign_layer)
 
 
 def kinds_of(directory: RunDirectory) -> dict[str, Kind]:
@@ -37,7 +43,7 @@ def kinds_of(directory: RunDirectory) -> dict[str, Kind]:
 def opened(config: TrainConfig) -> Store:
     """All of the store of a training."""
     kinds = declared(config.modality)
-    store = open_stores(config.store, kinds)
+    store = open_stores(config.store, kinds, layer=config.layer)
     check_found(kinds, store.schema.modalities, store.uri)
     return store
 
@@ -58,11 +64,12 @@ def stores_of(directory: RunDirectory, given: Sequence[str] = ()) -> Store:
     ValueError
         It is in none of these places, or something else is.
     """
-    if given:
-        return seen_by(directory, open_stores(given, kinds_of(directory)))
     record = directory.record()
+    if given:
+        return seen_by(directory, open_stores(given, kinds_of(directory), foreign_layer=record.layer))
     found = [_found(directory, uri) for uri in record.stores]
-    store = seen_by(directory, choose(open_stores(found, kinds_of(directory)), where=record.where))
+    opened = open_stores(found, kinds_of(directory), foreign_layer=record.layer)
+    store = seen_by(directory, choose(opened, where=record.where))
     if tuple(found) != record.stores:
         _check_found(store, directory, record)
         _log.info("run %s was moved: its store is %s", directory.path, store.uri)

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from liam_scale.config import TrainConfig
 from liam_scale.continuous import standardised
 from liam_scale.kernels.options import check_precision
-from liam_scale.model import Liam, ModelData, check_ranks
+from liam_scale.model import Liam, ModelData, check_ranks, parameter_key
 from liam_scale.resume import changed_options
 from liam_scale.run import Ending, RunDirectory, RunRecord
 from liam_scale.samples import sample_codes
@@ -29,6 +30,7 @@ from liam_scale.training.distributed import World
 from liam_scale.training.history import History, Row
 from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
 from liam_scale.training.protocols import MinibatchSource
+from liam_scale.training.ranks import ToBeRestarted, is_restarted
 from liam_scale.training.recorded import check_graph, lacks_graph
 from liam_scale.training.skipping import SkippingSource, lost_rows
 from liam_scale.training.trainer import Outcome, Trainer
@@ -93,6 +95,8 @@ def fit_part(
             if not isinstance(result, Setback):
                 world.barrier()
                 told.outcome = result
+                if result == "interrupted" and is_restarted():
+                    raise ToBeRestarted("training: saved before its end; torchrun starts it again")
                 return result
             record, checkpoint = _roll_back(directory, record, result, tried, config, store, world)
 
@@ -144,13 +148,37 @@ def _fit(
         if world.is_main:
             directory.write_record(record)
     if outcome != "interrupted" and world.is_main:
-        directory.save_weights(trainer.best_weights())
+        directory.save_weights(_for_all_samples(trainer.best_weights(), record, store))
         at = trainer.at
         ending = Ending(
             outcome=outcome, epoch=at.epoch, step=at.global_step, best_epoch=at.best_epoch, best_step=at.best_step
         )
         directory.write_record(replace(record, ending=ending))
     return record, outcome
+
+
+def _for_all_samples(weights: dict[str, Tensor], record: RunRecord, store: Store) -> dict[str, Tensor]:
+    """The weights, with what decoders learnt nothing of: samples in which their modality was never measured.
+
+    Rows of these samples still are the noise they began with. They become the mean of those that were learnt, so that a
+    modality that a sample lacks is decoded as it is in the mean of the others.
+    """
+    filled, codes = dict(weights), sample_codes(store, record.batch_key, record.data.samples)
+    for name in record.model.modalities:
+        rows = store.modality_rows(name)
+        is_known = torch.zeros(record.data.num_samples, dtype=torch.bool)
+        is_known[np.unique(codes if rows is None else codes[rows >= 0])] = True
+        key = f"decoders.{parameter_key(name)}"
+        table, theta = (weights.get(f"{key}.{part}") for part in ("linear.sample_weight", "log_theta"))
+        is_known = is_known.to(next(iter(weights.values())).device)
+        if is_known.all() or not is_known.any():
+            continue
+        if table is not None:
+            filled[f"{key}.linear.sample_weight"] = torch.where(is_known[:, None], table, table[is_known].mean(dim=0))
+        if theta is not None and theta.dim() == 2:
+            mean = theta[:, is_known].mean(dim=1, keepdim=True)
+            filled[f"{key}.log_theta"] = torch.where(is_known, theta, mean)
+    return filled
 
 
 def _roll_back(

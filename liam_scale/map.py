@@ -128,6 +128,7 @@ def map_store(config: MapConfig) -> RunDirectory:
         out=out,
         batch_key=batch_key,
         continuous_key=tuple(record.data.continuous),
+        layer=record.layer,
         seed=config.seed,
         model=extended.config,
         loader=loader_config,
@@ -179,7 +180,7 @@ def _keys(config: MapConfig, record: RunRecord) -> tuple[str, ...]:
 def _matched(config: MapConfig, source: RunDirectory, record: RunRecord) -> MatchedStore:
     """The store with the features of the run; refuses one whose modalities are something else than the run's."""
     kinds = record.data.kinds
-    held = open_stores([config.store], kinds)
+    held = open_stores([config.store], kinds, foreign_layer=record.layer)
     seen = {name: kind for name, kind in held.schema.kinds.items() if name in kinds}
     agreed([(held.uri, seen), (str(config.run), kinds)])
     return MatchedStore(held, source.features(), by_overlap=config.peaks == "overlap", kinds=kinds)

@@ -87,6 +87,8 @@ class RunRecord:
     """None where an older version made the run."""
     where: str | None = None
     """Which cells of the stores; None: all."""
+    layer: str | None = None
+    """Layer with the counts, where no ingest made a store; None: X."""
     parts: tuple[str, ...] = ()
     """Folders of the models of a late integration; empty for a single model."""
     id: str | None = None
@@ -355,6 +357,7 @@ def record_of(
         features_sha256={name: modalities[name].features_sha256 for name in data.num_features},
         contents=contents,
         where=config.where,
+        layer=config.layer,
         parts=parts,
     )
 

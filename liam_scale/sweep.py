@@ -29,7 +29,7 @@ from liam_scale.evaluation import plots, report
 from liam_scale.evaluation.cells import read_column
 from liam_scale.evaluation.measures import MEASURES, require_extra
 from liam_scale.evaluation.recommendation import CONFIGURATION, Recommendation, columns_of, ranks, recommend, summarised
-from liam_scale.finding import open_stores, seen_by
+from liam_scale.finding import open_stores, seen_by, stores_of
 from liam_scale.model.config import ModelName
 from liam_scale.run import RunDirectory
 from liam_scale.tables import to_toml
@@ -270,7 +270,9 @@ def _holder(one: Member) -> str | None:
 def _scored(one: Member, config: SweepConfig, store: Store) -> dict[str, object]:
     """The row of a run: its embedding is made and evaluated where that has not been done with these options."""
     directory = RunDirectory(one.folder)
-    store = seen_by(directory, choose(store, where=directory.record().where))
+    record = directory.record()
+    # Counts of a layer (of --options) are found as the run found them.
+    store = stores_of(directory) if record.layer else seen_by(directory, choose(store, where=record.where))
     if not one.embedding.exists():
         embed_store(EmbedConfig(run=one.folder, store=config.store, out=one.embedding), store)
     keys = dict.fromkeys((*columns_of(one.batch_key), *config.columns, *config.keep_key))
@@ -293,7 +295,7 @@ def _scored(one: Member, config: SweepConfig, store: Store) -> dict[str, object]
         write_text(file, wanted)
     found = pd.read_csv(one.scores / "metrics.csv")
     scores = {f"{key}:{of}": value for key, of, value in found[["measure", "of", "X_liam"]].itertuples(index=False)}
-    ending = dict(directory.record().ending or {})
+    ending = dict(record.ending or {})
     row = {"model": one.model, "batch_key": one.batch_key, "alpha": one.alpha, "seed": one.seed}
     return row | {"best_epoch": ending.get("best_epoch")} | scores
 

@@ -146,7 +146,8 @@ class Run:
     def open_store(self, store: Any = None) -> Store:
         """A store that is given, data in memory included, or that of the run."""
         if isinstance(store, AnnData | MuData):
-            return seen_by(self.directory, open_known(store, kinds_of(self.directory)))
+            held = open_known(store, kinds_of(self.directory), foreign_layer=self.record.layer)
+            return seen_by(self.directory, held)
         return stores_of(self.directory, _uris(store) or self.stores)
 
     def decode(self, out: str | Path, **options: Any) -> Path:

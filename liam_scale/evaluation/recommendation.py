@@ -69,10 +69,13 @@ def summarised(runs: pd.DataFrame, *, keep: Sequence[str] = ()) -> pd.DataFrame:
 def recommend(runs: pd.DataFrame, *, keep: Sequence[str] = ()) -> Recommendation:
     """The smallest alpha that mixes within 5 % of the best and keeps biology within one standard deviation of the best.
 
-    Among several covariates or models the one of the best biology is taken. Nothing is recommended from one alpha, from
-    one seed, without labels, or where the spread between seeds is larger than what alpha changes.
+    What is to be kept may mix no more than at the smallest alpha of the covariate and model with which it mixes least.
+    Among several that have such an alpha the one of the best biology is taken. Nothing is recommended from one alpha,
+    from one seed, without labels, or where the spread between seeds is larger than what alpha changes.
     """
-    found = [_of_curve(curve, keep=keep) for _, curve in summarised(runs, keep=keep).groupby(["model", "batch_key"])]
+    curves = [curve for _, curve in summarised(runs, keep=keep).groupby(["model", "batch_key"])]
+    kept = min(curve.loc[curve["alpha"] == curve["alpha"].min(), "kept"].mean() for curve in curves)
+    found = [_of_curve(curve, keep=keep, least_kept=kept) for curve in curves]
     sound = [(biology, -i, one) for i, (one, biology) in enumerate(found) if one.alpha is not None]
     if sound:
         return max(sound)[2]
@@ -80,7 +83,7 @@ def recommend(runs: pd.DataFrame, *, keep: Sequence[str] = ()) -> Recommendation
     return Recommendation("; ".join(reasons))
 
 
-def _of_curve(curve: pd.DataFrame, *, keep: Sequence[str]) -> tuple[Recommendation, float]:
+def _of_curve(curve: pd.DataFrame, *, keep: Sequence[str], least_kept: float) -> tuple[Recommendation, float]:
     """What one curve over alpha says, and the biology of its choice."""
     key, model = curve["batch_key"].iloc[0], curve["model"].iloc[0]
     grouped = curve.groupby("alpha")[["mixing", "kept", "biology"]]
@@ -98,7 +101,7 @@ def _of_curve(curve: pd.DataFrame, *, keep: Sequence[str]) -> tuple[Recommendati
         {
             "mixing": mean["mixing"] >= _MIXED_ENOUGH * mean["mixing"].max(),
             "biology": mean["biology"] >= mean["biology"].max() - spread["biology"],
-            "kept": ~(mean["kept"] > mean["kept"].iloc[0] + max(_UNMOVED, np.nan_to_num(by_chance["kept"]))),
+            "kept": ~(mean["kept"] > least_kept + max(_UNMOVED, np.nan_to_num(by_chance["kept"]))),
         }
     )
     if not fits.all(axis=1).any():
@@ -111,7 +114,7 @@ def _of_curve(curve: pd.DataFrame, *, keep: Sequence[str]) -> tuple[Recommendati
         f" ({spread['biology']:.3f}) of the best ({mean['biology'].max():.3f} at alpha {best_biology:g})"
     )
     if keep:
-        reason += f"; {' and '.join(keep)} (iLISI) {chosen['kept']:.3f}, {mean['kept'].iloc[0]:.3f} at the smallest"
+        reason += f"; {' and '.join(keep)} (iLISI) {chosen['kept']:.3f}, where it mixes least {least_kept:.3f}"
     if len(above):
         fall = chosen["biology"] - above["biology"].iloc[-1]
         word = f"falls by {fall:.3f}" if fall > spread["biology"] else "stays within the spread"

@@ -131,7 +131,11 @@ class Watch:
         return self._store
 
     def _key(self, rank: int) -> str:
-        return f"liam/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}"
+        # torchrun's own store outlives a start: what was told before it is another matter. Else each start has its own
+        # store, and nodes that came later have counted fewer starts.
+        is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if is_shared else 0
+        return f"liam/{start}/{rank}"
 
     def _tell(self) -> None:
         self._beat += 1

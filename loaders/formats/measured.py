@@ -64,7 +64,7 @@ def check_counts(where: str, extents: Sequence[Extent]) -> None:
     if not all(is_whole for _, _, is_whole in extents):
         _log.warning(
             "%s: not all counts are integers (the largest is %.4g), as after a normalisation; training models counts:"
-            " ingest the layer that holds them",
+            " name the layer that holds them",
             where,
             high,
         )

@@ -103,27 +103,32 @@ def open_known(
     format: Literal["zarr", "soma"] | None = None,
     modality: str | None = None,
     layer: str | None = None,
+    foreign_layer: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
     **of_soma: Any,
 ) -> Store:
-    """`open_store` where it is known what modalities of other names are, though they need not be there."""
+    """`open_store` where it is known what modalities of other names are, though they need not be there.
+
+    `foreign_layer` is the layer of a store that no ingest made; one that ingest made holds its counts in one place.
+    """
     kinds = {**PRESETS, **kinds}
-    choice = {"modality": modality, "layer": layer}
+    choice = {"modality": modality, "layer": layer or foreign_layer}
     if isinstance(address, anndata.AnnData | mudata.MuData):
         _refuse(of_soma, f"{type(address).__name__} in memory")
         return store_of(_streamable(open_held(address, **choice, kinds=kinds, say=_log.info)), HeldEmbeddings(address))
     if isinstance(address, Sequence) and not isinstance(address, str):
-        options: Any = {"format": format, "storage_options": storage_options, **choice, **of_soma}
+        layers = {"layer": layer, "foreign_layer": foreign_layer}
+        options: Any = {"format": format, "storage_options": storage_options, **choice, **layers, **of_soma}
         return ChainedStore([open_known(one, kinds, **options) for one in address])
     if format == "soma" or (format is None and is_soma(address)):
         if not isinstance(address, str | Path):
             raise ValueError(f"store {describe_address(address)}: got format='soma' for an object of zarr; give a path")
         _refuse({"modality": modality, "storage_options": storage_options}, "a TileDB-SOMA experiment")
-        experiment = SomaExperiment(address, layer=layer, kinds=kinds, **of_soma, say=_log.info)
+        experiment = SomaExperiment(address, layer=layer or foreign_layer, kinds=kinds, **of_soma, say=_log.info)
         _tell_unshuffled(experiment.uri)
         return store_of(experiment.source, SomaEmbeddings(experiment), close=experiment.close)
     _refuse(of_soma, describe_address(address))
-    return _open_root(address, storage_options, kinds, **choice)
+    return _open_root(address, storage_options, kinds, modality=modality, layer=layer, foreign_layer=foreign_layer)
 
 
 def _open_root(
@@ -133,12 +138,14 @@ def _open_root(
     *,
     modality: str | None,
     layer: str | None,
+    foreign_layer: str | None,
 ) -> Store:
     root, label = open_root(address, storage_options=storage_options), describe_address(address)
     with reading(label):
         attributes = dict(root.attrs)
     if attributes.get("encoding-type") == ANNBATCH:
-        parts = [_open_root(part, None, kinds, modality=modality, layer=layer) for part in _datasets(root)]
+        choice: Any = {"modality": modality, "layer": layer, "foreign_layer": foreign_layer}
+        parts = [_open_root(part, None, kinds, **choice) for part in _datasets(root)]
         return ChainedStore(parts, is_shuffled=True)
     if isinstance(root, zarr.Group) and isinstance(root.store, ObjectStore):
         if the_cache() is None:
@@ -154,7 +161,7 @@ def _open_root(
         store = own_store(root, label, ZarrEmbeddings(address, storage_options))
         agreed([("what was asked for", kinds), (label, store.schema.kinds)])
         return store
-    options: Any = {"modality": modality, "layer": layer, "kinds": kinds}
+    options: Any = {"modality": modality, "layer": layer or foreign_layer, "kinds": kinds}
     source = _streamable(open_group(root, label, Path(label), **options, say=_log.info))
     _tell_unshuffled(label)
     close = root.close if isinstance(root, h5py.File) else None

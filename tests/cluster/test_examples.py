@@ -60,13 +60,14 @@ def test_the_recipe_asks_for_what_the_package_asks_for() -> None:
     }
 
 
-def test_the_image_installs_extras_that_there_are() -> None:
+def test_images_and_the_pages_install_extras_that_there_are() -> None:
     text = (EXAMPLES / "Dockerfile").read_text()
     lines = re.sub("^#.*\n", "", text, flags=re.M).replace("\\\n", " ").splitlines()
     instructions = [line.split()[0] for line in lines]
     assert set(instructions) <= {"FROM", "ARG", "ENV", "RUN", "WORKDIR", "COPY", "CMD"}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     asked = {name for found in re.findall(r"EXTRAS=(\S+)", text) for name in found.split(",")}
+    asked |= {*yaml.safe_load((ROOT / ".readthedocs.yaml").read_text())["python"]["install"][0]["extra_requirements"]}
     assert asked <= set(extras)
     for path in ("skypilot.yaml", "nextflow/liamscale/integrate/environment.yml"):
         (found,) = re.findall(r"liam-scale\[([\w,]+)\]", (EXAMPLES / path).read_text())

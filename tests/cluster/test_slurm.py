@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -202,7 +203,7 @@ def test_requeue_saves_and_goes_on(slurm: Callable[..., str], submit: Callable[.
     assert resumed_steps(tmp_path) == saved_steps(tmp_path)[:1]
 
 
-def test_scancel_saves_within_twenty_seconds_and_leaves_nothing(
+def test_scancel_saves_within_twenty_seconds_leaves_nothing_and_one_node_goes_on(
     slurm: Callable[..., str], submit: Callable[..., str], tmp_path: Path
 ) -> None:
     job = submit()
@@ -211,3 +212,27 @@ def test_scancel_saves_within_twenty_seconds_and_leaves_nothing(
     assert until(lambda: state(slurm, job) == "CANCELLED") < 20
     until(lambda: saved_steps(tmp_path), seconds=20)
     assert_clean(tmp_path)
+    last = int(saved_steps(tmp_path)[-1].replace(",", ""))
+    job = submit("--nodes=1", training=f"{ENDLESS} --max-steps {last + 5}")
+    until(lambda: state(slurm, job) == "COMPLETED")
+    assert resumed_steps(tmp_path) == saved_steps(tmp_path)
+    assert re.findall(r"device .*?, (1 rank|2 ranks)", said(tmp_path)) == ["2 ranks", "1 rank"]
+
+
+def test_the_runs_of_a_sweep_are_the_tasks_of_an_array_job(
+    slurm: Callable[..., str], store: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.toml").write_text("[model]\nn_hidden = 8\nn_latent = 3\n")
+    out, options = tmp_path / "sweep", ["--options", str(tmp_path / "tiny.toml"), "--max-epochs", "1"]
+    command = [sys.executable, "-m", "liam_scale.cli", "sweep", str(store), "--out", str(out), "--batch-key", "sample"]
+    command += ["--alpha", "1", "25", "--seeds", "0", *options, "--slurm"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"2 runs are to be trained: sbatch {out / 'sweep.sbatch'}" in done.stdout
+    job = slurm("sbatch", "--parsable", out / "sweep.sbatch").strip()
+    until(lambda: len([*out.glob("runs/*/model.safetensors")]) == 2)
+    until(lambda: job not in slurm("squeue", "--noheader", "--format=%A"), seconds=60)
+    logs = [file.read_text() for file in (out / "runs").glob(f"slurm-{job}_*.log")]
+    assert len(logs) == 2
+    assert not any("Traceback" in log for log in logs)

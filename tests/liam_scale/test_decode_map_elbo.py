@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import liam_scale
 from liam_scale import decode as decode_module
@@ -178,6 +179,24 @@ def test_terms_of_an_absent_modality_are_missing(trimodal: Path, tmp_path: Path)
         empty[~lacks] = totals[rows[~lacks] if rows is not None else slice(None)] == 0
         np.testing.assert_array_equal(scores[f"reconstruction_loss_{name}"].isna(), lacks | empty)
     assert scores["elbo"].notna().all()
+
+
+def test_a_modality_that_a_sample_lacks_is_decoded_as_in_the_mean_of_the_others(trimodal: Path, tmp_path: Path) -> None:
+    options = {"batch_key": "sample", "n_hidden": 8, "n_latent": 3, "minibatch": 64}
+    run = liam_scale.train(trimodal, out=tmp_path / "run", max_steps=3, **options)
+    weights = load_file(run.directory.weights)
+    lacking = {"rna": [2], "atac": [1], "adt": [2]}
+    for name, samples in lacking.items():
+        known = [code for code in range(3) if code not in samples]
+        table = weights[f"decoders.{name}.linear.sample_weight"]
+        torch.testing.assert_close(table[samples[0]], table[known].mean(dim=0))
+        assert not torch.allclose(table[known[0]], table[known[1]])
+    theta = weights["decoders.rna.log_theta"]
+    torch.testing.assert_close(theta[:, 2], theta[:, :2].mean(dim=1))
+    # What training goes on from is untouched: another end of it gives the same as a straight way there.
+    liam_scale.train(trimodal, out=tmp_path / "run", max_steps=5, **options)
+    straight = liam_scale.train(trimodal, out=tmp_path / "straight", max_steps=5, **options)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == straight.directory.weights.read_bytes()
 
 
 @pytest.fixture(scope="module")

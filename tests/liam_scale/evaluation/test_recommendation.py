@@ -96,6 +96,17 @@ def test_among_covariates_the_one_with_the_better_biology_is_recommended() -> No
     assert found.batch_key == "replicate"
 
 
+def test_a_covariate_that_takes_what_is_to_be_kept_with_it_is_not_recommended() -> None:
+    """A sample of a replicate under a condition: removed, the condition mixes from the smallest alpha on."""
+    shape = (0.1, 0.3, 0.5, 0.51, 0.51)
+    taking = runs_of(lambda i: shape[i], lambda i: 0.9, kept=lambda i: 0.8, key="sample")
+    keeping = runs_of(lambda i: shape[i], lambda i: 0.7, kept=lambda i: 0.05, key="replicate")
+    found = recommend(pd.concat([taking, keeping], ignore_index=True), keep=["condition"])
+    assert found.batch_key == "replicate"
+    assert "condition (iLISI) 0.05" in found.reason
+    assert recommend(taking, keep=["condition"]).batch_key == "sample", "nothing to compare it with"
+
+
 def test_ranks_follow_the_direction_of_each_measure() -> None:
     runs = pd.DataFrame(
         {
