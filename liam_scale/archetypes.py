@@ -94,6 +94,11 @@ class Archetypes:
     entropy: np.ndarray
     largest: np.ndarray
 
+    def __repr__(self) -> str:
+        sizes, tables = self.table["cells"], "table, nearest, features, weights: DataFrames"
+        held = f"{(sizes > 0).sum():,} of {len(sizes):,} are the largest part of some of {len(self.largest):,} cells"
+        return f"Archetypes: {held}\n    {tables}; entropy, largest: a value for each cell"
+
 
 def archetypes(config: ArchetypesConfig, store: Store | None = None) -> Archetypes:
     """Look at all cells once and decode every archetype; memory is 6 bytes a cell, and what `--groupby` adds.

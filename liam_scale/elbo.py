@@ -18,6 +18,7 @@ from liam_scale.samples import sample_codes
 from liam_scale.training.devices import Device, device_of
 from loaders.loader import Loader
 from loaders.minibatch import Minibatch
+from loaders.stores import Store
 
 CELLS_PER_STEP = 512
 
@@ -25,7 +26,7 @@ CELLS_PER_STEP = 512
 def elbo(
     directory: RunDirectory,
     *,
-    store: Sequence[str] = (),
+    store: Sequence[str] | Store = (),
     draws: int = 1,
     seed: int = 0,
     memory: str = "512MiB",
@@ -38,8 +39,8 @@ def elbo(
     directory
         A finished run of one model.
     store
-        Store (or several, chained) whose cells are scored; default: those of the training. Its samples must be those
-        of the model.
+        Store (or several, chained; or an open one) whose cells are scored; default: those of the training. Its samples
+        must be those of the model.
     draws
         Posterior draws that are averaged.
     seed
@@ -66,7 +67,7 @@ def elbo(
         )
     used = device_of(device)
     model = directory.load_model().to(used)
-    opened = stores_of(directory, store)
+    opened = stores_of(directory, store) if isinstance(store, Sequence) else store
     check_features(opened, record)
     frames = []
     loader = Loader(

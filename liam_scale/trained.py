@@ -267,9 +267,9 @@ class Run:
             unknown=unknown,
         )
 
-    def elbo(self, store: str | Path | None = None, **options: Any) -> pd.DataFrame:
+    def elbo(self, store: str | Path | AnnData | MuData | None = None, **options: Any) -> pd.DataFrame:
         """Per-cell loss terms (nats), indexed by cell id; options are the keywords of `liam_scale.elbo.elbo`."""
-        return elbo(self.directory, store=_uris(store) or self.stores, **options)
+        return elbo(self.directory, store=self.open_store(store), **options)
 
     def save_to(self, folder: str | Path, *, checkpoints: bool = False) -> Run:
         """Copy the run to a new folder, without its stores, and return it there.

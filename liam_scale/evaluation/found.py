@@ -51,6 +51,9 @@ class Evaluation:
     imputation: pd.DataFrame | None = None
     written: tuple[Path, ...] = field(default=())
 
+    def __repr__(self) -> str:
+        return describe(self)
+
 
 def titles(found: Evaluation) -> list[str]:
     """Of each row of the table."""

@@ -32,6 +32,7 @@ def test_an_archetype_has_its_cells_its_profile_and_their_entropy(corners: tuple
     path, z = corners[1:]
     run = liam_scale.load_run(corners[0])
     found = run.archetypes(path, groupby="cell_type", nearest=5, top=3)
+    assert len(repr(found).splitlines()) == 2
     ids = open_store(path).cell_ids(0, 600)
     for corner in range(4):
         own = found.nearest[found.nearest["archetype"] == corner + 1]

@@ -349,7 +349,7 @@ class TestEvaluate:
         found = evaluate(config(max_cells=500), data=data)
         assert len(found.rows) == 500
         assert (pbmc.obs["cell_type"].iloc[found.rows] != "Mono").all()
-        assert "500 cells of 1,600" in describe(found)
+        assert "500 cells of 1,600" in repr(found)
         whole = evaluate(config(), data=data).table
         off = (found.table["X_liam"] - whole["X_liam"]).abs() / found.interval["X_liam"]
         assert off["label_accuracy"] < 2

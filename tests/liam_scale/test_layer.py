@@ -50,6 +50,7 @@ def test_an_object_is_trained_on_and_embedded_by_its_layer(
     np.testing.assert_array_equal(layered.obsm["X_liam"], expected.loc[layered.obs_names])
     values = run.normalized(modality="rna", store=layered, groupby="cell_type", return_mean=True)
     assert np.isfinite(values).all(axis=None)
+    assert np.isfinite(run.elbo(layered)["elbo"]).all()
     with pytest.raises(ValueError, match="--layer: "):
         liam_scale.train(layered, out=tmp_path / "run", **{**OPTIONS, "max_epochs": 3})
     with pytest.raises(ValueError, match=r"layer: .* has no layer 'none'.*; it has X, counts"):
