@@ -177,6 +177,16 @@ def first(peers: Peers, paths: dict[str, str], cells: int) -> list[Peer]:
     ]
 
 
+def threads(peers: Peers) -> list[Peer]:
+    """Reader threads, fewer and more than there are cores, at the paper's shape."""
+    path = store(peers.folder, "paper", cells=20_000, genes=13_431, peaks=116_490, genes_per_cell=800)
+    return [
+        peers.ours(f"{name}, threads={number}", path, ["rna", "atac"], minibatch=1_024, threads=number, **options)
+        for name, options in {"counts as stored": {"values": "stored"}, "transposed": {"transpose": True}}.items()
+        for number in (1, 2, 4, 8)
+    ]
+
+
 def flat(peers: Peers, sizes: Sequence[int]) -> list[Peer]:
     """The same number of cells out of stores of different size."""
     result = []
@@ -221,6 +231,7 @@ def rows_of(chosen: argparse.Namespace, peers: Peers) -> dict[str, Row]:
         peers.ours("ours", paths["rna"], ["rna"]),
         peers.ours("ours without checksums, obs, sample", paths["rna"], ["rna"], checksum=False, obs=False),
     ]
+    rows["threads"] = partial(threads, peers)
     rows["size of the store"] = partial(flat, peers, chosen.flat_cells)
     rows["soma"] = partial(soma, peers, chosen.soma_cells)
     return rows
