@@ -23,3 +23,7 @@ def __getattr__(name: str) -> Any:
     if name not in _ON_TORCH:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_ON_TORCH[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

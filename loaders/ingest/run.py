@@ -192,7 +192,7 @@ def _described(workers: Workers, memory: int, staging: Staging) -> str:
     if workers.processes:
         lines.append(
             f"{workers.processes} Dask workers, {workers.slots} tasks at a time in each, which take at most "
-            f"{describe_memory(memory)} of its memory together, beside about 0.4 GB of the process itself"
+            f"{describe_memory(memory)} of its memory together, beside about 0.3 GB of the process itself"
         )
     if staging.done:
         lines.append(f"goes on where a killed ingest of the same counts stood: {staging.done} tasks are done")
