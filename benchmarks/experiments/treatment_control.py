@@ -20,7 +20,7 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from liam_scale.sweep import SweepConfig, members_of, sweep
 
-ALPHAS = (1.0, 10.0, 100.0, 1000.0)
+ALPHAS = (1.0, 25.0, 1000.0)
 TRUTH = ["true mixture, R2", "condition told"]
 
 
