@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -226,7 +227,9 @@ def _pyplot() -> Any:
     import matplotlib
     import matplotlib.pyplot as plt
 
-    matplotlib.use("agg")
+    # A notebook names its own, without which none of its later figures would be shown.
+    if "MPLBACKEND" not in os.environ:
+        matplotlib.use("agg")
     return plt
 
 

@@ -68,6 +68,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., st
     ports = {"port": free_port(), "port1": free_port(), "port2": free_port()}
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, host=socket.gethostname(), **ports))
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
 
     def call(*command: object) -> str:
         done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=60)
@@ -232,7 +233,7 @@ def test_the_runs_of_a_sweep_are_the_tasks_of_an_array_job(
     assert f"2 runs are to be trained: sbatch {out / 'sweep.sbatch'}" in done.stdout
     job = slurm("sbatch", "--parsable", out / "sweep.sbatch").strip()
     until(lambda: len([*out.glob("runs/*/model.safetensors")]) == 2)
-    until(lambda: job not in slurm("squeue", "--noheader", "--format=%A"), seconds=60)
+    until(lambda: not slurm("squeue", "--noheader").strip(), seconds=60)
     logs = [file.read_text() for file in (out / "runs").glob(f"slurm-{job}_*.log")]
     assert len(logs) == 2
     assert not any("Traceback" in log for log in logs)

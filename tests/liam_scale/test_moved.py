@@ -3,12 +3,14 @@
 import shutil
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
 import liam_scale
+from liam_scale.evaluation.plots import draw_losses
 from loaders import open_store
 from loaders.synthetic import simulate
 
@@ -61,3 +63,16 @@ def test_pictures_give_axes_or_a_file(trained: Path, multiome: Path, tmp_path: P
     assert len(shown.get_offsets()) == 600
     assert np.unique(shown.get_facecolors(), axis=0).shape[0] == 5  # four labels, and cells without one
     assert isinstance(liam_scale.pl.umap(run, store=path, show=False), Axes)
+
+
+def test_pictures_for_files_leave_the_figures_of_a_notebook_shown(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = matplotlib.get_backend()
+    monkeypatch.setenv("MPLBACKEND", "pdf")
+    matplotlib.use("pdf")
+    try:
+        draw_losses(tmp_path / "loss.png", liam_scale.load_run(trained).history, title="")
+        assert matplotlib.get_backend() == "pdf"
+    finally:
+        matplotlib.use(before)
