@@ -103,18 +103,19 @@ class Command(Generic[T]):
         ValueError
             A file or a value cannot be used. What the parser itself refuses ends in SystemExit, as --help does.
         """
-        default = self._given(_from_file(self.kind, arguments))
-        said = io.StringIO()
+        file, said = _file_in(arguments), io.StringIO()
+        default = self._given(_from_file(self.kind, file))
         try:
             with contextlib.redirect_stderr(said), _READABLE:
                 given = tyro.cli(
                     self.form, args=list(arguments), prog=self.prog, description=self.description, default=default
                 )
         except SystemExit as stop:
+            read = f"options were read from {file}"
             if (refused := _own_check(stop)) is not None:
-                raise refused from None
+                raise (refused if file is None else ValueError(f"{refused} ({read})")) from None
             if launched_ranks()[0] == 0:
-                sys.stderr.write(said.getvalue())
+                sys.stderr.write(said.getvalue() + (f"{read}\n" if file is not None and stop.code else ""))
             raise
         if given.cache is not None:
             use_cache(given.cache, given.cache_size)
@@ -185,14 +186,20 @@ def as_typed(message: str, kind: Any, section: str = "") -> str:
     return message
 
 
-def _from_file(kind: type[T], arguments: Sequence[str]) -> T:
-    """Options as the file of `--config` says, or their defaults; not yet checked together."""
+def _file_in(arguments: Sequence[str]) -> str | None:
+    """What `--config` names."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", nargs="?")
-    file = finder.parse_known_args(arguments)[0].config
+    named: str | None = finder.parse_known_args(arguments)[0].config
+    return named
+
+
+def _from_file(kind: type[T], file: str | None) -> T:
+    """Options as a file says, or their defaults; not yet checked together."""
+    if file is None:
+        return from_table(kind, {}, absent=tyro.MISSING)
     try:
-        table = {} if file is None else read_toml(Path(file))
-        return from_table(kind, table, absent=tyro.MISSING)
+        return from_table(kind, read_toml(Path(file)), absent=tyro.MISSING)
     except OSError as error:
         inside = Path(file) / "config.toml"
         cure = inside if inside.exists() else "a TOML file, such as config.toml of a run"

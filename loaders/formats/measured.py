@@ -56,7 +56,7 @@ def check_counts(where: str, extents: Sequence[Extent]) -> None:
         raise ValueError(f"{where}: got {bad} among the counts, which are finite; {cure}")
     if low < 0:
         raise ValueError(
-            f"{where}: got {low:.6g}, counts are not negative; these look scaled or centred: ingest the layer that"
+            f"{where}: got {low:.6g}, counts are not negative; these look scaled or centred: choose the layer that"
             " holds raw counts"
         )
     if high > LARGEST:

@@ -7,6 +7,7 @@ prints a line of JSON. A process of its own, as HDF5 and compiled loops can end 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import logging
 import re
 import resource
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -412,6 +414,7 @@ def try_one(base: Path, target: str, seed: int) -> tuple[str, str]:
 
 def main() -> None:
     base = Path(sys.argv[1])
+    faulthandler.register(signal.SIGUSR2, all_threads=False)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
     logging.disable()
