@@ -89,6 +89,8 @@ def start_ranks(
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **world} if size > 1 else {}
         folder = Path(tempfile.mkdtemp(dir=_folder()))
         files = folder / "out", folder / "err"
+        for file in files:  # A rank may be killed before it has opened them.
+            file.touch()
         process = _FORKS.Process(target=_run, args=(code, [str(each) for each in arguments], own, files), daemon=True)
         # What torch reads once, in the process that is forked; ranks have it in their environment. They would import
         # pytest again if it were told to be the program.
