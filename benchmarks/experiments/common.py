@@ -44,7 +44,7 @@ STAND_IN = {"num_genes": 400, "num_peaks": 800, "genes_per_cell": 100, "peaks_pe
 
 CUT = {"optim": {"lr": 1e-2}, "training": {"patience_steps": 200}}
 """What trainings on the simulated data are spared, the same for all: ten times the learning rate and a third of the
-patience. They end after some 1,100 steps, at the validation loss of one that took its time."""
+patience. They end after some 1,100 steps, at the validation loss of one with 3e-3."""
 
 THREADS = torch.get_num_threads()
 """Libraries that score may change it for the trainings that follow."""
