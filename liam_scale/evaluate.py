@@ -35,6 +35,7 @@ from liam_scale.evaluation.imputation import TITLES, impute
 from liam_scale.evaluation.measures import MEASURES, require_extra, score
 from liam_scale.evaluation.scored import NUM_NEIGHBORS, Scored
 from liam_scale.finding import kinds_of
+from liam_scale.kernels.cpu.threads import threads_kept
 from liam_scale.run import RunDirectory, check_maker
 from liam_scale.tables import to_toml
 from loaders.durable import write_text
@@ -112,6 +113,7 @@ class EvaluateConfig:
             raise ValueError("--cell-cycle: got no --batch-key; it is compared within samples")
 
 
+@threads_kept()
 def evaluate(config: EvaluateConfig, *, data: Store | anndata.AnnData | mudata.MuData | None = None) -> Evaluation:
     """Score an embedding; write the table and pictures into `config.out` where it is given.
 

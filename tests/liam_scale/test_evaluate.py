@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
+import torch
 
 import liam_scale
 from liam_scale.evaluate import BASELINE, EvaluateConfig, describe, evaluate, main
@@ -307,6 +308,16 @@ class TestEvaluate:
         assert scores["same_sample_ratio"] == pytest.approx(3.33, abs=0.005)
         scored = Scored(found.embeddings[BASELINE], {"type": found.columns["cell_type"].codes})
         assert asw_label(scored, "", "type") == pytest.approx(0.548, abs=0.0005)
+
+    def test_a_training_that_follows_has_the_threads_that_it_had(self, pbmc, tmp_path):
+        """UMAP's kernels set the number of threads for all of OpenMP, of which torch reads it."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            evaluate(config(out=tmp_path / "e", max_cells=200), data=pbmc)
+            assert torch.get_num_threads() == 1
+        finally:
+            torch.set_num_threads(threads)
 
     @pytest.mark.skipif(not (SHARED / "pbmc_wnn_mosaic.h5mu").exists(), reason="no shared/data beside the checkout")
     def test_shipped_mosaic_is_the_shared_one(self, pbmc):

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -82,3 +83,13 @@ def _start_pool(workers: int) -> ThreadPoolExecutor:
     everyone.wait()
     torch.set_num_threads(threads)
     return pool
+
+
+@contextmanager
+def threads_kept() -> Iterator[None]:
+    """Put torch's number of threads back: numba's parallel loops, such as umap's, set it for all of OpenMP."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
