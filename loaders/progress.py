@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
 import warnings
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from tqdm import TqdmWarning, tqdm
 
@@ -69,13 +70,22 @@ class Progress:
             self._write(text)
 
     def _write(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        tell(text, sys.stderr)
 
     def close(self) -> None:
         """End the bar, or write the last line."""
         if self._bar is not None:
             self._bar.close()
         self.say()
+
+
+def tell(text: str, file: TextIO) -> None:
+    """Print a line. A terminal that was closed takes none (nor does tqdm mind): its SIGHUP says what follows."""
+    try:
+        print(text, file=file, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 def _open_bar(*, total: int, **options: Any) -> tqdm | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 from liam_scale.training.history import Row
-from loaders.progress import Progress
+from loaders.progress import Progress, tell
 
 _BAR = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
@@ -79,4 +80,4 @@ class LossProgress(Progress):
             self._write(text)
 
     def _write(self, text: str) -> None:
-        print(text, flush=True)
+        tell(text, sys.stdout)

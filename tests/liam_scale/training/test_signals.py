@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from liam_scale.train import main
 from liam_scale.training import signals
 from liam_scale.training.signals import StopRequest
+from loaders.progress import tell
 
 SHORT = ("--model.n-hidden", "16", "--n-latent", "4", "--minibatch", "64", "--memory", "64MiB")
 ENDLESS = ("--batch-key", "sample", "--max-epochs", "100000", "--training.no-early-stopping", *SHORT)
@@ -99,7 +101,7 @@ class Interrupts:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupts)
 from liam_scale.cli import main
-sys.exit(main(["--help"]))
+sys.exit(main(["train", "--help"]))
 """
 
 
@@ -130,6 +132,18 @@ def test_a_terminal_that_is_closed_saves(multiome: Path, tmp_path: Path, environ
     os.close(master)
     assert process.wait(timeout=60) == 0
     assert saved_step(out) > 0
+
+
+def test_a_line_for_a_terminal_that_is_gone_stops_no_save() -> None:
+    """Writing may fail before the handler of SIGHUP has run."""
+    master, slave = os.openpty()
+    os.close(master)
+    gone = os.fdopen(slave, "w")
+    with pytest.raises(OSError, match="Input/output error"):
+        print("epoch 1", file=gone, flush=True)
+    tell("epoch 2", gone)
+    with suppress(OSError):
+        gone.close()
 
 
 def swallow(master: int, into: list[bytes] | None = None) -> None:
