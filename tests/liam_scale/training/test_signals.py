@@ -110,7 +110,12 @@ def test_ctrl_c_while_torch_is_imported_says_nothing(environment: dict[str, str]
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
-LOGIN = "import os, sys; os.login_tty(int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
+LOGIN = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored, where the tests run under it
+os.login_tty(int(sys.argv[1]))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def in_own_terminal(command: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], int]:
