@@ -71,6 +71,9 @@ class _Stored(Mapping[str, Tensor]):
         with safe_open(self._path, "pt") as file:
             return file.get_tensor(name).clone()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # `Mapping` would read the tensor to find out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

@@ -80,10 +80,9 @@ def ingest(
         Features kept where sources differ: "inner" those of all, "outer" those of any (zero where a source lacks one).
     peaks
         How peaks (ATAC, and other NM modalities whose features are all named after intervals) of several sources are
-        matched: "names"; or by overlap of the intervals, each
-        to the one with which it shares most bases: "union", overlapping peaks of all sources are one; "reference",
-        those of the first source; or the path of a store or a BED file with the peaks. Counts that come together are
-        added up.
+        matched: "names"; or by overlap of the intervals, each to the one with which it shares most bases: "union",
+        overlapping peaks of all sources are one; "reference", those of the first source; or the path of a store or a
+        BED file with the peaks. Counts that come together are added up.
     ignore_genome
         Take peaks together though their sources name different genomes (`var["genome"]`), which else are refused.
     feature_key
