@@ -28,8 +28,8 @@ def open_stores(
     """
     if uris[0].endswith(IN_MEMORY):
         raise ValueError(
-            f"store: the run was trained on {uris[0]}; give the object again, run.embed(data), or "
-            "store=data of its other methods, or liam_scale.train(data, ...); or a store made of it"
+            f"store: the run was trained on {uris[0]}; give the object again, run.embed(data), or store=data of its "
+            "other methods, reference=data for its labels, or liam_scale.train(data, ...); or a store made of it"
         )
     one_or_all = uris[0] if len(uris) == 1 else list(uris)
     return open_known(one_or_all, kinds, layer=layer, foreign_layer=foreign_layer)

@@ -8,8 +8,6 @@ Shapes: B new cells, R reference cells, K neighbours, C labels, L latent dimensi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 import torch
@@ -33,10 +31,14 @@ UNKNOWN = "unknown"
 
 
 def check_labelled(
-    directory: RunDirectory, *, label_key: str, key: str, stores: Sequence[str] = ()
+    directory: RunDirectory, *, label_key: str, key: str, reference: Store | None = None
 ) -> tuple[Store, ObsColumn]:
-    """The store of a run's training and its labels; refuses one without this run's embedding or without the labels."""
-    reference, record = stores_of(directory, stores), single(directory, "label by")
+    """The reference and its labels; refuses one without this run's embedding or without the labels.
+
+    Without a reference that is given it is the store of the training.
+    """
+    record, stores = single(directory, "label by"), () if reference is None else (reference.uri,)
+    reference = reference or stores_of(directory)
     check_embedded(directory, record.model.n_latent or 0, reference, key=key, stores=stores)
     try:
         return reference, reference.obs_column(label_key)
@@ -53,7 +55,7 @@ def transfer_labels(
     neighbors: int,
     unknown: float,
     seed: int = 0,
-    stores: Sequence[str] = (),
+    reference: Store | None = None,
 ) -> pd.DataFrame:
     """Label the cells of a store as their neighbours among the labelled cells of a run's training.
 
@@ -67,8 +69,8 @@ def transfer_labels(
         Obs column of the reference.
     unknown
         A label less probable than 1 - unknown is "unknown".
-    stores
-        The reference, in the place of the store of the training.
+    reference
+        The labelled cells, in the place of the store of the training.
 
     Returns
     -------
@@ -81,7 +83,7 @@ def transfer_labels(
     ValueError
         There is no such column or embedding, or no cell with a label.
     """
-    reference, column = check_labelled(directory, label_key=label_key, key=key, stores=stores)
+    reference, column = check_labelled(directory, label_key=label_key, key=key, reference=reference)
     is_shuffled = reference.schema.is_shuffled
     rows = draw_rows(np.asarray(column.codes), max_cells=MOST_REFERENCE_CELLS, seed=seed, by_blocks=is_shuffled)
     if len(rows) <= neighbors:

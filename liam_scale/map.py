@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
@@ -37,7 +37,7 @@ from liam_scale.training.options import TrainingConfig
 from liam_scale.training.trainer import Trainer
 from loaders.durable import holding, replacing
 from loaders.modalities import agreed
-from loaders.options import Range, check_options
+from loaders.options import LoaderConfig, Range, check_options
 from loaders.sizing import parse_memory
 from loaders.stores import MatchedStore, Store
 
@@ -56,6 +56,8 @@ class MapConfig:
     """Folder of the extended run; default: `mapped-<store>` in the run's folder."""
     batch_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
     """Obs columns with the sample; default: those of the run."""
+    layer: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Layer with the counts of a store that no ingest made, raw: AnnData's raw; default: as in the training."""
     max_epochs: Annotated[int, Range(least=1)] = 20
     """Epochs of training the parameters of the new samples."""
     peaks: Literal["names", "overlap"] = "names"
@@ -92,8 +94,15 @@ def _map_and_tell(config: MapConfig) -> None:
         print(f"wrote {directory.path / LABELS_FILE}: {shown}")
 
 
-def map_store(config: MapConfig) -> RunDirectory:
+def map_store(config: MapConfig, held: Store | None = None, reference: Store | None = None) -> RunDirectory:
     """Extend a trained model by the samples of a store, and embed its cells.
+
+    Parameters
+    ----------
+    held
+        An open store of these cells, such as one in memory, instead of what `config.store` names.
+    reference
+        The labelled cells, in the place of the store of the training.
 
     Returns
     -------
@@ -109,32 +118,25 @@ def map_store(config: MapConfig) -> RunDirectory:
     record = source.record()
     if record.parts:
         raise ValueError(f"run: {config.run} is a late integration; map into one of {', '.join(record.parts)} in it")
+    if held is not None and config.out is None:
+        raise ValueError("--out: data in memory have no name; name the folder of the extended run, out=...")
     out = config.out or config.run / f"mapped-{Path(config.store).stem}"
-    directory = RunDirectory(out)
+    directory, layer = RunDirectory(out), config.layer or record.layer
     if not directory.is_run:
         directory.check_free()
     model = source.load_model()
     if config.label_key is not None:
-        check_labelled(source, label_key=config.label_key, key=config.key)
-    store = _matched(config, source, record)
+        check_labelled(source, label_key=config.label_key, key=config.key, reference=reference)
+    if held is None:
+        held = open_stores([config.store], record.data.kinds, foreign_layer=layer)
+    store = _matched(config, source, held)
     standardised(store, record.data.continuous)  # refuses a store without the columns that decoders read
     batch_key = _keys(config, record)
     loader_config = replace(source.loader_config(), streams=16, memory=config.memory)
     own = model_data(store, record.model, batch_key, loader_config)
     data = united_samples(record.data, own)
     extended, masks = extend(model, data)
-    training = TrainConfig(
-        store=(config.store,),
-        out=out,
-        batch_key=batch_key,
-        continuous_key=tuple(record.data.continuous),
-        layer=record.layer,
-        seed=config.seed,
-        model=extended.config,
-        loader=loader_config,
-        optim=OptimConfig(weight_decay=0.0),
-        training=TrainingConfig(max_epochs=config.max_epochs),
-    )
+    training = _training(config, extended, batch_key=batch_key, layer=layer, loader=loader_config, out=out)
     new_record = replace(
         record,
         stores=training.store,
@@ -144,6 +146,7 @@ def map_store(config: MapConfig) -> RunDirectory:
         fingerprint=store.schema.fingerprint + (config.peaks == "overlap") * "-overlap",
         contents=None,
         where=None,
+        layer=layer,
         skipped=(),
         changes=(),
         ending=None,
@@ -162,8 +165,22 @@ def map_store(config: MapConfig) -> RunDirectory:
         shared = {name: getattr(config, name) for name in ("key", "overwrite", "memory", "device")}
         embed_store(EmbedConfig(run=out, **shared), store)
         if config.label_key is not None:
-            _label(config, source, store, directory)
+            _label(config, source, store, directory, reference)
     return directory
+
+
+def _training(config: MapConfig, model: Liam, *, loader: LoaderConfig, **options: Any) -> TrainConfig:
+    """Options of the training of what is new."""
+    return TrainConfig(
+        store=(config.store,),
+        continuous_key=tuple(model.data.continuous),
+        seed=config.seed,
+        model=model.config,
+        loader=loader,
+        optim=OptimConfig(weight_decay=0.0),
+        training=TrainingConfig(max_epochs=config.max_epochs),
+        **options,
+    )
 
 
 def _keys(config: MapConfig, record: RunRecord) -> tuple[str, ...]:
@@ -177,17 +194,18 @@ def _keys(config: MapConfig, record: RunRecord) -> tuple[str, ...]:
     return keys
 
 
-def _matched(config: MapConfig, source: RunDirectory, record: RunRecord) -> MatchedStore:
+def _matched(config: MapConfig, source: RunDirectory, held: Store) -> MatchedStore:
     """The store with the features of the run; refuses one whose modalities are something else than the run's."""
-    kinds = record.data.kinds
-    held = open_stores([config.store], kinds, foreign_layer=record.layer)
+    kinds = source.record().data.kinds
     seen = {name: kind for name, kind in held.schema.kinds.items() if name in kinds}
     agreed([(held.uri, seen), (str(config.run), kinds)])
     return MatchedStore(held, source.features(), by_overlap=config.peaks == "overlap", kinds=kinds)
 
 
-def _label(config: MapConfig, source: RunDirectory, store: Store, directory: RunDirectory) -> None:
-    """Label the new cells as their neighbours in the training's store, which must hold the run's embedding."""
+def _label(
+    config: MapConfig, source: RunDirectory, store: Store, directory: RunDirectory, reference: Store | None
+) -> None:
+    """Label the new cells as their neighbours in the reference, which must hold the run's embedding."""
     assert config.label_key is not None
     labels = transfer_labels(
         source,
@@ -197,6 +215,7 @@ def _label(config: MapConfig, source: RunDirectory, store: Store, directory: Run
         neighbors=config.neighbors,
         unknown=config.unknown,
         seed=config.seed,
+        reference=reference,
     )
     with replacing(directory.path / LABELS_FILE) as path:
         labels.to_csv(path, float_format="%.4g")

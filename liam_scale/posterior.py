@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from liam_scale.finding import IN_MEMORY
 from liam_scale.model import Liam
 from liam_scale.model.decoders import NegativeMultinomialDecoder
 from liam_scale.model.layers import Gaussian
@@ -122,7 +123,7 @@ def embedded(
     device = next(model.parameters()).device
     for start in range(0, store.schema.num_cells, cells):
         values = store.read_embedding(key, start, min(store.schema.num_cells, start + cells))
-        cure = f"write it again with: {_embed_command(directory.path, stores)} --key {key}"
+        cure = f"write it again with: {_embedding(directory.path, store, key, stores)}"
         check_finite(store, values, start, what=_name(store, key), cure=cure)
         rows = torch.arange(start, start + len(values), device=device)
         yield Latents(rows, torch.from_numpy(values).to(device))
@@ -132,25 +133,28 @@ def check_embedded(
     directory: RunDirectory, num_latent: int, store: Store, *, key: str, stores: Sequence[str] = ()
 ) -> None:
     """Refuse a store in which this run's embedding is not what stands under a name of obsm."""
-    what, embed = _name(store, key), _embed_command(directory.path, stores)
+    what, embed = _name(store, key), _embedding(directory.path, store, key, stores)
     held = store.embedding_attributes(key)
     if not held:
-        raise ValueError(f"{what}: there is no such embedding; write it with: {embed} --key {key}")
-    cure = f"read it with that run, or write this one's first: {embed} --key {key} --overwrite"
+        raise ValueError(f"{what}: there is no such embedding; write it with: {embed}")
+    again = _embedding(directory.path, store, key, stores, overwrite=True)
+    cure = f"read it with that run, or write this one's first: {again}"
     check_maker(held, directory.record().id, what=what, cure=cure)
     width = store.read_embedding(key, 0, 1).shape[1]
     if width != num_latent:
-        raise ValueError(
-            f"{what} has {width} dimensions, the model {num_latent}; write its embedding with: {embed} --key {key}"
-        )
+        raise ValueError(f"{what} has {width} dimensions, the model {num_latent}; write its embedding with: {embed}")
 
 
 def _name(store: Store, key: str) -> str:
     return f"obsm[{key!r}] of {store.uri}"
 
 
-def _embed_command(run: Path, stores: Sequence[str]) -> str:
-    return " ".join(["python -m liam_scale.embed", str(run), *(["--store", *stores] if stores else [])])
+def _embedding(run: Path, store: Store, key: str, stores: Sequence[str], *, overwrite: bool = False) -> str:
+    """What writes the embedding of a store: a command, or a line of Python for one in memory."""
+    if store.uri.endswith(IN_MEMORY):
+        return f"run.embed(data, key={key!r}{', overwrite=True' * overwrite})"
+    given = ["--store", *stores] if stores else []
+    return " ".join(["python -m liam_scale.embed", str(run), *given, "--key", key, *["--overwrite"] * overwrite])
 
 
 @torch.no_grad()

@@ -240,27 +240,51 @@ class Run:
         """What the corners of the latent simplex stand for; options are the fields of `ArchetypesConfig`."""
         return archetypes(ArchetypesConfig(run=self.path, **options), self.open_store(store))
 
-    def map(self, store: str | Path, **options: Any) -> Run:
-        """Place the cells of new samples into this model; options are the fields of `liam_scale.map.MapConfig`."""
-        return Run(map_store(MapConfig(run=self.path, store=_uris(store)[0], **options)))
+    def map(
+        self,
+        store: str | Path | AnnData | MuData,
+        *,
+        reference: str | Path | AnnData | MuData | None = None,
+        **options: Any,
+    ) -> Run:
+        """Place the cells of new samples into this model, and return the run that is extended by them.
+
+        Parameters
+        ----------
+        store
+            Store with the new cells, or data in memory, which then have `obsm["X_liam"]` and need `out`, the folder of
+            the extended run.
+        reference
+            With `label_key`: the labelled cells; default: the store of the training.
+        **options
+            Fields of `liam_scale.map.MapConfig`, such as `out`, `layer="counts"`, `peaks="overlap"` or `label_key`.
+        """
+        is_held = isinstance(store, AnnData | MuData)
+        name = f"{type(store).__name__}{IN_MEMORY}" if is_held else _uris(store)[0]
+        config = MapConfig(run=self.path, store=name, **options)
+        layer = config.layer or self.record.layer
+        held = open_known(store, kinds_of(self.directory), foreign_layer=layer) if is_held else None
+        return Run(map_store(config, held, self.open_store(reference) if config.label_key else None))
 
     def labels(
         self,
         store: str | Path | AnnData | MuData,
         *,
         label_key: str,
+        reference: str | Path | AnnData | MuData | None = None,
         key: str = "X_liam",
         neighbors: int = 50,
         unknown: float = 0.5,
     ) -> pd.DataFrame:
-        """Labels of embedded cells from their neighbours in the training's store, which has them in an obs column.
+        """Labels of embedded cells from their neighbours in the reference, which has them in an obs column.
 
+        The reference is the store of the training, or a store or data in memory that are given.
         See `liam_scale.labels.transfer_labels` for what is returned; `map(store, label_key=...)` writes the same.
         """
         return transfer_labels(
             self.directory,
             self.open_store(store),
-            stores=self.stores,
+            reference=self.open_store(reference),
             label_key=label_key,
             key=key,
             neighbors=neighbors,

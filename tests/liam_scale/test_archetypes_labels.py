@@ -106,6 +106,31 @@ def test_mapping_labels_cells_of_new_samples(
     assert not (tmp_path / "run" / "mapped-new").exists()
 
 
+def test_labels_come_from_an_object_in_memory_too(trained: Path, multiome: Path, tmp_path: Path) -> None:
+    """The reference and the query are objects; or the training's store stands elsewhere, and is given anew."""
+    data = liam_scale.read_store(multiome)
+    options = {"n_hidden": 8, "n_latent": 4, "minibatch": 64, "max_epochs": 1, "batch_key": "sample"}
+    run, query = liam_scale.train(data, out=tmp_path / "run", **options), data[:100].copy()
+    asked = {"label_key": "cell_type", "neighbors": 10}
+    mapped = {**asked, "max_epochs": 1, "out": tmp_path / "mapped"}
+    with pytest.raises(ValueError, match=r"trained on MuData in memory; .* reference=data for its labels"):
+        run.map(query, **mapped)
+    with pytest.raises(ValueError, match=r"there is no such embedding; write it with: run.embed\(data, key='X_liam'\)"):
+        run.map(query, reference=data, **mapped)
+    run.embed(data)
+    run.map(query, reference=data, **mapped)
+    found = run.labels(query, reference=data, **asked)
+    assert found.index.tolist() == query.obs_names.tolist()
+    written = pd.read_csv(tmp_path / "mapped" / "labels.csv", index_col="cell")
+    assert written["label"].tolist() == found["label"].tolist()
+    moved = Path(shutil.copytree(multiome, tmp_path / "elsewhere.zarr"))
+    anew = liam_scale.load_run(trained, store=moved)
+    anew.embed()
+    new = shutil.copytree(multiome, tmp_path / "new.zarr")
+    anew.map(new, out=tmp_path / "anew", max_epochs=1, **asked)
+    assert (tmp_path / "anew" / "labels.csv").exists()
+
+
 @pytest.mark.slow
 def test_labels_of_samples_that_were_held_out(tmp_path: Path) -> None:
     """Types of two samples are found in a third; those of a type that was left out of the training, less surely."""

@@ -233,6 +233,28 @@ def test_new_samples_are_mapped_without_moving_what_was_trained(trained: Path, n
     np.testing.assert_allclose(mudata.read_zarr(store).obsm["X_liam"], old.embedding(store), atol=1e-6)
 
 
+def test_an_object_in_memory_is_mapped_as_its_store_is(trained: Path, newcomers: Path, tmp_path: Path) -> None:
+    store, run = Path(shutil.copytree(newcomers, tmp_path / "new.zarr")), liam_scale.load_run(trained)
+    data = liam_scale.read_store(store)
+    with pytest.raises(ValueError, match="--out: data in memory have no name; name the folder"):
+        run.map(data)
+    on_disk, held = (run.map(cells, out=tmp_path / name, max_epochs=1) for cells, name in ((store, "a"), (data, "b")))
+    assert held.record.stores == ("MuData in memory",)
+    assert held.directory.weights.read_bytes() == on_disk.directory.weights.read_bytes()
+    np.testing.assert_array_equal(data.obsm["X_liam"], open_store(store).read_embedding("X_liam", 0, 300))
+    assert run.map(data, out=tmp_path / "b", max_epochs=1).record == held.record
+    assert held.normalized(modality="rna", num_samples=0, store=data, return_mean=True).shape == (300, 60)
+    # An AnnData of scanpy: normalised values in X, counts in a layer, another order of columns.
+    rna = data["rna"][:, ::-1].copy()
+    rna.layers["counts"], rna.X = rna.X.copy(), np.log1p(rna.X)
+    extended = run.map(rna, layer="counts", out=tmp_path / "c", max_epochs=1)
+    assert extended.record.layer == "counts"
+    only = mudata.MuData({"rna": data["rna"].copy()})
+    only.obs = data.obs.copy()
+    run.map(only, out=tmp_path / "d", max_epochs=1)
+    np.testing.assert_array_equal(rna.obsm["X_liam"], only.obsm["X_liam"])
+
+
 def test_an_interrupted_mapping_goes_on_to_the_same_weights(
     trained: Path, newcomers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
