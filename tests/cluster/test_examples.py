@@ -25,6 +25,27 @@ def read(name: str) -> Any:
     return yaml.safe_load((EXAMPLES / name).read_text())
 
 
+def shell_of(number: int) -> str:
+    """The script of the Nextflow module (0) or its stub (1), with what Nextflow fills in."""
+    text = (EXAMPLES / "nextflow/liamscale/integrate/main.nf").read_text()
+    script = re.findall(r'"""\n(.*?)"""', text, flags=re.S)[number]
+    given = {"h5mu": "in.h5mu", "batch_key": "sample", "task.cpus": "1", "task.process": "P", "prefix": "a_liam"}
+    given["args"] = "--max-epochs 1 --model.n-hidden 8"
+    script = re.sub(r"\$\{([\w.]+)\}", lambda found: given[found.group(1)], script).replace("\\$", "$")
+    script = script.replace("\\\\\n", "\\\n")
+    return re.sub(r"^    ", "", script, flags=re.M).replace("END_VERSIONS", "END").replace("<<-END", "<<END")
+
+
+def as_installed(folder: Path) -> dict[str, str]:
+    """An environment in which `liam-scale` and `python` are those of these very files."""
+    (folder / "bin").mkdir()
+    for name, command in (("liam-scale", f"{sys.executable} -m liam_scale.cli"), ("python", sys.executable)):
+        (folder / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (folder / "bin" / name).chmod(0o755)
+    paths = {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **paths}
+
+
 def test_every_file_is_in_the_format_of_its_tool() -> None:
     for path in EXAMPLES.rglob("*.y*ml"):
         assert isinstance(yaml.safe_load(path.read_text()), dict), path
@@ -89,31 +110,40 @@ def test_the_module_of_nextflow_is_whole() -> None:
         assert made in stub
 
 
+def test_the_stub_of_the_nextflow_module_makes_every_output(tmp_path: Path) -> None:
+    """Its shell script, as `nextflow run -stub` fills it in, makes what the module promises."""
+    script = shell_of(1)
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, env=as_installed(tmp_path))
+    assert done.returncode == 0
+    assert (tmp_path / "a_liam.h5mu").exists()
+    assert (tmp_path / "a_liam_report").is_dir()
+    assert yaml.safe_load((tmp_path / "versions.yml").read_text()) == {"P": {"liam-scale": liam_scale.__version__}}
+
+
+def test_the_module_of_nextflow_is_groovy(tmp_path: Path) -> None:
+    """Nextflow's language is Groovy, whose own compiler reads the module."""
+    if shutil.which("groovy") is None:
+        pytest.skip("needs groovy: apt-get install groovy")
+    module, reader = EXAMPLES / "nextflow/liamscale/integrate/main.nf", tmp_path / "read.groovy"
+    reader.write_text("new GroovyShell().parse(new File(args[0]))\n")
+    done = subprocess.run(["groovy", str(reader), str(module)], capture_output=True, text=True)
+    if "JAVA_HOME" in done.stdout + done.stderr:
+        pytest.skip("groovy finds no Java")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_the_script_of_the_nextflow_module_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its shell script, with what Nextflow fills in, on 120 cells."""
     mudata = pytest.importorskip("mudata")
     pytest.importorskip("scanpy", reason="evaluate is an extra: pip install liam-scale[evaluate]")
-    text = (EXAMPLES / "nextflow/liamscale/integrate/main.nf").read_text()
-    script = re.findall(r'"""\n(.*?)"""', text, flags=re.S)[0]
-    given = {"h5mu": "in.h5mu", "batch_key": "sample", "task.cpus": "1", "task.process": "P", "prefix": "a_liam"}
-    given["args"] = "--max-epochs 1 --model.n-hidden 8"
-    script = re.sub(r"\$\{([\w.]+)\}", lambda found: given[found.group(1)], script).replace("\\$", "$")
-    script = script.replace("\\\\\n", "\\\n")
-    script = re.sub(r"^    ", "", script, flags=re.M).replace("END_VERSIONS", "END").replace("<<-END", "<<END")
     tiny = {"num_genes": 40, "num_peaks": 60, "genes_per_cell": 10, "peaks_per_cell": 20, "num_samples": 2}
     simulate_mudata(num_cells=120, **tiny).write(tmp_path / "in.h5mu")
-    # As installed: `liam-scale` and `python` of these very files.
-    (tmp_path / "bin").mkdir()
-    for name, command in (("liam-scale", f"{sys.executable} -m liam_scale.cli"), ("python", sys.executable)):
-        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-        (tmp_path / "bin" / name).chmod(0o755)
-    paths = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script = script.replace("--out a_liam_report", "--out a_liam_report --scib none --no-plots")
+    script = shell_of(0).replace("--out a_liam_report", "--out a_liam_report --scib none --no-plots")
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=tmp_path,
-        env={**os.environ, **paths},
+        env=as_installed(tmp_path),
         capture_output=True,
         text=True,
     )
