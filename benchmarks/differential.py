@@ -2,10 +2,11 @@
 the genes that others put first on real data.
 
 python benchmarks/differential.py [--simulations 20] [--cells 10000 100000 1000000] [--epochs 60] \
-    [--real cells.h5mu --batch-key donor --label-key cell_type]
+    [--real cells.h5mu --batch-key donor --label-key cell_type [--modality rna | atac]]
 
---real compares the RNA of each label with the rest: the 100 genes that are up and most probable here, with those of
-scanpy's Wilcoxon test of highest score, and where scvi-tools is installed with those of its TOTALVI in change mode.
+--real compares each label with the rest: the genes (or peaks) that are up and most probable here, with those of
+scanpy's Wilcoxon test of highest score, and where scvi-tools is installed with those of its TOTALVI (of cells with
+proteins) or MULTIVI (with peaks) in change mode.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def compare(folder: Path) -> None:
 
 
 def agreement(given: argparse.Namespace) -> None:
-    """Share of the first genes of each label that two methods have in common; beside it, what chance would give."""
+    """Share of the first features of each label that two methods have in common; beside it, what chance would give."""
     data = mudata.read_h5mu(given.real)
     data = data[np.all([data.obs_names.isin(held.obs_names) for held in data.mod.values()], axis=0)].copy()
     for held in data.mod.values():
@@ -108,53 +109,59 @@ def agreement(given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = liam_scale.train(data, batch_key=given.batch_key, out=Path(folder) / "run", max_epochs=given.real_epochs)
         run.embed(data)
-        ours = run.differential(data, groupby=labels, group=kept)
+        ours = run.differential(data, groupby=labels, group=kept, modality=given.modality)
     first = {"here": {name: list(own[own["lfc_mean"] > 0].index) for name, own in ours.groupby("group1")}}
-    first["Wilcoxon"] = by_wilcoxon(data["rna"].copy(), labels, kept)
-    if (found := by_totalvi(data, given, kept)) is not None:
-        first["TOTALVI"] = found
-    num_genes, rows = data["rna"].n_vars, []
-    print(f"{given.real.name}: {data.n_obs:,} cells, {num_genes:,} genes, {len(kept)} labels")
+    first["Wilcoxon"] = by_wilcoxon(data[given.modality].copy(), labels, kept)
+    if (found := by_scvi(data, given, kept)) is not None:
+        first["TOTALVI" if "adt" in data.mod else "MULTIVI"] = found
+    num_features, rows = data[given.modality].n_vars, []
+    print(f"{given.real.name}: {data.n_obs:,} cells, {num_features:,} of {given.modality}, {len(kept)} labels")
     for number in (20, 100):
         for one, two in itertools.combinations(first, 2):
             shares = [len({*first[one][k][:number]} & {*first[two][k][:number]}) / number for k in kept]
             told = f"{statistics.mean(shares):.2f} ({min(shares):.2f}-{max(shares):.2f})"
-            rows.append((number, f"{one}, {two}", told, f"{number / num_genes:.2f}"))
-    print(table(("first genes", "methods", "in common", "by chance"), rows), flush=True)
+            rows.append((number, f"{one}, {two}", told, f"{number / num_features:.2f}"))
+    print(table(("first features", "methods", "in common", "by chance"), rows), flush=True)
 
 
-def by_wilcoxon(rna: anndata.AnnData, labels: pd.Series, kept: list[str]) -> dict[str, list[str]]:
-    rna.obs["label"] = labels.astype("category")
-    rna.X = rna.X.astype(np.float32)
-    scanpy.pp.normalize_total(rna)
-    scanpy.pp.log1p(rna)
-    scanpy.tl.rank_genes_groups(rna, "label", groups=kept, method="wilcoxon")
-    return {name: list(scanpy.get.rank_genes_groups_df(rna, name)["names"]) for name in kept}
+def by_wilcoxon(held: anndata.AnnData, labels: pd.Series, kept: list[str]) -> dict[str, list[str]]:
+    held.obs["label"] = labels.astype("category")
+    held.X = held.X.astype(np.float32)
+    scanpy.pp.normalize_total(held)
+    scanpy.pp.log1p(held)
+    scanpy.tl.rank_genes_groups(held, "label", groups=kept, method="wilcoxon")
+    return {name: list(scanpy.get.rank_genes_groups_df(held, name)["names"]) for name in kept}
 
 
-def by_totalvi(data: mudata.MuData, given: argparse.Namespace, kept: list[str]) -> dict[str, list[str]] | None:
+def by_scvi(data: mudata.MuData, given: argparse.Namespace, kept: list[str]) -> dict[str, list[str]] | None:
     try:
         import scvi
     except ImportError:
         print("scvi-tools is not installed: left out")
         return None
     scvi.settings.seed = 0
-    own = mudata.MuData({name: data[name].copy() for name in ("rna", "adt")})
+    second = "adt" if "adt" in data.mod else "atac"
+    own = mudata.MuData({name: data[name].copy() for name in ("rna", second)})
     for held in own.mod.values():
         held.X = held.X.astype(np.float32)
-    own["adt"].X = own["adt"].X.toarray()
+    if second == "adt":
+        own["adt"].X = own["adt"].X.toarray()
     own.obs = data.obs[[given.batch_key]].assign(label=data.obs[given.label_key].astype(str))
-    modalities = {"rna_layer": "rna", "protein_layer": "adt"}
-    scvi.model.TOTALVI.setup_mudata(
-        own, rna_layer=None, protein_layer=None, batch_key=given.batch_key, modalities=modalities
-    )
-    model = scvi.model.TOTALVI(own)
+    kind, layer = {"adt": (scvi.model.TOTALVI, "protein"), "atac": (scvi.model.MULTIVI, "atac")}[second]
+    modalities = {"rna_layer": "rna", f"{layer}_layer": second}
+    kind.setup_mudata(own, batch_key=given.batch_key, modalities=modalities)
+    model = kind(own)
     model.train(max_epochs=given.real_epochs, accelerator="cpu", enable_progress_bar=False)
     found = {}
     for name in kept:
         cells = {"idx1": (own.obs["label"] == name).to_numpy(), "idx2": (own.obs["label"] != name).to_numpy()}
-        told = model.differential_expression(**cells, mode="change", delta=0.25, batch_correction=True, silent=True)
-        told = told[told.index.isin(own["rna"].var_names) & (told["lfc_mean"] > 0)]
+        asked = {**cells, "mode": "change", "batch_correction": True, "silent": True}
+        if given.modality == "atac":
+            told = model.differential_accessibility(**asked)
+            told = told.assign(proba_de=told["prob_da"], lfc_mean=-told["effect_size"])  # of the second over the first
+        else:
+            told = model.differential_expression(**asked, delta=0.25)
+        told = told[told.index.isin(own[given.modality].var_names) & (told["lfc_mean"] > 0)]
         found[name] = list(told.sort_values(["proba_de", "lfc_mean"], ascending=False).index)
     return found
 
@@ -165,6 +172,7 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--real", type=Path)
+    parser.add_argument("--modality", default="rna", choices=("rna", "atac"))
     parser.add_argument("--batch-key")
     parser.add_argument("--label-key")
     parser.add_argument("--real-epochs", type=int, default=200)
