@@ -46,7 +46,7 @@ def blocks(page: str) -> list[str]:
         # scanpy's neighbours compile for 20 seconds.
         pytest.param("from-scvi-tools.md", marks=pytest.mark.slow),
         "from-liam.md",
-        "faq.md",
+        "covariates.md",
     ],
 )
 def test_every_line_of_the_page_runs(page: str, scope: dict[str, Any]) -> None:
