@@ -122,6 +122,7 @@ def train(
     eps: float = 0.01,
     weight_decay: float = 1e-6,
     shard: bool = True,
+    moments: Literal["float32", "bf16"] = "float32",
     reduce_bf16: bool = False,
     kl_warmup: Literal["auto", "epochs", "steps"] = "auto",
     kl_warmup_epochs: int = 400,

@@ -24,8 +24,8 @@ from loaders.stores import Store
 BASE_BYTES = 450 * 2**20
 """Interpreter, torch, numba and zarr of one process, measured."""
 
-BYTES_PER_PARAMETER = 4 * 5
-"""float32 weight, gradient, Adam's two moments, and the copy of the best weights."""
+BYTES_PER_PARAMETER = {"float32": 4 * 5, "bf16": 4 * 3 + 2 * 2}
+"""float32 weight, gradient, and the copy of the best weights; Adam's two moments in either type."""
 
 SECONDS_MEASURED = 3.0
 """Training that an estimate of time rests on, for each model of the run."""
@@ -82,7 +82,8 @@ def describe_plan(config: TrainConfig, store: Store, models: tuple[ModelConfig, 
         data = ModelData(num_features=sizes, samples=names, covariates=covariates, kinds=schema.kinds, continuous=read)
         size = count_parameters(model, data)
         parameters += size
-        memory = max(memory, BASE_BYTES + size * BYTES_PER_PARAMETER + parse_memory(config.loader.memory) + TILE_BYTES)
+        held = BASE_BYTES + size * BYTES_PER_PARAMETER[config.optim.moments] + TILE_BYTES
+        memory = max(memory, held + parse_memory(config.loader.memory))
         seconds += _seconds_a_step(config, store, model, data, ranks)
     lines += [
         f"model       {models[0].model if len(models) == 1 else 'concat'}: {parameters:,} parameters, "

@@ -11,6 +11,7 @@ import tyro
 from torch import Tensor, nn
 
 from liam_scale.training.distributed import World
+from liam_scale.training.half_adam import HalfAdam
 from liam_scale.training.shared_adam import SharedAdam, share_memory
 from loaders.options import Range, check_options
 
@@ -33,6 +34,8 @@ class OptimConfig:
     """L2 penalty, in the gradient."""
     shard: bool = True
     """Ranks on the CPUs of one machine share weights and moments, and each updates its part."""
+    moments: Literal["float32", "bf16"] = "float32"
+    """Type in which Adam's moments are kept; bf16 halves their bytes, rounds at random, and leaves `shard` out."""
     reduce_bf16: bool = False
     """Other ranks average gradients in bfloat16, half of the bytes between GPUs and machines."""
     kl_warmup: Literal["auto", "epochs", "steps"] = "auto"
@@ -74,10 +77,12 @@ def default_max_epochs(num_cells: int) -> int:
     return max(1, min(round(20_000 / max(1, num_cells) * 400), 400))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, world: World | None = None) -> torch.optim.Adam:
+def build_optimizer(model: nn.Module, config: OptimConfig, world: World | None = None) -> torch.optim.Optimizer:
     """Fused Adam: 0.025 against 0.21 CPU seconds a step for 25.6 M parameters. Ranks that can share it out."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     options: dict[str, Any] = {"lr": config.lr, "eps": config.eps, "weight_decay": config.weight_decay}
+    if config.moments == "bf16":
+        return HalfAdam(parameters, **options)
     memory = share_memory(parameters, world) if config.shard and world is not None else None
     if world is not None and memory is not None:
         return SharedAdam(parameters, memory, world, **options)
@@ -101,11 +106,11 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
 
     def put(name: str, moment: str, value: Tensor) -> None:
         state = optimizer.state[parameters[name]]
-        if moment in state:  # memory that ranks share
+        if moment in state:  # memory that ranks share, or bfloat16
             state[moment].copy_(value)
         else:
-            # Fused Adam wants its step count beside the parameter, as float32.
-            state[moment] = value.to(parameters[name].device)
+            # Fused Adam wants its step count beside the parameter, as float32, as are its moments.
+            state[moment] = value.to(parameters[name].device, torch.float32)
 
     for key, value in tensors.items():
         name, moment = key.rsplit("/", 1)

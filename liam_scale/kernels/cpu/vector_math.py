@@ -37,7 +37,7 @@ _SQRT_HALF_BITS = np.int32(0x3F3504F3)
 
 
 @intrinsic
-def _bits(_context: Any, value: Any) -> Any:
+def bits_of(_context: Any, value: Any) -> Any:
     def generate(_ctx: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
 
@@ -45,7 +45,7 @@ def _bits(_context: Any, value: Any) -> Any:
 
 
 @intrinsic
-def _float(_context: Any, value: Any) -> Any:
+def float_of(_context: Any, value: Any) -> Any:
     def generate(_ctx: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
@@ -85,14 +85,14 @@ def _exp_float32(x: Any) -> Any:
     y = y * rest + _E4
     y = y * rest + _E5
     y = y * (rest * rest) + rest + _ONE
-    return _float(types.int32(_bits(y) + types.int32(_bits(shifted) << types.int32(23))))
+    return float_of(types.int32(bits_of(y) + types.int32(bits_of(shifted) << types.int32(23))))
 
 
 def _log_float32(x: Any) -> Any:
     # mantissa in [sqrt(1/2), sqrt(2)): the polynomial is for log(1 + y) near 0
-    bits = types.int32(_bits(x) - _SQRT_HALF_BITS)
+    bits = types.int32(bits_of(x) - _SQRT_HALF_BITS)
     exponent = _F(types.int32(bits >> types.int32(23)))
-    y = _float(types.int32(types.int32(bits & types.int32(0x007FFFFF)) + _SQRT_HALF_BITS)) - _ONE
+    y = float_of(types.int32(types.int32(bits & types.int32(0x007FFFFF)) + _SQRT_HALF_BITS)) - _ONE
     square = y * y
     p = _L0 * y + _L1
     p = p * y + _L2
@@ -119,7 +119,7 @@ def _store_plain(array: Any, row: Any, column: Any, value: Any) -> None:
 
 
 def _store_bfloat16(array: Any, row: Any, column: Any, value: Any) -> None:
-    bits = types.uint32(_bits(value))
+    bits = types.uint32(bits_of(value))
     even = types.uint32(types.uint32(bits >> types.uint32(16)) & types.uint32(1))
     array[row, column] = types.uint16(types.uint32(bits + types.uint32(0x7FFF) + even) >> types.uint32(16))
 
@@ -129,7 +129,7 @@ def _load_plain(array: Any, row: Any, column: Any) -> Any:
 
 
 def _load_bfloat16(array: Any, row: Any, column: Any) -> Any:
-    return _float(types.int32(types.int32(array[row, column]) << types.int32(16)))
+    return float_of(types.int32(types.int32(array[row, column]) << types.int32(16)))
 
 
 @overload(exp, jit_options={"fastmath": FAST_MATH})

@@ -42,8 +42,8 @@ def _shifted(value: Any, by: int) -> Any:
     return (value >> by) & (_MASK64 >> by)
 
 
-def _mix32(value: Tensor) -> Tensor:
-    """A bijection of 32-bit integers held in int64.
+def mix32(value: Any) -> Any:
+    """A bijection of 32-bit integers, held in an integer or in int64.
 
     Both multipliers are below 2^31, so no product leaves int64 and every device computes the same
     (constants: C. Wellons, hash-prospector, bias 0.107).
@@ -69,11 +69,11 @@ def hash_bits(place: Tensor, key: int | Tensor, layer: int, units: int) -> Tenso
     """
     own = mix64(key ^ layer)
     low, high, more = own & _MASK32, _shifted(own, 32), mix64(own) & _MASK32
-    cells = _mix32(place ^ low)
+    cells = mix32(place ^ low)
     unit = torch.arange(units, device=place.device, dtype=torch.int64)
     codes = (unit * 0x9E3779B1 + high) & _MASK32
-    mixed = _mix32(cells[:, None] ^ codes)
-    return _mix32((mixed + more) & _MASK32)
+    mixed = mix32(cells[:, None] ^ codes)
+    return mix32((mixed + more) & _MASK32)
 
 
 @dataclass(frozen=True)

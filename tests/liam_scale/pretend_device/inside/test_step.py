@@ -23,6 +23,7 @@ CASES = {
     "one cell": {"num_cells": 1},
     "empty cells": {"density": 0.0},
     "many tiles": {"tile_bytes": 20_000},
+    "moments in bfloat16": {"moments": "bf16"},
     "three modalities": {"modalities": ("rna", "atac", "adt"), "transpose": False},
 }
 
@@ -34,7 +35,7 @@ def test_a_step_is_that_of_the_cpu_and_never_waits(case: str, monkeypatch: pytes
     cells = minibatch(
         num_cells, modalities, transpose=chosen.pop("transpose", True), density=chosen.pop("density", 0.2)
     )
-    stored = chosen.pop("stored", None)
+    stored, moments = chosen.pop("stored", None), chosen.pop("moments", "float32")
     if tile_bytes := chosen.pop("tile_bytes", None):
         monkeypatch.setattr(kernel_options, "GPU_TILE_BYTES", tile_bytes)
         kernel_options.memory_of_tiles.cache_clear()
@@ -44,7 +45,7 @@ def test_a_step_is_that_of_the_cpu_and_never_waits(case: str, monkeypatch: pytes
     expected = on_cpu(cells, **keys, num_global_with=on_cpu.num_cells_with(cells))
     expected.loss.backward()
     world = World(device=pretend.DEVICE)
-    optimizer = build_optimizer(on_device, OptimConfig())
+    optimizer = build_optimizer(on_device, OptimConfig(moments=moments))
     optimizer.register_step_post_hook(lambda *_: on_device.keep_gradients())
     soundness, meter = Soundness(optimizer, world), Meter(world)
     with pretend.noting(refuse_waits=True) as noted:
