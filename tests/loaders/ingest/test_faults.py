@@ -2,7 +2,6 @@
 
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -68,14 +67,10 @@ def test_kill_leaves_nothing_that_opens_and_the_next_ingest_clears_up(source, tm
 @pytest.mark.filterwarnings("ignore:Observation names are not unique:UserWarning")
 def test_interrupt_removes_everything(source, tmp_path):
     out = tmp_path / "o.zarr"
-    for _ in range(5):
-        process = start(source, out)
-        wait_for_spill(out, process)
-        process.send_signal(signal.SIGINT)
-        process.communicate()
-        if process.returncode:
-            break
-        shutil.rmtree(out)  # it had ended before the signal: a busy machine woke this test too late
+    process = start(source, out)
+    wait_for_spill(out, process)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
     assert process.returncode != 0
     assert [path.name for path in tmp_path.iterdir()] == ["a.h5ad"]
 
