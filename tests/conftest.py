@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from loaders.formats.cache import use_cache
 if not torch.cuda.is_available():
     # Triton reads it when it is imported, which torch does now and then.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What a shell without job control starts by `&` ignores Ctrl-C, and so does all that it starts itself.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
