@@ -17,10 +17,13 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = "liam-scale"
+html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 executed = [page.name for page in Path(__file__).parent.glob("*.md") if "file_format: mystnb" in page.read_text()[:99]]
 exclude_patterns = ["_build", *([] if has_jupyter else executed)]
 suppress_warnings = [] if has_jupyter else ["toc.excluded", "toc.not_readable"]
@@ -29,6 +32,7 @@ nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = True
 
 
@@ -38,7 +42,7 @@ def write_commands(app: object) -> None:
 
     folder = Path(__file__).with_name("commands")
     folder.mkdir(exist_ok=True)
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "90"
     for name, what in COMMANDS.items():
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):

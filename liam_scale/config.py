@@ -44,8 +44,7 @@ class TrainConfig:
     out: Path
     """Folder of the run: configuration, history, checkpoints, weights."""
     batch_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
-    """Obs column with the sample of each cell, the covariate to remove; of several (site donor) each has an adversary
-    of its own. Without it nothing is removed."""
+    """Obs column with the sample of each cell, the covariate to remove; several have an adversary each."""
     continuous_key: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN ...")] = ()
     """Obs columns of numbers, such as age or log depth, that the decoders read beside the embedding, standardised."""
     where: Annotated[str | None, tyro.conf.arg(metavar="EXPRESSION")] = None

@@ -27,7 +27,7 @@ def parameter_key(modality: str) -> str:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Options of the model. A field that is None takes the value that `model` stands for; see `resolve`."""
+    """Options of the model. Those that are None have the values that `--model` stands for."""
 
     model: Annotated[ModelName, tyro.conf.arg(aliases=["--model"])] = "bavae"
     """Model of the paper; bavae is liam as published."""
