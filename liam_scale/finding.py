@@ -77,8 +77,13 @@ def stores_of(directory: RunDirectory, given: Sequence[str] = ()) -> Store:
 
 
 def seen_by(directory: RunDirectory, store: Store) -> Store:
-    """The store with the features of the run alone, where it has all of them and others beside."""
-    features = _features(directory)
+    """The store with the features of the run alone, where it has all of them and others beside.
+
+    A run that a mapping made takes any store as the mapping does.
+    """
+    features, matches = _features(directory), directory.record().matches
+    if matches is not None:
+        return MatchedStore(store, features, by_overlap=matches == "overlap", kinds=kinds_of(directory))
     held = {name: store.feature_names(name) for name in features if name in store.schema.modalities}
     has_all = len(held) == len(features) and all(set(features[name]) <= set(own.tolist()) for name, own in held.items())
     has_more = any(len(own) > len(features[name]) for name, own in held.items())

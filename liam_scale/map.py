@@ -147,6 +147,7 @@ def map_store(config: MapConfig, held: Store | None = None, reference: Store | N
         contents=None,
         where=None,
         layer=layer,
+        matches=config.peaks,
         skipped=(),
         changes=(),
         ending=None,

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
@@ -89,6 +89,8 @@ class RunRecord:
     """Which cells of the stores; None: all."""
     layer: str | None = None
     """Layer with the counts, where no ingest made a store; None: X."""
+    matches: Literal["names", "overlap"] | None = None
+    """How features of its stores are found, where a mapping made the run; None: they are those of the model."""
     parts: tuple[str, ...] = ()
     """Folders of the models of a late integration; empty for a single model."""
     id: str | None = None

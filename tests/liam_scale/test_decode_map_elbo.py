@@ -255,6 +255,20 @@ def test_an_object_in_memory_is_mapped_as_its_store_is(trained: Path, newcomers:
     np.testing.assert_array_equal(rna.obsm["X_liam"], only.obsm["X_liam"])
 
 
+def test_what_was_mapped_is_read_as_it_was_mapped(trained: Path, newcomers: Path, tmp_path: Path) -> None:
+    """Cells that lack features of the model, in another order, are decoded and embedded again by the extended run."""
+    data = liam_scale.read_store(newcomers)
+    query = mudata.MuData({"rna": data["rna"][:, 50:3:-1].copy(), "atac": data["atac"][:, 10:].copy()})
+    query.obs = data.obs.copy()
+    mapped = liam_scale.load_run(trained).map(query, out=tmp_path / "mapped", max_epochs=1)
+    np.testing.assert_allclose(mapped.embedding(query), query.obsm["X_liam"], atol=1e-6)
+    values = mapped.normalized(modality="rna", num_samples=2, store=query, return_mean=True)
+    assert values.columns.tolist() == mapped.directory.features()["rna"]
+    assert mapped.elbo(query)["elbo"].notna().all()
+    with pytest.raises(ValueError, match="not those of the run"):
+        liam_scale.load_run(trained).embedding(query)
+
+
 def test_an_interrupted_mapping_goes_on_to_the_same_weights(
     trained: Path, newcomers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
