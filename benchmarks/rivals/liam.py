@@ -7,10 +7,14 @@ from typing import Any
 
 from contract import compete
 
+TRAINING = {"alpha": float, "lr": float, "minibatch": int, "n_latent": int}
+"""Options of the training that may be given, beside those of all rivals."""
+
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="bavae")
-    parser.add_argument("--alpha", type=float, default=None)
+    for name, kind in TRAINING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
     parser.add_argument("--keep", type=Path, default=None, help="folder that keeps the run")
 
 
@@ -19,9 +23,8 @@ def fit(data: Any, arguments: argparse.Namespace) -> tuple[Any, int]:
 
     import liam_scale
 
-    chosen = {
-        name: getattr(arguments, name) for name in ("alpha", "max_epochs") if getattr(arguments, name) is not None
-    }
+    given = {name: getattr(arguments, name) for name in (*TRAINING, "max_epochs")}
+    chosen = {name: value for name, value in given.items() if value is not None}
     with tempfile.TemporaryDirectory() as folder:
         out = arguments.keep or Path(folder) / "run"
         run = liam_scale.train(
