@@ -151,7 +151,8 @@ def by_scvi(data: mudata.MuData, given: argparse.Namespace, kept: list[str]) -> 
     modalities = {"rna_layer": "rna", f"{layer}_layer": second}
     kind.setup_mudata(own, batch_key=given.batch_key, modalities=modalities)
     model = kind(own)
-    model.train(max_epochs=given.real_epochs, accelerator="cpu", enable_progress_bar=False)
+    # MULTIVI's own, 1e-4, is for atlases: on a few hundred cells it learns nothing in that time.
+    model.train(max_epochs=given.real_epochs, lr=4e-3, accelerator="cpu", enable_progress_bar=False)
     found = {}
     for name in kept:
         cells = {"idx1": (own.obs["label"] == name).to_numpy(), "idx2": (own.obs["label"] != name).to_numpy()}
