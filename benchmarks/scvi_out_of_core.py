@@ -71,7 +71,7 @@ def main() -> None:
     start, cells = time.perf_counter(), 0.95 * data.n_obs
     if arguments.in_memory:
         if arguments.minibatches is not None:
-            training |= {"limit_train_batches": arguments.minibatches, "limit_val_batches": 0}
+            training |= {"limit_train_batches": arguments.minibatches, "limit_val_batches": 0, "early_stopping": False}
             cells = arguments.minibatches * arguments.minibatch
         model.train(batch_size=arguments.minibatch, train_size=0.95, **training)
     else:

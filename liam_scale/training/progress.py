@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Literal
 
 from liam_scale.training.history import Row
 from loaders.progress import Progress, tell
@@ -16,9 +17,9 @@ class LossProgress(Progress):
 
     def __init__(self, *, total_steps: int, start_step: int, is_shown: bool) -> None:
         super().__init__("", total_steps, unit="steps", done=start_step, is_shown=is_shown, bar_format=_BAR)
-        self._last_update = time.monotonic()
         self._cells = 0
-        self._waited = 0.0
+        # Time, cells and seconds waited at the last losses and at the last evaluation that were shown.
+        self._marks = dict.fromkeys(("losses", "evaluation"), (time.monotonic(), 0, 0.0))
         self._unsaid: str | None = None
         self._validation: dict[str, float] = {}
 
@@ -28,13 +29,12 @@ class LossProgress(Progress):
         if self._bar is not None:
             self._bar.update(1)
 
-    def rates(self, waited_seconds: float) -> tuple[float, float]:
-        """(cells a second, share of time spent waiting for data) since the last call."""
-        now = time.monotonic()
-        elapsed = max(1e-9, now - self._last_update)
-        result = self._cells / elapsed, min(1.0, max(0.0, waited_seconds - self._waited) / elapsed)
-        self._last_update, self._cells, self._waited = now, 0, waited_seconds
-        return result
+    def rates(self, waited_seconds: float, *, since: Literal["losses", "evaluation"]) -> tuple[float, float]:
+        """(cells a second, share of time spent waiting for data) since the last call for it; an evaluation shows losses."""
+        start, cells, waited = self._marks[since]
+        self._marks[since] = self._marks["losses"] = (time.monotonic(), self._cells, waited_seconds)
+        elapsed = max(1e-9, self._marks[since][0] - start)
+        return (self._cells - cells) / elapsed, min(1.0, max(0.0, waited_seconds - waited) / elapsed)
 
     def show_losses(self, epoch: int, step: int, losses: dict[str, float], rates: tuple[float, float]) -> None:
         """Between two evaluations."""

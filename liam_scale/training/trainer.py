@@ -322,7 +322,7 @@ class Trainer:
             for name, value in means.items()
             if name.startswith("reconstruction_loss_")
         }
-        rates = self.progress.rates(self.train_source.waited_seconds)
+        rates = self.progress.rates(self.train_source.waited_seconds, since="losses")
         self.progress.show_losses(self.at.epoch, self.at.global_step, losses, rates)
 
     def _evaluate(self) -> None:
@@ -330,7 +330,7 @@ class Trainer:
         self._require_sound()
         sums, cells = self._meter.totals(), max(1, self._meter.cells)
         train_loss = sums.pop("train_loss")
-        rates = self.progress.rates(self.train_source.waited_seconds)
+        rates = self.progress.rates(self.train_source.waited_seconds, since="evaluation")
         row: Row = {
             "epoch": self.at.epoch,
             "step": self.at.global_step,
