@@ -30,7 +30,7 @@ class LossProgress(Progress):
             self._bar.update(1)
 
     def rates(self, waited_seconds: float, *, since: Literal["losses", "evaluation"]) -> tuple[float, float]:
-        """(cells a second, share of time spent waiting for data) since the last call; an evaluation shows losses too."""
+        """(cells a second, share of time spent waiting for data) since the last call; an evaluation shows losses."""
         start, cells, waited = self._marks[since]
         self._marks[since] = self._marks["losses"] = (time.monotonic(), self._cells, waited_seconds)
         elapsed = max(1e-9, self._marks[since][0] - start)
