@@ -165,13 +165,17 @@ def test_the_commands_in_the_examples_for_clusters_parse() -> None:
     }
 
 
+EXECUTED = [page.stem for page in PAGES if "file_format: mystnb" in page.read_text()[:99]]
+NARROW = [*EXECUTED, "from-scvi-tools", "from-liam", "faq", "clusters"]
+
+
 @pytest.mark.parametrize("path", PAGES[1:], ids=lambda p: p.name)
 def test_code_fits_a_page_of_1280_pixels(path: Path) -> None:
-    """90 characters, as looked at in a browser."""
-    page = path.read_text()
+    """90 characters, as looked at in a browser; 86 on pages that keep a margin."""
+    page, most = path.read_text(), 86 if path.stem in NARROW else 90
     shown = [*re.findall(r"^```(?!{eval-rst)[^\n]+\n(.*?)^```", page, flags=re.S | re.M)]
     shown += [(ROOT / "docs" / file).read_text() for file in re.findall(r"literalinclude\} (\S+)", page)]
-    assert [line for text in shown for line in text.splitlines() if len(line) > 90] == []
+    assert [line for text in shown for line in text.splitlines() if len(line) > most] == []
 
 
 @pytest.mark.parametrize("package", [liam_scale, loaders])
