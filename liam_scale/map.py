@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import torch
 import tyro
+from anndata import AnnData
+from mudata import MuData
 from torch import Tensor
 
 from liam_scale.command import Command
@@ -39,7 +41,7 @@ from loaders.durable import holding, replacing
 from loaders.modalities import agreed
 from loaders.options import LoaderConfig, Range, check_options
 from loaders.sizing import parse_memory
-from loaders.stores import MatchedStore, Store
+from loaders.stores import MatchedStore, Store, open_known
 
 LABELS_FILE = "labels.csv"
 
@@ -94,13 +96,13 @@ def _map_and_tell(config: MapConfig) -> None:
         print(f"wrote {directory.path / LABELS_FILE}: {shown}")
 
 
-def map_store(config: MapConfig, held: Store | None = None, reference: Store | None = None) -> RunDirectory:
+def map_store(config: MapConfig, query: AnnData | MuData | None = None, reference: Store | None = None) -> RunDirectory:
     """Extend a trained model by the samples of a store, and embed its cells.
 
     Parameters
     ----------
-    held
-        An open store of these cells, such as one in memory, instead of what `config.store` names.
+    query
+        The cells in memory, instead of what `config.store` names.
     reference
         The labelled cells, in the place of the store of the training.
 
@@ -118,7 +120,7 @@ def map_store(config: MapConfig, held: Store | None = None, reference: Store | N
     record = source.record()
     if record.parts:
         raise ValueError(f"run: {config.run} is a late integration; map into one of {', '.join(record.parts)} in it")
-    if held is not None and config.out is None:
+    if query is not None and config.out is None:
         raise ValueError("--out: data in memory have no name; name the folder of the extended run, out=...")
     out = config.out or config.run / f"mapped-{Path(config.store).stem}"
     directory, layer = RunDirectory(out), config.layer or record.layer
@@ -127,8 +129,11 @@ def map_store(config: MapConfig, held: Store | None = None, reference: Store | N
     model = source.load_model()
     if config.label_key is not None:
         check_labelled(source, label_key=config.label_key, key=config.key, reference=reference)
-    if held is None:
-        held = open_stores([config.store], record.data.kinds, foreign_layer=layer)
+    kinds = record.data.kinds
+    if query is None:
+        held = open_stores([config.store], kinds, foreign_layer=layer)
+    else:
+        held = open_known(query, kinds, foreign_layer=layer)
     store = _matched(config, source, held)
     standardised(store, record.data.continuous)  # refuses a store without the columns that decoders read
     batch_key = _keys(config, record)

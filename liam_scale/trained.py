@@ -262,9 +262,8 @@ class Run:
         is_held = isinstance(store, AnnData | MuData)
         name = f"{type(store).__name__}{IN_MEMORY}" if is_held else _uris(store)[0]
         config = MapConfig(run=self.path, store=name, **options)
-        layer = config.layer or self.record.layer
-        held = open_known(store, kinds_of(self.directory), foreign_layer=layer) if is_held else None
-        return Run(map_store(config, held, self.open_store(reference) if config.label_key else None))
+        labelled = self.open_store(reference) if config.label_key else None
+        return Run(map_store(config, store if is_held else None, labelled))
 
     def labels(
         self,
