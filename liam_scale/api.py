@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +91,8 @@ def train(
     model: ModelName = "bavae",
     modalities: Sequence[str] = (),
     alpha: float | None = None,
-    alphas: Sequence[str] = (),
+    alphas: Sequence[str] | Mapping[str, float] = (),
+    weights: Sequence[str] | Mapping[str, float] = (),
     adversarial: bool | None = None,
     conditional_encoder: bool | None = None,
     conditional_decoder: bool | None = None,
@@ -202,6 +203,9 @@ def train(
 
 def _config(options: dict[str, Any]) -> TrainConfig:
     """Keywords as sections: each takes those that are its fields."""
+    for name in ("alphas", "weights"):
+        if isinstance(options[name], Mapping):
+            options[name] = tuple(f"{key}={value!r}" for key, value in options[name].items())
     sections = {"model": ModelConfig, "loader": LoaderConfig, "optim": OptimConfig, "training": TrainingConfig}
     made = {name: kind(**{f.name: options[f.name] for f in fields(kind)}) for name, kind in sections.items()}
     own = {f.name: options[f.name] for f in fields(TrainConfig) if f.name in options and f.name not in made}

@@ -81,7 +81,7 @@ class TrainConfig:
                 f"--model.alphas: got {' '.join(self.model.alphas)} with {len(self.batch_key)} columns to remove; give "
                 "--alpha, or several columns of --batch-key"
             )
-        if unknown := sorted(self.model.weights().keys() - set(self.batch_key)):
+        if unknown := sorted(self.model.alpha_by_column().keys() - set(self.batch_key)):
             raise ValueError(
                 f"--model.alphas: got {', '.join(unknown)}; --batch-key names {', '.join(self.batch_key)}: give weights"
                 " of these"

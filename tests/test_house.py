@@ -29,7 +29,7 @@ KERNELS = [path for path in SOURCES if "numba" in path.read_text() or "compiled"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = sorted(path for path in (ROOT / "docs" / "cluster").rglob("*") if path.is_file() and path.suffix != ".pyc")
 OPTIONS = Path(__file__).with_name("options.txt")
-WIDER = {"modality", "modalities", "batch_key", "continuous_key", "alphas"}
+WIDER = {"modality", "modalities", "batch_key", "continuous_key", "alphas", "weights"}
 """Options of train that Python takes in more forms."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
@@ -15,6 +16,8 @@ from loaders.options import Range, check_options, named_numbers
 ModelName = Literal[
     "bavae", "cvae", "cdvae", "avae", "cevae", "batchvae", "vae", "rna-only", "atac-only", "adt-only", "concat"
 ]
+
+_LISTS = ("modalities", "alphas", "weights")
 
 CONCAT_LATENT = 10
 """Latent dimensions of each model of a late integration, so that both side by side have 20 as in the paper."""
@@ -37,6 +40,8 @@ class ModelConfig:
     """Weight of the adversary that removes the sample from the embedding; the paper uses 0 to 1000."""
     alphas: Annotated[tuple[str, ...], tyro.conf.arg(metavar="COLUMN=ALPHA ...", aliases=["--alphas"])] = ()
     """With several columns to remove, weights of the adversaries of some of them; `alpha` is that of the others."""
+    weights: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODALITY=WEIGHT ...", aliases=["--weights"])] = ()
+    """Weights of the likelihoods of some modalities, such as adt=20; 1 of the others, as published."""
     adversarial: bool | None = None
     """Whether a classifier of the sample reads the latent space through a gradient reversal."""
     conditional_encoder: bool | None = None
@@ -81,23 +86,29 @@ class ModelConfig:
                 f"--model.alpha: got {self.alpha:g} with adversarial false, where nothing has that weight; "
                 "drop one of the two"
             )
-        self.weights()
+        self.alpha_by_column()
+        self.weight_by_modality()
         if not all(map(is_name, self.modalities)) or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(
                 f"--model.modalities: got {list(self.modalities)}; name each once, out of those that the store holds"
             )
 
-    def weights(self) -> dict[str, float]:
+    def alpha_by_column(self) -> dict[str, float]:
         """Weights of adversaries that have one of their own, by obs column."""
         wanted = "columns with a weight from 0 on, such as site=25"
         return named_numbers("--model.alphas", self.alphas, wanted=wanted, least=0.0)
 
+    def weight_by_modality(self) -> dict[str, float]:
+        """Weights of likelihoods that have one of their own."""
+        wanted = "modalities with a weight above 0, such as adt=20"
+        return named_numbers("--model.weights", self.weights, wanted=wanted, least=sys.float_info.min)
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "modalities": list(self.modalities), "alphas": list(self.alphas)}
+        return {**asdict(self), **{name: list(getattr(self, name)) for name in _LISTS}}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> ModelConfig:
-        lists = {name: tuple(entry.get(name, ())) for name in ("modalities", "alphas")}
+        lists = {name: tuple(entry.get(name, ())) for name in _LISTS}
         return cls(**{**entry, **lists})
 
 
@@ -279,6 +290,11 @@ def _chosen_modalities(config: ModelConfig, modalities: Sequence[str]) -> tuple[
             f"--model.modalities: got {', '.join(missing) or 'none'} for model {config.model}, but the store holds "
             f"{', '.join(modalities) or 'none'}; choose among these, or ingest a source with the missing one"
         )
+    if unread := [name for name in config.weight_by_modality() if name not in wanted]:
+        raise ValueError(
+            f"--model.weights: got {', '.join(unread)}; the model has {', '.join(ordered(wanted))}: give weights of "
+            "these"
+        )
     return ordered(wanted)
 
 
@@ -345,7 +361,8 @@ def resolve(
             f"--model: got concat with one modality ({chosen[0]}); use model {_alone(chosen[0])}, "
             "or a store with two modalities"
         )
-    return tuple(replace(full, model=_alone(name), modalities=(name,)) for name in chosen)
+    own = {name: tuple(text for text in full.weights if text.startswith(f"{name}=")) for name in chosen}
+    return tuple(replace(full, model=_alone(name), modalities=(name,), weights=own[name]) for name in chosen)
 
 
 def _alone(modality: str) -> ModelName:

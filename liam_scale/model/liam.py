@@ -72,6 +72,7 @@ class Liam(nn.Module):
         super().__init__()
         self.config = _resolve_single(config, data)
         self.data = data.select(self.config.modalities)
+        self._weights = self.config.weight_by_modality()
         draw = Draw(seed)
         self.encoders = nn.ModuleDict(
             {parameter_key(name): self._encoder(name, draw.at(name)) for name in self.modalities}
@@ -215,17 +216,18 @@ class Liam(nn.Module):
         kernel_losses: list[Tensor] = []
         reconstruction, kl_libraries = {}, {}
         for name in self.modalities:
+            weight = cell_weight * self._weights[name] if name in self._weights else cell_weight
             coupled = {}
             is_coupled = self.config.likelihood == "original" and self._is_multinomial(name)
             if is_coupled and num_global_with is not None:
                 coupled = {"num_global_with": num_global_with[name], "num_global": minibatch.num_global}
-                coupled["cell_scale"] = cell_weight  # type: ignore[assignment]
+                coupled["cell_scale"] = weight  # type: ignore[assignment]
             kernel_loss, log_likelihood = self.decoders[parameter_key(name)].log_likelihood(  # type: ignore[operator]
                 minibatch.counts[name],
                 inputs_BK,
                 inference.log_library.get(name),
                 sample,
-                cell_weight_B=cell_weight * masks[name].to(inference.z.dtype),
+                cell_weight_B=weight * masks[name].to(inference.z.dtype),
                 **coupled,
             )
             kernel_losses.append(kernel_loss)
@@ -265,7 +267,7 @@ class Liam(nn.Module):
     @property
     def _alphas(self) -> dict[str, float]:
         """Weight of each adversary, by the name of its term."""
-        alpha, own = self.config.alpha, self.config.weights()
+        alpha, own = self.config.alpha, self.config.alpha_by_column()
         assert alpha is not None
         return {"adversarial_loss": alpha, **{f"adversarial_loss_{c}": own.get(c, alpha) for c in self.data.covariates}}
 

@@ -1,6 +1,6 @@
 """The objective, term by term, over any list of modalities.
 
-loss = cell_weight * sum_i [ sum_m mask_im (NLL_im + KL_l,im) + kl_weight KL_z,i + sum_c alpha_c CE_c,i ]
+loss = cell_weight * sum_i [ sum_m mask_im (weight_m NLL_im + KL_l,im) + kl_weight KL_z,i + sum_c alpha_c CE_c,i ]
 
 Shapes: B cells, L latent dimensions, S samples.
 """

@@ -112,15 +112,17 @@ def test_a_run_of_a_version_that_knew_one_column_goes_on(nested: mudata.MuData, 
         options.read_text()
         .replace('batch_key = [\n    "donor",\n]', 'batch_key = "donor"')
         .replace("alphas = []\n", "")
+        .replace("weights = []\n", "")
     )
     assert 'batch_key = "donor"' in text
     assert "alphas" not in text
+    assert "weights" not in text
     options.write_text(text)
     older = record.read_text().replace("\n", "")
     assert older.count('"batch_key"') == 1
     entry = json.loads(older)
     entry["batch_key"] = "donor"
-    del entry["model"]["alphas"], entry["data"]["covariates"], entry["sha256"]
+    del entry["model"]["alphas"], entry["model"]["weights"], entry["data"]["covariates"], entry["sha256"]
     record.write_text(json.dumps(entry))
     run = liam_scale.train(nested, max_epochs=2, **given)
     assert run.history["epoch"].tolist() == [0, 1]
