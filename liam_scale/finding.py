@@ -18,6 +18,8 @@ _log = logging.getLogger(__name__)
 IN_MEMORY = " in memory"
 """How a run calls the store that it was trained on where that is an AnnData or MuData: "MuData in memory"."""
 
+_ANEW = "give the store anew, as --store STORE (map: --reference STORE) or liam_scale.load_run(run, store=STORE)"
+
 
 def open_stores(
     uris: Sequence[str], kinds: Kinds = PRESETS, *, layer: str | None = None, foreign_layer: str | None = None
@@ -105,7 +107,7 @@ def _found(directory: RunDirectory, uri: str) -> str:
     if found is None:
         raise ValueError(
             f"store: {uri}, on which {directory.path} was trained, is not there, nor is {path.name} in the folder of "
-            "the run or above it; give the store anew, as --store STORE or liam_scale.load_run(run, store=STORE)"
+            f"the run or above it; {_ANEW}"
         )
     return str(found)
 
@@ -119,5 +121,5 @@ def _check_found(store: Store, directory: RunDirectory, record: RunRecord) -> No
         raise ValueError(
             f"store: {store.uri} has the name of the store that {directory.path} was trained on and is another one:\n  "
             + "\n  ".join(lines)
-            + "\n  give the store anew, as --store STORE or liam_scale.load_run(run, store=STORE)"
+            + f"\n  {_ANEW}"
         )

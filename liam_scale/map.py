@@ -24,7 +24,7 @@ from liam_scale.command import Command
 from liam_scale.config import TrainConfig
 from liam_scale.continuous import standardised
 from liam_scale.embed import EmbedConfig, check_replaces, embed_store
-from liam_scale.finding import open_stores
+from liam_scale.finding import open_stores, stores_of
 from liam_scale.fitting import training_loaders
 from liam_scale.labels import check_labelled, transfer_labels
 from liam_scale.model import Liam, ModelData
@@ -66,6 +66,8 @@ class MapConfig:
     """How ATAC is matched: by name, or each peak to the one of the run with which it shares most bases."""
     label_key: Annotated[str | None, tyro.conf.arg(metavar="COLUMN")] = None
     """Obs column of the training's store: label the new cells by their neighbours there, in labels.csv of `out`."""
+    reference: Annotated[tuple[str, ...], tyro.conf.arg(metavar="STORE ...")] = ()
+    """With `--label-key`: store with the labelled cells; default: that of the training."""
     neighbors: Annotated[int, Range(least=1)] = 50
     """Labelled cells that a new one is compared with."""
     unknown: Annotated[float, Range(least=0, most=1)] = 0.5
@@ -104,7 +106,7 @@ def map_store(config: MapConfig, query: AnnData | MuData | None = None, referenc
     query
         The cells in memory, instead of what `config.store` names.
     reference
-        The labelled cells, in the place of the store of the training.
+        The labelled cells, in the place of what `config.reference` names or of the store of the training.
 
     Returns
     -------
@@ -122,6 +124,7 @@ def map_store(config: MapConfig, query: AnnData | MuData | None = None, referenc
         raise ValueError(f"run: {config.run} is a late integration; map into one of {', '.join(record.parts)} in it")
     if query is not None and config.out is None:
         raise ValueError("--out: data in memory have no name; name the folder of the extended run, out=...")
+    reference = _reference(config, source, reference)
     out = config.out or config.run / f"mapped-{Path(config.store).stem}"
     directory, layer = RunDirectory(out), config.layer or record.layer
     if not directory.is_run:
@@ -173,6 +176,16 @@ def map_store(config: MapConfig, query: AnnData | MuData | None = None, referenc
         if config.label_key is not None:
             _label(config, source, store, directory, reference)
     return directory
+
+
+def _reference(config: MapConfig, source: RunDirectory, reference: Store | None) -> Store | None:
+    """The labelled cells that were given; refuses some of which nothing would be read."""
+    named = " ".join(config.reference) if reference is None else reference.uri
+    if named and config.label_key is None:
+        raise ValueError(
+            f"--reference: got {named}, and no --label-key; name the column of it with the labels, or leave it out"
+        )
+    return stores_of(source, config.reference) if reference is None and config.reference else reference
 
 
 def _training(config: MapConfig, model: Liam, *, loader: LoaderConfig, **options: Any) -> TrainConfig:

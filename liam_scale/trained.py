@@ -262,7 +262,8 @@ class Run:
         is_held = isinstance(store, AnnData | MuData)
         name = f"{type(store).__name__}{IN_MEMORY}" if is_held else _uris(store)[0]
         config = MapConfig(run=self.path, store=name, **options)
-        labelled = self.open_store(reference) if config.label_key else None
+        is_labelling = reference is not None or config.label_key is not None
+        labelled = self.open_store(reference) if is_labelling else None
         return Run(map_store(config, store if is_held else None, labelled))
 
     def labels(

@@ -131,6 +131,37 @@ def test_labels_come_from_an_object_in_memory_too(trained: Path, multiome: Path,
     assert (tmp_path / "anew" / "labels.csv").exists()
 
 
+def test_the_command_labels_from_the_store_that_is_named(
+    multiome: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The store of the training was moved away under another name."""
+    store, moved, new = (shutil.copytree(multiome, tmp_path / f"{name}.zarr") for name in ("store", "moved", "new"))
+    options = {"n_hidden": 8, "n_latent": 4, "minibatch": 64, "max_epochs": 1, "batch_key": "sample"}
+    run = liam_scale.train(store, out=tmp_path / "run", **options)
+    shutil.rmtree(store)
+    liam_scale.load_run(run.path, store=moved).embed()
+    arguments = [str(run.path), str(new), "--max-epochs", "1", "--label-key", "cell_type", "--neighbors", "10"]
+    assert map_main(arguments) == 2
+    assert "give the store anew, as --store STORE (map: --reference STORE)" in capsys.readouterr().err
+    assert map_main([*arguments, "--reference", str(moved)]) == 0
+    assert (run.path / "mapped-new" / "labels.csv").exists()
+
+
+def test_a_reference_without_the_name_of_its_labels_is_refused(
+    trained: Path, multiome: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing would be read from it; and it is refused before anything is written."""
+    out, run = tmp_path / "mapped", liam_scale.load_run(trained)
+    refused = "--reference: got {}, and no --label-key; name the column of it with the labels, or leave it out"
+    assert map_main([str(trained), str(multiome), "--out", str(out), "--reference", str(multiome)]) == 2
+    assert refused.format(multiome) in capsys.readouterr().err
+    data = liam_scale.read_store(multiome)
+    for given, named in ((multiome, multiome), (str(multiome), multiome), (data, "MuData in memory")):
+        with pytest.raises(ValueError, match=refused.format(named)):
+            run.map(multiome, out=out, reference=given)
+    assert not out.exists()
+
+
 @pytest.mark.slow
 def test_labels_of_samples_that_were_held_out(tmp_path: Path) -> None:
     """Types of two samples are found in a third; those of a type that was left out of the training, less surely."""
