@@ -440,6 +440,32 @@ def whole(place: Place, report: Report) -> None:
     report.add("embeddings", f"{worst:.1e}", gate="1e-3", holds=worst <= 1e-3)
 
 
+def resident(place: Place, report: Report) -> None:
+    """Rows that stay on the card against minibatches that are sent."""
+    if not place.is_gpu:
+        report.not_run("second epoch of rows that stay", "no GPU", gate="bit for bit, nothing waited for")
+        return
+    import torch
+    from gpu_measures import seconds_a_call
+
+    from loaders import Loader, LoaderConfig, open_store
+
+    store, options = open_store(Runs(place).store), {"transpose": False, "values": "stored", "device": place.device}
+    kept, sent = (Loader(store, LoaderConfig(resident=word), **options) for word in ("on", "off"))
+    for loader in (kept, sent):
+        list(loader)
+    is_same = True
+    for found, wanted in zip(kept, sent, strict=True):
+        for name, counts in found.counts.items():
+            is_same &= torch.equal(counts.indices, wanted.counts[name].indices)
+            is_same &= counts.values.cpu().numpy().tobytes() == wanted.counts[name].values.cpu().numpy().tobytes()
+    report.add("second epoch of rows that stay", is_same, gate="bit for bit", holds=is_same and bool(kept._on_device))
+    for word, loader in (("kept", kept), ("sent", sent)):
+        rate = loader.num_cells / seconds_a_call(lambda loader=loader: list(loader), place.device, calls=3)
+        report.add(f"small cells a second, {word}", f"{rate:,.0f}")
+        loader.close()
+
+
 def sanitizers(place: Place, report: Report) -> None:
     """Memory that kernels touch, and streams that do not wait for each other."""
     gate, tool = "no error", shutil.which("compute-sanitizer")
@@ -473,6 +499,7 @@ PARTS: dict[str, Callable[[Place, Report], None]] = {
         memory,
         ranks,
         whole,
+        resident,
         sanitizers,
         tests,
     )

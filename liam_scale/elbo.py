@@ -72,7 +72,9 @@ def elbo(
     frames = []
     loader = Loader(
         opened,
-        replace(directory.loader_config(), minibatch=CELLS_PER_STEP, streams=1, memory=memory, threads=None),
+        replace(
+            directory.loader_config(), minibatch=CELLS_PER_STEP, streams=1, memory=memory, threads=None, resident="off"
+        ),
         sample=sample_codes(opened, record.batch_key, record.data.samples),
         obs=standardised(opened, record.data.continuous),
         modalities=record.model.modalities,

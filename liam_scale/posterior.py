@@ -64,9 +64,10 @@ def ordered_loader(
     """This rank's range of all cells, in disk order. Only an encoder that sees the sample needs to know it."""
     record = part.record()
     batch_key = record.batch_key if record.model.conditional_encoder else ()
+    config = replace(part.loader_config(), resident="off")  # for one pass nothing needs to stay
     return Loader(
         store,
-        replace(part.loader_config(), minibatch=minibatch, streams=world.size, memory=memory, threads=threads),
+        replace(config, minibatch=minibatch, streams=world.size, memory=memory, threads=threads),
         sample=sample_codes(store, batch_key, record.data.samples) if batch_key else None,
         modalities=record.model.modalities,
         rank=world.rank,

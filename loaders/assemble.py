@@ -15,6 +15,7 @@ import torch
 
 from loaders.buffers import Pool
 from loaders.csr import centred_log_ratio, gather_rows, offsets_of, transpose_rows
+from loaders.device_rows import ABSENT, Arrival, DeviceRows
 from loaders.minibatch import Minibatch, SparseCounts
 from loaders.plan import Epoch, Rows
 from loaders.windows import ModalityInput, WindowRows
@@ -118,7 +119,7 @@ class Slice:
 
 def _step_views(array: npt.NDArray[np.generic], edges: npt.NDArray[np.int64]) -> Sequence[torch.Tensor]:
     """Tensors that share the memory of array[edges[k]:edges[k + 1]]."""
-    return torch.from_numpy(array).split_with_sizes(np.diff(edges).tolist())
+    return torch.from_numpy(array[: int(edges[-1])]).split_with_sizes(np.diff(edges).tolist())
 
 
 def _spans(slices: Sequence[Slice], group: Group) -> Iterator[tuple[Slice, npt.NDArray[np.int64]]]:
@@ -129,9 +130,42 @@ def _spans(slices: Sequence[Slice], group: Group) -> Iterator[tuple[Slice, npt.N
         done += piece.stop - piece.start
 
 
-def _wanted(name: str, offsets: npt.NDArray[np.int64], group: Group, output: OutputFormat) -> Wanted:
+@dataclass(frozen=True)
+class Layout:
+    """Where the entries of a group's cells stand, step by step, in one modality.
+
+    Attributes
+    ----------
+    offsets
+        (B + 1,) entries before each cell.
+    sent
+        (B + 1,) of them those that are not on a device.
+    starts
+        (B,) where the row of each cell begins on the device, as `Arrival` has it; None where none is there.
+    """
+
+    offsets: npt.NDArray[np.int64]
+    sent: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64] | None
+
+
+def _layout(name: str, slices: Sequence[Slice], group: Group) -> Layout:
+    lengths, there = (np.zeros(len(group.target), np.int64) for _ in range(2))
+    starts = np.full(len(group.target), ABSENT, np.int64)
+    for piece, where in _spans(slices, group):
+        part, span = piece.parts[name], slice(piece.start, piece.stop)
+        lengths[where] = part.lengths[span]
+        if part.device_starts is not None and part.device_lengths is not None:
+            starts[where], there[where] = part.device_starts[span], part.device_lengths[span]
+    sent = offsets_of(lengths)
+    if (starts < 0).all():
+        return Layout(sent, sent, None)
+    return Layout(offsets_of(lengths + there), sent, np.where(starts < 0, -1 - sent[:-1], starts))
+
+
+def _wanted(name: str, layout: Layout, group: Group, output: OutputFormat) -> Wanted:
     """Lengths and types of the arrays of one modality."""
-    cells, entries, steps = len(group.target), int(offsets[-1]), group.stop - group.first
+    cells, entries, steps = len(group.target), int(layout.sent[-1]), group.stop - group.first
     wanted: dict[str, tuple[int, npt.DTypeLike]] = {
         "present": (cells, np.bool_),
         "indptr": (cells + steps, np.int32),
@@ -141,15 +175,9 @@ def _wanted(name: str, offsets: npt.NDArray[np.int64], group: Group, output: Out
     if output.transpose:
         wanted["features"] = (steps * (output.num_features + 1), np.int32)
         wanted["cells"], wanted["feature_values"] = wanted["indices"], wanted["values"]
+    if layout.starts is not None:
+        wanted["starts"], wanted["offsets"] = (cells, np.int64), (cells + 1, np.int64)
     return {(name, part): form for part, form in wanted.items()}
-
-
-def _offsets(name: str, slices: Sequence[Slice], group: Group) -> npt.NDArray[np.int64]:
-    """(B + 1,) where the entries of each cell begin, step by step."""
-    lengths = np.zeros(len(group.target), np.int64)
-    for piece, where in _spans(slices, group):
-        lengths[where] = piece.parts[name].lengths[piece.start : piece.stop]
-    return offsets_of(lengths)
 
 
 def gather_counts(
@@ -157,19 +185,23 @@ def gather_counts(
     slices: Sequence[Slice],
     group: Group,
     output: OutputFormat,
-    offsets: npt.NDArray[np.int64],
+    layout: Layout,
     memory: Mapping[tuple[str, str], npt.NDArray[Any]],
 ) -> tuple[list[SparseCounts], Sequence[torch.Tensor]]:
-    """Counts and presence of one modality in every step of a group, written into the memory of its arrays."""
+    """Counts and presence of one modality in every step of a group, written into the memory of its arrays.
+
+    Where rows are on a device, indices and values are empty until they arrive there.
+    """
+    offsets, sent = layout.offsets, layout.sent
     indices, values, present = (memory[name, part] for part in ("indices", "values", "present"))
     present[:] = True
     for piece, where in _spans(slices, group):
         part, span = piece.parts[name], slice(piece.start, piece.stop)
         if part.present is not None:
             present[where] = part.present[span]
-        gather_rows(part.indices, part.values, part.starts[span], part.lengths[span], offsets[where], indices, values)
+        gather_rows(part.indices, part.values, part.starts[span], part.lengths[span], sent[where], indices, values)
     if output.is_clr:
-        centred_log_ratio(offsets, values, output.num_features)
+        centred_log_ratio(sent, values, output.num_features)
     entry_edges, cells = offsets[group.cell_edges], np.diff(group.cell_edges) + 1
     if np.diff(entry_edges).max(initial=0) >= 1 << 31:
         raise ValueError(
@@ -178,7 +210,8 @@ def gather_counts(
         )
     indptr_edges, step_of = offsets_of(cells), np.repeat(np.arange(len(cells)), cells)
     memory[name, "indptr"][:] = offsets[np.arange(indptr_edges[-1]) - step_of] - entry_edges[step_of]
-    edges = {"indptr": indptr_edges, "indices": entry_edges, "values": entry_edges}
+    here = entry_edges if layout.starts is None else np.zeros_like(entry_edges)
+    edges = {"indptr": indptr_edges, "indices": here, "values": here}
     if output.transpose:
         _transpose(name, indptr_edges, entry_edges, output, memory)
         by_step = np.arange(len(cells) + 1) * (output.num_features + 1)
@@ -234,6 +267,19 @@ def leave_out(slices: Sequence[Slice], group: Group) -> tuple[Sequence[Slice], G
     return sound, replace(group, cell_edges=edges, target=before[group.target[~lost]], place=group.place[kept]), of_step
 
 
+def _arrival(
+    name: str, layout: Layout, group: Group, rows: DeviceRows, memory: Mapping[tuple[str, str], npt.NDArray[Any]]
+) -> Arrival:
+    """What a device needs to put the entries of a modality together."""
+    cells, lengths, starts, offsets = memory["", "rows"].copy(), np.diff(layout.sent), None, None
+    if layout.starts is not None:
+        cells, lengths = cells[layout.starts < 0], lengths[layout.starts < 0]
+        memory[name, "starts"][:], memory[name, "offsets"][:] = layout.starts, layout.offsets
+        starts, offsets = (torch.from_numpy(memory[name, part]) for part in ("starts", "offsets"))
+    indices, values = (torch.from_numpy(memory[name, part]) for part in ("indices", "values"))
+    return Arrival(rows, cells, lengths, indices, values, starts, offsets, layout.offsets[group.cell_edges])
+
+
 def assemble(
     slices: Sequence[Slice],
     group: Group,
@@ -243,8 +289,9 @@ def assemble(
     epoch: int,
     sample: npt.NDArray[np.integer] | None,
     obs: Mapping[str, npt.NDArray[np.generic]],
-) -> tuple[list[Minibatch], npt.NDArray[np.uint8]]:
-    """Minibatches of a group's steps, and the one block of memory in which all their arrays stand.
+    on_device: Mapping[str, DeviceRows],
+) -> tuple[list[Minibatch], dict[str, Arrival], npt.NDArray[np.uint8]]:
+    """Minibatches of a group's steps, what a device adds to them, and the one block of memory of all their arrays.
 
     Parameters
     ----------
@@ -254,14 +301,16 @@ def assemble(
         Where that memory comes from.
     sample, obs
         (n,) codes of every cell of the store; of `obs` also numbers, float32.
+    on_device
+        Where rows of modalities stay.
     """
     slices, group, lost = leave_out(slices, group)
-    offsets = {name: _offsets(name, slices, group) for name in outputs}
+    layouts = {name: _layout(name, slices, group) for name in outputs}
     columns = [("", part) for part in ("rows", "place", "sample")] + [("obs", name) for name in obs]
     wanted: Wanted = {column: (len(group.target), np.int64) for column in columns}
     wanted |= {("obs", name): (len(group.target), np.float32) for name in obs if obs[name].dtype.kind == "f"}
     for name, output in outputs.items():
-        wanted |= _wanted(name, offsets[name], group, output)
+        wanted |= _wanted(name, layouts[name], group, output)
     block, memory = pool.take_all(wanted)
     rows = memory["", "rows"]
     for piece, where in _spans(slices, group):
@@ -272,7 +321,7 @@ def assemble(
         memory["obs", name][:] = codes[rows]
     counts, present = {}, {}
     for name, output in outputs.items():
-        counts[name], present[name] = gather_counts(name, slices, group, output, offsets[name], memory)
+        counts[name], present[name] = gather_counts(name, slices, group, output, layouts[name], memory)
     by_cell = {column: _step_views(memory[column], group.cell_edges) for column in columns}
     minibatches = [
         Minibatch(
@@ -289,4 +338,5 @@ def assemble(
         )
         for k in range(group.stop - group.first)
     ]
-    return minibatches, block
+    arrivals = {name: _arrival(name, layouts[name], group, rows, memory) for name, rows in on_device.items()}
+    return minibatches, arrivals, block

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,17 +21,24 @@ import torch.utils.data
 
 from loaders.assemble import Group, Slice, assemble, output_bytes, output_formats, plan_group
 from loaders.buffers import Pool
+from loaders.device_rows import has_given_up
 from loaders.handover import Handover, Sent
 from loaders.minibatch import Minibatch
 from loaders.options import LoaderConfig, Size, checked
 from loaders.plan import Epoch, Plan, Window
 from loaders.prefetch import Prefetch, Task, Workers, result_of
 from loaders.selection import columns_of, sample_codes, select_rows, weights_of
-from loaders.sizing import Sizes, choose_sizes, default_threads, gpu_threads, parse_memory
+from loaders.sizing import Sizes, choose_sizes, default_threads, gpu_threads, parse_memory, tell_sizes
 from loaders.stores.base import Store, ids_of
-from loaders.windows import ModalityInput, WindowCells, WindowRows, open_inputs, order_window, read_window
-
-_log = logging.getLogger(__name__)
+from loaders.windows import (
+    ModalityInput,
+    WindowCells,
+    WindowRows,
+    keeping,
+    open_inputs,
+    order_window,
+    read_window,
+)
 
 Ready = list[Minibatch] | Sent
 """A gathered group: on the host, or on its way to a device."""
@@ -125,27 +131,20 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
         transforms = config.transforms(store.schema.kinds)
         _check_ranks(streams, rank, world)
         self.store, self.rank, self.world, self._skip_damaged = store, rank, world, skip_damaged
-        self._sources = open_inputs(store, modalities, residence=config.resident)
-        self._outputs = output_formats(self._sources, transforms, transpose=transpose, values=values)
+        inputs = open_inputs(store, modalities)
+        self._outputs = output_formats(inputs, transforms, transpose=transpose, values=values)
         self._handover = Handover(device) if device is not None and device.type != "cpu" else None
         self._pool = self._handover.pool if self._handover else Pool()
         self._sample = None if sample is None else sample_codes(store, sample)
         self._obs = columns_of(store, obs)
         self._threads = config.threads or (gpu_threads() if self._handover else default_threads())
         rows = select_rows(store, self._sample, subset=subset, share=config.validation_share, seed=seed, drop=drop)
-        sizes = choose_sizes(
-            memory=parse_memory(config.memory),
-            window_bytes_per_cell=sum(source.bytes_per_cell for source in self._sources.values()),
-            output_bytes_per_cell=output_bytes(self._sources, self._outputs, minibatch=minibatch),
-            minibatch=minibatch,
-            streams=streams,
-            world=world,
-            threads=self._threads,
-            is_shuffled=store.schema.is_shuffled or not shuffle,
-            min_block=store.row_alignment,
-        )
-        self._sizes = sizes
         drawn = weights if weights is not None else config.balance if shuffle else None
+        # Transposes do not stay on a device; and a cell that is drawn twice would come there twice.
+        there = self._handover.device if self._handover and not transpose and drawn is None else None
+        dtypes = {name: output.value_dtype for name, output in self._outputs.items()}
+        self._sources, self._on_device = keeping(inputs, store, config.resident, there, cells=rows, dtypes=dtypes)
+        self._sizes = sizes = self._choose_sizes(config, is_shuffled=store.schema.is_shuffled or not shuffle)
         self._plan = Plan(
             rows,
             minibatch,
@@ -158,9 +157,23 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             weights=None if drawn is None else weights_of(store, drawn, rows, is_allowed=shuffle),
             parts=store.schema.parts,
         )
-        _tell_about_order(store, sizes, streams, is_shuffled=store.schema.is_shuffled or not shuffle)
+        if shuffle and not store.schema.is_shuffled:
+            tell_sizes(store.uri, sizes, streams)
         self._epoch, self._step, self.waited_seconds = 0, 0, 0.0
         self._workers: Workers | None = None
+
+    def _choose_sizes(self, config: LoaderConfig, *, is_shuffled: bool) -> Sizes:
+        return choose_sizes(
+            memory=parse_memory(config.memory),
+            window_bytes_per_cell=sum(source.bytes_per_cell for source in self._sources.values()),
+            output_bytes_per_cell=output_bytes(self._sources, self._outputs, minibatch=config.minibatch),
+            minibatch=config.minibatch,
+            streams=config.streams_for(self.world),
+            world=self.world,
+            threads=self._threads,
+            is_shuffled=is_shuffled,
+            min_block=self.store.row_alignment,
+        )
 
     @property
     def num_cells(self) -> int:
@@ -267,6 +280,8 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
 
     def _iterate(self) -> Iterator[Minibatch]:
         epoch = self._plan.epoch(self._epoch)
+        if self._handover and has_given_up(self._on_device, self._handover.device):
+            self._on_device = {}
         workers = self._workers = Workers(self._threads)
         groups = Prefetch(workers, self._schedule(epoch, self._step, workers), ahead=self._sizes.ahead)
         try:
@@ -347,15 +362,16 @@ class Loader(torch.utils.data.IterableDataset[Minibatch]):
             )
             for window, low, high in held
         ]
-        minibatches, block = assemble(
-            slices, group, self._outputs, self._pool, epoch=epoch, sample=self._sample, obs=self._obs
-        )
-        return minibatches if self._handover is None else self._handover.send(minibatches, block)
+        more: dict[str, Any] = {"sample": self._sample, "obs": self._obs, "on_device": self._on_device}
+        minibatches, arrivals, block = assemble(slices, group, self._outputs, self._pool, epoch=epoch, **more)
+        return minibatches if self._handover is None else self._handover.send(minibatches, arrivals, block)
 
     def close(self) -> None:
         """Stop the reader threads and free their memory; an iterator that is still in use ends with an error."""
         self._stop()
         self._forget_buffers()
+        for rows in self._on_device.values():
+            rows.give_up()
 
     def _stop(self) -> None:
         workers, self._workers = self._workers, None
@@ -379,22 +395,3 @@ def _check_ranks(streams: int, rank: int, world: int) -> None:
         raise ValueError(f"rank: got {rank} of {world} ranks; ranks count from 0 to {world - 1}")
     if streams < world:
         raise ValueError(f"streams: got {streams} for {world} ranks; give at least as many streams as ranks")
-
-
-def _tell_about_order(store: Store, sizes: Sizes, streams: int, *, is_shuffled: bool) -> None:
-    if is_shuffled:
-        return
-    _log.info(
-        "%s is not shuffled: reading blocks of %d cells, shuffling %d cells together; an ingest makes a"
-        " shuffled store, which is read several times faster",
-        store.uri,
-        sizes.block_cells,
-        sizes.window_cells * streams,
-    )
-    if sizes.is_small:
-        _log.warning(
-            "%s is not shuffled and memory allows windows of %d cells: minibatches may be uneven; give the loader more"
-            " memory, or ingest the store",
-            store.uri,
-            sizes.window_cells * streams,
-        )

@@ -188,7 +188,7 @@ class LoaderConfig:
     threads: Annotated[int | None, Range(least=1)] = None
     """Reader threads of one process; default: the cores of this process, at most 4; for a GPU its share, at most 16."""
     resident: Literal["auto", "on", "off"] = "off"
-    """Keep what was read, beside `memory`: later epochs read nothing. auto: if it takes half of the free memory."""
+    """Keep what was read, on the GPU or beside `memory`: later epochs read nothing. auto: in half of what is free."""
     validation_share: Annotated[float, Range(least=0, below=1)] = 0.05
     """Share of every sample's cells held out for validation."""
     adt_transform: Literal["clr", "none"] = "clr"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+_log = logging.getLogger(__name__)
 
 SHUFFLED_WINDOW = 32_768
 """Cells of all windows together where the store is shuffled: larger ones mix no better."""
@@ -129,6 +132,24 @@ def choose_sizes(
     window = max(smallest, min(held, wanted) // streams)
     block = window if is_shuffled else max(min_block, min(window, UNSHUFFLED_BLOCK))
     return Sizes(block, window, max(share, group), ahead, is_small=held < wanted)
+
+
+def tell_sizes(uri: str, sizes: Sizes, streams: int) -> None:
+    """Of a store whose cells stand in a meaningful order."""
+    _log.info(
+        "%s is not shuffled: reading blocks of %d cells, shuffling %d cells together; an ingest makes a"
+        " shuffled store, which is read several times faster",
+        uri,
+        sizes.block_cells,
+        sizes.window_cells * streams,
+    )
+    if sizes.is_small:
+        _log.warning(
+            "%s is not shuffled and memory allows windows of %d cells: minibatches may be uneven; give the loader more"
+            " memory, or ingest the store",
+            uri,
+            sizes.window_cells * streams,
+        )
 
 
 def num_cores() -> int:

@@ -6,16 +6,18 @@ Shapes: B cells of the window, R rows of the modality, N entries.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from loaders import resident
 from loaders.buffers import Pool
+from loaders.device_rows import DeviceRows, rows_on
 from loaders.formats.damage import Damaged
 from loaders.formats.matrix import Matrix, Prepared
 from loaders.plan import Epoch, Rows, Window
@@ -33,11 +35,14 @@ class WindowRows:
     indices, values
         (N,) entries as stored.
     starts, lengths
-        (B,) int64: the entries of each cell, in the order of training; length 0 where the cell lacks the modality.
+        (B,) int64: the entries of each cell, in the order of training; length 0 where the cell lacks the modality, or
+        its row is on a device.
     present
         (B,) bool, or None where every cell has the modality.
     lost
         (B,) bool, cells in damaged chunks, which have no entries here; None where there is none.
+    device_starts, device_lengths
+        (B,) int64: the same of rows on a device, starts negative for cells whose rows are not there. None: none stay.
     """
 
     indices: npt.NDArray[np.generic]
@@ -46,6 +51,8 @@ class WindowRows:
     lengths: npt.NDArray[np.int64]
     present: npt.NDArray[np.bool_] | None
     lost: npt.NDArray[np.bool_] | None = None
+    device_starts: npt.NDArray[np.int64] | None = None
+    device_lengths: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class ModalityInput:
     values_pool: Pool
     resident: resident.Rows | None = None
     """Where rows that were read stay."""
+    on_device: DeviceRows | None = None
+    """Where rows that were sent stay."""
 
     @property
     def bytes_per_cell(self) -> float:
@@ -74,9 +83,7 @@ class ModalityInput:
         return sum(dtype.itemsize for dtype in self.matrix.window_dtypes) * self.nonzeros_per_cell + 24
 
 
-def open_inputs(
-    store: Store, modalities: Sequence[str] | None = None, *, residence: resident.Residence = "off"
-) -> dict[str, ModalityInput]:
+def open_inputs(store: Store, modalities: Sequence[str] | None = None) -> dict[str, ModalityInput]:
     """What each modality is read from, in the order of the schema; a log line says why one is read slowly.
 
     Raises
@@ -89,10 +96,7 @@ def open_inputs(
         if name not in known:
             raise ValueError(f"modalities: got {name!r}; {store.uri} holds {', '.join(known)}")
     inputs = {}
-    chosen = [name for name in known if modalities is None or name in modalities]
-    forms = {name: (known[name].num_nonzeros, *store.matrix(name).window_dtypes) for name in chosen}
-    is_resident = resident.stays(residence, forms)
-    for name in chosen:
+    for name in (name for name in known if modalities is None or name in modalities):
         matrix, rows = store.matrix(name), store.modality_rows(name)
         if matrix.slow_because is not None:
             _tell_once(store.uri, name, matrix.slow_because)
@@ -102,9 +106,44 @@ def open_inputs(
             nonzeros_per_cell=known[name].num_nonzeros / max(1, store.schema.num_cells),
             indices_pool=Pool(),
             values_pool=Pool(),
-            resident=resident.Rows(store.schema.num_cells, *forms[name]) if is_resident else None,
         )
     return inputs
+
+
+def keeping(
+    inputs: Mapping[str, ModalityInput],
+    store: Store,
+    residence: resident.Residence,
+    device: torch.device | None,
+    *,
+    cells: Rows,
+    dtypes: Mapping[str, np.dtype[np.generic]],
+) -> tuple[dict[str, ModalityInput], dict[str, DeviceRows]]:
+    """Inputs of which rows stay, on a device that has room for them, else in memory; and those on the device.
+
+    Parameters
+    ----------
+    cells
+        Rows of the store that take part.
+    dtypes
+        Of the values that reach the device.
+    """
+    num, there = store.schema.num_cells, {}
+    if device is not None and residence != "off":
+        there = rows_on(
+            device, residence, num, {name: (_entries(inputs[name], cells), dtypes[name]) for name in inputs}
+        )
+    known = store.schema.modalities
+    forms = {name: (known[name].num_nonzeros, *own.matrix.window_dtypes) for name, own in inputs.items()}
+    if there or not resident.stays(residence, forms):
+        return {name: replace(own, on_device=there.get(name)) for name, own in inputs.items()}, there
+    return {name: replace(own, resident=resident.Rows(num, *forms[name])) for name, own in inputs.items()}, {}
+
+
+def _entries(source: ModalityInput, cells: Rows) -> int:
+    """Non-zeros of some cells; of a store that does not tell them a pass, as the mean of library sizes is."""
+    rows = cells.astype(np.int64) if source.rows is None else source.rows[cells]
+    return int(source.matrix.lengths()[rows[rows >= 0]].sum())
 
 
 @cache
@@ -169,7 +208,9 @@ def read_window(
     if source.resident is not None and (held := source.resident.find(cells)) is not None:
         indices, values, starts, lengths = held
         return WindowRows(indices, values, starts[order], lengths[order], in_order)
-    wanted = rows if present is None else rows[present]
+    on_device = () if source.on_device is None else source.on_device.find(cells)
+    is_read = (rows >= 0) & (on_device[0] < 0) if on_device else present
+    wanted = rows if is_read is None else rows[is_read]
     try:
         prepared = source.matrix.prepare(wanted)
         indices, values = _take(source, prepared.num_entries)
@@ -179,12 +220,15 @@ def read_window(
         if not (skip_damaged and error.is_of_chunk):
             raise
         indices, values, starts, lengths, lost = _read_around(source, wanted)
-    if present is not None:
-        starts, lengths = _spread(starts, present), _spread(lengths, present)
-        lost = None if lost is None else _spread(lost, present)
+    if is_read is not None:
+        starts, lengths = _spread(starts, is_read), _spread(lengths, is_read)
+        lost = None if lost is None else _spread(lost, is_read)
     if source.resident is not None and lost is None:
         source.resident.keep(cells, indices, values, starts, lengths)
-    return WindowRows(indices, values, starts[order], lengths[order], in_order, None if lost is None else lost[order])
+    lost = None if lost is None else lost[order]
+    return WindowRows(
+        indices, values, starts[order], lengths[order], in_order, lost, *(column[order] for column in on_device)
+    )
 
 
 def _take(source: ModalityInput, size: int) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
@@ -192,10 +236,10 @@ def _take(source: ModalityInput, size: int) -> tuple[npt.NDArray[np.generic], np
     return source.indices_pool.take(size, index_dtype), source.values_pool.take(size, value_dtype)
 
 
-def _spread(values: npt.NDArray[Any], present: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
-    """(B,) values of the cells that have the modality, zero for the others."""
-    whole = np.zeros(len(present), values.dtype)
-    whole[present] = values
+def _spread(values: npt.NDArray[Any], is_read: npt.NDArray[np.bool_]) -> npt.NDArray[Any]:
+    """(B,) values of the cells that were read, zero for the others."""
+    whole = np.zeros(len(is_read), values.dtype)
+    whole[is_read] = values
     return whole
 
 

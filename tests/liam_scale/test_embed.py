@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -18,7 +19,8 @@ from liam_scale import embed as module
 from liam_scale.embed import EmbedConfig, compute, embed, main
 from liam_scale.evaluate import EvaluateConfig, evaluate
 from liam_scale.model import logistic_normal_mean
-from loaders import Loader, LoaderConfig, open_store
+from liam_scale.run import RunDirectory
+from loaders import Loader, LoaderConfig, open_store, resident
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -50,6 +52,15 @@ def test_every_cell_gets_its_own_embedding_on_any_number_of_ranks(
     atlas = mudata.read_zarr(store)
     np.testing.assert_allclose(atlas.obsm["X_liam"], expected(trained, store), atol=2e-6)
     np.testing.assert_allclose(atlas.obsm["X_liam"].sum(axis=1), 1.0, atol=1e-5)
+
+
+def test_one_pass_keeps_no_rows(trained: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that was trained with rows that stay."""
+    own = RunDirectory.loader_config
+    monkeypatch.setattr(RunDirectory, "loader_config", lambda run: replace(own(run), resident="on"))
+    monkeypatch.delattr(resident, "Rows")
+    run = liam_scale.load_run(trained)
+    assert run.embedding(str(store)).shape[0] == len(run.elbo(str(store))) == 600
 
 
 def test_an_interrupted_embedding_goes_on_and_leaves_no_pieces(
