@@ -25,7 +25,7 @@ def fit(data: Any, arguments: argparse.Namespace) -> tuple[Any, int]:
     )
     model = multigrate.model.MultiVAE(together, losses=losses, z_dim=20)
     epochs = arguments.max_epochs or 200
-    model.train(max_epochs=epochs, use_gpu=False)
+    model.train(max_epochs=epochs, accelerator="cpu", enable_progress_bar=False)
     model.get_model_output()
     return together.obsm["X_multigrate"], epochs
 
