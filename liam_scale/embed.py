@@ -39,7 +39,7 @@ from loaders.progress import Progress
 from loaders.schema import SCHEMA_KEY
 from loaders.sizing import parse_memory
 from loaders.stores import Store, embeddings
-from loaders.stores.base import check_finite
+from loaders.stores.base import check_finite, glance_at_counts
 
 CELLS_PER_STEP = 1_024
 """Cells embedded at once, over all ranks."""
@@ -117,7 +117,9 @@ def embed(config: EmbedConfig) -> str:
         The run is not finished, the store has other features or samples or holds another run's embedding of that name,
         or `out` exists.
     """
-    return embed_store(config, stores_of(RunDirectory(config.run), config.store))
+    store = stores_of(RunDirectory(config.run), config.store)
+    glance_at_counts(store, store.schema.modalities)
+    return embed_store(config, store)
 
 
 def embed_store(config: EmbedConfig, store: Store) -> str:
@@ -167,6 +169,7 @@ def compute(config: EmbedConfig, store: Store | None = None) -> np.ndarray:
     """The embedding in memory, (cells, latent) float32 in the order of the store's cells; writes nothing."""
     directory = RunDirectory(config.run)
     store = store or stores_of(directory, config.store)
+    glance_at_counts(store, store.schema.modalities)
     columns, world = [], World(device=device_of(config.device))
     for part in directory.parts():
         check_features(store, part.record())

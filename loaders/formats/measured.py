@@ -14,8 +14,8 @@ from loaders.csr import LARGEST, SparseRows, remark_on_largest, row_sums
 
 _log = logging.getLogger(__name__)
 
-Extent = tuple[float, float, bool]
-"""(least, largest, whether all are whole) of some values, with 0 as one of them; NaN where one is NaN."""
+Extent = tuple[float, float, int, int]
+"""(least, largest, number that are no integers, number) of some values, with 0 as one of them; NaN where one is NaN."""
 
 Measured = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], list[Extent]]
 """(R,) entries and (R,) sum of each row, and the extents of the values."""
@@ -23,8 +23,8 @@ Measured = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], list[Extent]]
 
 def extent(values: npt.NDArray[Any]) -> Extent:
     """Of values in their travelling type."""
-    is_whole = values.dtype.kind == "u" or bool((values == np.floor(values)).all())
-    return float(values.min(initial=0)), float(values.max(initial=0)), is_whole
+    broken = 0 if values.dtype.kind == "u" else int(np.count_nonzero(values != np.floor(values)))
+    return float(values.min(initial=0)), float(values.max(initial=0)), broken, len(values)
 
 
 def measured(rows: SparseRows) -> Measured:
@@ -40,6 +40,15 @@ def joined(parts: Sequence[Measured]) -> Measured:
     )
 
 
+def no_integers(share: float, largest: float) -> str:
+    """What an ingest refuses, and a training that streams remarks upon, in the same words."""
+    looks = "log-normalised" if largest < 20 else "normalised"
+    part = "under 1%" if share < 0.005 else f"{share:.0%}"
+    return (
+        f"counts are integers; {part} of the values read are not and the largest is {largest:.4g}, so they look {looks}"
+    )
+
+
 def check_counts(where: str, extents: Sequence[Extent]) -> None:
     """Look at the values of a matrix that no ingest has looked at.
 
@@ -48,7 +57,7 @@ def check_counts(where: str, extents: Sequence[Extent]) -> None:
     ValueError
         Some cannot be counts. What hardly is one is remarked upon.
     """
-    least, largest = np.array([pair[:2] for pair in extents] or [(0.0, 0.0)]).T
+    least, largest, broken, numbers = np.array(extents or [(0.0, 0.0, 0, 0)]).T
     low, high = float(least.min()), float(largest.max())
     cure = "an ingest names the cell; replace missing values by 0 or remove the cell"
     if not math.isfinite(low + high):
@@ -61,12 +70,8 @@ def check_counts(where: str, extents: Sequence[Extent]) -> None:
         )
     if high > LARGEST:
         raise ValueError(f"{where}: got {high:.10g}, counts are at most {LARGEST}; look for a corrupt matrix")
-    if not all(is_whole for _, _, is_whole in extents):
-        _log.warning(
-            "%s: not all counts are integers (the largest is %.4g), as after a normalisation; training models counts:"
-            " name the layer that holds them",
-            where,
-            high,
-        )
+    if broken.any():
+        told = no_integers(float(broken.sum() / numbers.sum()), high)
+        _log.warning("%s: %s: choose the layer that holds raw counts; these are taken as they are", where, told)
     if remark := remark_on_largest(high):
         _log.warning("%s: %s", where, remark)

@@ -22,6 +22,7 @@ from loaders.csr import (
     narrowest_dtype,
     offsets_of,
 )
+from loaders.formats.measured import no_integers
 
 _FINE, _NOT_FINITE, _NEGATIVE, _NOT_INTEGER, _TOO_LARGE = range(5)
 
@@ -132,11 +133,7 @@ def _explain(problem: int, entry: int, raw: SparseRows, values: npt.NDArray[Any]
             f"{place.where}: got {value:.6g} in {at}, counts are not negative; these look scaled or centred: {layers}"
         )
     share = float(np.mean(values != np.floor(values)))
-    looks = "log-normalised" if values.max(initial=0) < 20 else "normalised"
-    return (
-        f"{place.where}: got {value:.6g} in {at}, counts are integers; {share:.0%} of the values read are not and the "
-        f"largest is {values.max():.4g}, so they look {looks}: {layers}"
-    )
+    return f"{place.where}: got {value:.6g} in {at}, {no_integers(share, float(values.max()))}: {layers}"
 
 
 def _layers(place: Place) -> str:

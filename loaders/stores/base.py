@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from loaders.csr import centred_log_ratio, row_sums
-from loaders.formats.matrix import Matrix
+from loaders.formats.matrix import PEEK_ROWS, Matrix
 from loaders.formats.measured import check_counts, extent
 from loaders.schema import ObsColumn, Schema
 
@@ -120,6 +120,20 @@ def check_finite(store: Store, values: npt.NDArray[np.float32], start: int, *, w
     if len(bad):
         cells = ", ".join(str(store.cell_ids(int(row), int(row) + 1)[0]) for row in bad[:3])
         raise RuntimeError(f"{what}: got values that are not finite for {len(bad):,} cells ({cells}, ...); {cure}")
+
+
+def glance_at_counts(store: Store, modalities: Sequence[str]) -> None:
+    """Look at the first counts of what no ingest has looked at, where they are read once and no pass sums them before.
+
+    Raises
+    ------
+    ValueError
+        Some cannot be counts. What hardly is one is remarked upon.
+    """
+    for name in modalities:
+        matrix = store.matrix(name)
+        if matrix.value_dtype.kind == "f":
+            check_counts(matrix.where, [extent(matrix.read(0, min(PEEK_ROWS, matrix.num_rows)).values)])
 
 
 def cell_totals(store: Store, modality: str, transform: str | None = None) -> npt.NDArray[np.float64]:

@@ -8,6 +8,7 @@ import pytest
 import scipy.sparse
 from safetensors.numpy import load_file
 
+import liam_scale
 from liam_scale.train import main as train
 from loaders.ecosystem import quiet_anndata
 from loaders.ingest import ingest
@@ -57,7 +58,7 @@ def test_one_less_is_a_count_like_any_other(tmp_path: Path, capsys: pytest.Captu
         (2**24, "float32", "the largest count is 16,777,216, which no cell has"),
         (2**31, "int64", "the largest count is 2,147,483,648, which no cell has"),
         (2**31, "float64", "the largest count is 2,147,483,648, which no cell has"),
-        (0.5, "float32", "not all counts are integers"),
+        (0.5, "float32", "counts are integers; under 1% of the values read are not and the largest is 5"),
     ],
 )
 def test_a_training_that_streams_them_says_so(
@@ -87,3 +88,27 @@ def test_a_training_that_streams_what_is_no_count_is_refused_before_it_begins(
     assert f"{name}: X: " in (told := capsys.readouterr().err)
     assert said in told
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_normalised_counts_are_called_so_by_whatever_reads_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """An ingest refuses them; what streams them says the same, once, and takes them as they are."""
+    assert train([str(write(tmp_path / "a.h5ad", 3, "float32")), "--out", str(tmp_path / "run"), *OPTIONS]) == 0
+    run = liam_scale.load_run(tmp_path / "run")
+    data = anndata.read_h5ad(tmp_path / "a.h5ad")
+    data.X.data = np.log1p(data.X.data)
+    data.write_h5ad(tmp_path / "b.h5ad")
+    told = "counts are integers; 100% of the values read are not and the largest is 1.792, so they look log-normalised"
+    with pytest.raises(ValueError, match=told):
+        ingest(f"rna={tmp_path / 'b.h5ad'}", out=tmp_path / "b.zarr")
+    caplog.clear()
+    for read in (
+        lambda: run.write_to(data, store=data),
+        lambda: run.embedding(tmp_path / "b.h5ad"),
+        lambda: run.embed(tmp_path / "b.h5ad", out=tmp_path / "b.zarr"),
+        lambda: run.map(data, out=tmp_path / "mapped", max_epochs=1, overwrite=True),
+    ):
+        read()
+        assert caplog.text.count(told) == 1
+        caplog.clear()
