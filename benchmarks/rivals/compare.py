@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -49,7 +50,7 @@ COLUMNS = {
 
 def compete(rival: str, file: Path, data: DataSet, seed: int, folder: Path) -> Path | None:
     """Run one rival with one seed; its latent, or None where it failed."""
-    program, _, python = rival.partition("=")
+    program, python = _parts(rival)
     name, *options = shlex.split(program)
     out = folder / f"{'_'.join([name, *options]).replace('/', '_')}-{seed}.csv"
     report = out.with_suffix(".json")
@@ -67,6 +68,13 @@ def compete(rival: str, file: Path, data: DataSet, seed: int, folder: Path) -> P
         return None
     report.write_text(lines[-1])
     return out
+
+
+def _parts(rival: str) -> tuple[str, str | None]:
+    """The program with its options, and its interpreter, a path."""
+    found = re.fullmatch(r"(.*?)(?:=(\S*/\S+))?", rival)
+    assert found is not None
+    return found[1], found[2]
 
 
 def scores(latent: Path, obs: pd.DataFrame, data: DataSet, scib: Literal["quick", "all"]) -> dict[str, float]:
@@ -96,9 +104,9 @@ def main() -> None:
         found = pd.DataFrame([scores(one, whole.obs, data, arguments.scib) for one in latents if one is not None])
         if len(found):
             print(json.dumps({"rival": rival, "results": found.to_dict("records")}), flush=True)
-            rows.append((rival.partition("=")[0], len(found), *(shown(found.get(key)) for key in COLUMNS)))
+            rows.append((_parts(rival)[0], len(found), *(shown(found.get(key)) for key in COLUMNS)))
         else:
-            rows.append((rival.partition("=")[0], 0, *["failed"] * len(COLUMNS)))
+            rows.append((_parts(rival)[0], 0, *["failed"] * len(COLUMNS)))
     print(f"\n{data.file.stem}, {len(whole):,} cells\n\n{table(('method', 'seeds', *COLUMNS.values()), rows)}")
 
 

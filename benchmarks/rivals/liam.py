@@ -7,7 +7,7 @@ from typing import Any
 
 from contract import compete
 
-TRAINING = {"alpha": float, "lr": float, "minibatch": int, "n_latent": int}
+TRAINING = {"alpha": float, "lr": float, "minibatch": int, "n_latent": int, "kl_warmup": str}
 """Options of the training that may be given, beside those of all rivals."""
 
 
@@ -15,6 +15,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="bavae")
     for name, kind in TRAINING.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=None)
+    parser.add_argument("--weights", nargs="+", default=None, metavar="MODALITY=WEIGHT")
     parser.add_argument("--keep", type=Path, default=None, help="folder that keeps the run")
 
 
@@ -23,7 +24,7 @@ def fit(data: Any, arguments: argparse.Namespace) -> tuple[Any, int]:
 
     import liam_scale
 
-    given = {name: getattr(arguments, name) for name in (*TRAINING, "max_epochs")}
+    given = {name: getattr(arguments, name) for name in (*TRAINING, "weights", "max_epochs")}
     chosen = {name: value for name, value in given.items() if value is not None}
     with tempfile.TemporaryDirectory() as folder:
         out = arguments.keep or Path(folder) / "run"
