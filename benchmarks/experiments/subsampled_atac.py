@@ -1,6 +1,7 @@
 """ATAC of which a part of the peaks is left (the paper's Figure 3): early integration, late (concat), each alone.
 
-Data: the NeurIPS 2021 multiome of BMMC (GSE194122), or by default a stand-in with the published shape of the problem.
+Data: the NeurIPS 2021 multiome of BMMC (GSE194122), or by default a stand-in of so few counts that RNA alone
+reaches the published NMI (0.78).
 Expected: with 25 % and 10 % of the peaks the early integration keeps the NMI that RNA alone has, late integration loses
 some of it and ATAC alone more; MultiVI stands in benchmarks/rivals.
 
@@ -15,7 +16,7 @@ PUBLISHED = {"bavae": "BAVAE_sample_{}", "concat": "BAVAE_sample_{}_concat", "at
 
 def main() -> None:
     options = parse(__doc__)
-    data, nmi, column = load(options), {}, f"leiden_nmi:{options.label_key}"
+    data, column = load(options, genes_per_cell=50), f"leiden_nmi:{options.label_key}"
     whole = ingested(data, options.out / "atac-100.zarr")
     alone = measured(whole, {"rna-only": {"model": "rna-only"}}, options)
     show("RNA alone", alone, {"rna-only": "BAVAE_sample_100_rna_only_20dims"})
@@ -23,13 +24,12 @@ def main() -> None:
         store = ingested(thinned(data, percent / 100), options.out / f"atac-{percent}.zarr")
         found = measured(store, RUNS, options)
         show(f"{percent} % of the peaks", found, {run: model.format(percent) for run, model in PUBLISHED.items()})
-        nmi[percent] = means(found)[column]
-    rna, least = means(alone)[column].iloc[0], nmi[10]
-    figures = (
-        f"NMI at 10 %: early {least['bavae']:.3f}, late {least['concat']:.3f}, ATAC alone {least['atac-only']:.3f}"
-    )
-    came_out = least["bavae"] > rna - 0.02 and least["bavae"] > least["concat"] > least["atac-only"]
-    verdict("early integration survives weak ATAC better than late", bool(came_out), f"{figures}, RNA alone {rna:.3f}")
+    rna, least = means(alone)[column].iloc[0], means(found)[column]
+    noise = found.groupby("run")[column].std().max()
+    figures = f"NMI at 10 %: {', '.join(f'{value:.3f} ({run})' for run, value in least.items())}; RNA alone {rna:.3f}"
+    figures += f"; seeds differ by {noise:.3f}"
+    came_out = least["bavae"] > rna - noise and least["bavae"] - noise > least["concat"] > least["atac-only"]
+    verdict("early integration survives weak ATAC better than late", bool(came_out), figures)
 
 
 if __name__ == "__main__":
