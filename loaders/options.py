@@ -91,11 +91,13 @@ def named_numbers(
     Raises
     ------
     ValueError
-        A text has no name or no finite number of at least `least`.
+        A text has no name, one that was given before, or no finite number of at least `least`.
     """
-    found = {}
+    found: dict[str, float] = {}
     for text in texts:
         name, _, value = text.rpartition("=")
+        if name in found:
+            raise ValueError(f"{option}: got {name} twice; name each once")
         try:
             found[name] = float(value)
         except ValueError:

@@ -49,6 +49,7 @@ def test_models_of_a_late_integration_take_their_own_weight() -> None:
         ({"weights": ["adt"]}, "--model.weights: got 'adt'; give modalities with a weight above 0"),
         ({"weights": ["adt=0"]}, "--model.weights: got 'adt=0'; give modalities with a weight above 0"),
         ({"weights": {"adt": float("nan")}}, "--model.weights: got 'adt=nan'; give modalities with a weight above 0"),
+        ({"weights": ["atac=2", "atac=3"]}, "--model.weights: got atac twice; name each once"),
         ({"weights": {"protein": 2}}, "--model.weights: got protein; the model has rna, atac: give weights of"),
         (
             {"weights": {"atac": 2}, "model": "rna-only"},
