@@ -14,8 +14,7 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
-import tomli_w
-from common import CUT, ingested, load, parse, table, verdict
+from common import ingested, load, parse, table, verdict
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from liam_scale.sweep import SweepConfig, members_of, sweep
@@ -28,10 +27,6 @@ def main() -> None:
     options = parse(__doc__)
     data = load(options, num_conditions=2, condition_effect=0.4)
     store = ingested(data, options.out / "treatment.zarr")
-    cut = None
-    if options.data is None:
-        cut = options.out / "cut.toml"
-        cut.write_text(tomli_w.dumps(CUT))
     config = SweepConfig(
         (str(store),),
         out=options.out / "sweep",
@@ -41,7 +36,6 @@ def main() -> None:
         alpha=ALPHAS,
         seeds=tuple(options.seeds),
         max_epochs=options.max_epochs,
-        options=cut,
         plots=False,
     )
     found = sweep(config)
