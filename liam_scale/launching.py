@@ -17,7 +17,8 @@ from liam_scale.training.signals import StopRequest
 def python() -> list[str]:
     """`python` where that is the interpreter that runs this, else its full path: what is printed is what runs."""
     found = shutil.which("python")
-    return ["python" if found and Path(found).samefile(sys.executable) else sys.executable]
+    is_ours = found is not None and _is_ours("python") and Path(found).samefile(sys.executable)
+    return ["python" if is_ours else sys.executable]
 
 
 def liam_scale() -> list[str]:
