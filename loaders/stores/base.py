@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -122,7 +122,7 @@ def check_finite(store: Store, values: npt.NDArray[np.float32], start: int, *, w
         raise RuntimeError(f"{what}: got values that are not finite for {len(bad):,} cells ({cells}, ...); {cure}")
 
 
-def glance_at_counts(store: Store, modalities: Sequence[str]) -> None:
+def glance_at_counts(store: Store, modalities: Iterable[str]) -> None:
     """Look at the first counts of what no ingest has looked at, where they are read once and no pass sums them before.
 
     Raises
