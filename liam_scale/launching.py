@@ -26,9 +26,13 @@ def liam_scale() -> list[str]:
 
 
 def ranks(number: int) -> list[str]:
-    """What starts a module (its name follows) on so many ranks of this machine."""
+    """What starts a module (its name follows) on so many ranks of this machine.
+
+    They meet at the loopback address: by torchrun's default at the name of the host, which does not resolve in every
+    container and on every laptop, and they would wait for it for minutes.
+    """
     torchrun = ["torchrun"] if _is_ours("torchrun") else [*python(), "-m", "torch.distributed.run"]
-    return [*torchrun, "--standalone", f"--nproc-per-node={number}", "-m"]
+    return [*torchrun, "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={number}", "-m"]
 
 
 def environment(threads: int = 1) -> dict[str, str]:

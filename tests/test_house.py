@@ -200,6 +200,7 @@ FOREIGN_OPTIONS = {
     "--output",
 } | {
     "--standalone",
+    "--local-addr",
     "--nproc-per-node",
     "--index-url",
 }

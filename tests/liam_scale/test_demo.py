@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from liam_scale.cli import COMMANDS
 from liam_scale.cli import command as of_word
 from liam_scale.demo import DemoConfig, Step, _run_step, demo_steps, main
+from liam_scale.launching import environment, ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +47,20 @@ def test_commands_follow_from_each_other(tmp_path, multiome):
     assert (evaluated.store, evaluated.run, evaluated.out) == (store, trained.out, tmp_path)
     assert (evaluated.batch_key, evaluated.label_key) == (("donor",), ("cell_type",))
     assert all("--nproc-per-node=2" in command for command in (train, embed))
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run(["unshare", "--uts", "true"], capture_output=True).returncode != 0,
+    reason="no name of its own for a process here",
+)
+def test_ranks_meet_where_the_name_of_the_host_does_not_resolve(tmp_path):
+    """As in a container without a network."""
+    lines = "import torch.distributed as dist", "dist.init_process_group('gloo')", "dist.barrier()"
+    (tmp_path / "meet.py").write_text("\n".join(lines) + "\nprint('met')\ndist.destroy_process_group()\n")
+    named = ["unshare", "--uts", "sh", "-c", 'hostname nowhere.invalid; exec "$@"', "sh", *ranks(2), "meet"]
+    asked = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 90}
+    assert subprocess.run(named, env=environment(), **asked).stdout.count("met") == 2
 
 
 def test_shipped_data_is_small_and_whole():
