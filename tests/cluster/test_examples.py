@@ -85,7 +85,8 @@ def test_images_and_the_pages_install_extras_that_there_are() -> None:
     text = (EXAMPLES / "Dockerfile").read_text()
     lines = re.sub("^#.*\n", "", text, flags=re.M).replace("\\\n", " ").splitlines()
     instructions = [line.split()[0] for line in lines]
-    assert set(instructions) <= {"FROM", "ARG", "ENV", "RUN", "WORKDIR", "COPY", "CMD"}
+    assert set(instructions) <= {"FROM", "ARG", "ENV", "RUN", "WORKDIR", "COPY", "CMD", "USER"}
+    assert instructions.index("USER") > max(n for n, name in enumerate(instructions) if name == "RUN"), "root builds"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     asked = {name for found in re.findall(r"EXTRAS=(\S+)", text) for name in found.split(",")}
     asked |= {*yaml.safe_load((ROOT / ".readthedocs.yaml").read_text())["python"]["install"][0]["extra_requirements"]}
