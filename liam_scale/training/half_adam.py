@@ -55,24 +55,36 @@ class HalfAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for number, parameter in enumerate(group["params"]):
-                if parameter.grad is not None:
-                    self._update(number, parameter, parameter.grad, group)
+            self._step(group)
 
-    def _update(self, number: int, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
-        step, is_host = state["step"], parameter.device.type == "cpu"
-        withheld = torch.zeros_like(step) if self.found_inf is None else self.found_inf
-        if is_host and withheld:
+    def _step(self, group: dict[str, Any]) -> None:
+        parameters = group["params"]
+        steps = [self.state[parameter]["step"] for parameter in parameters]
+        moved = [step for step, parameter in zip(steps, parameters, strict=True) if parameter.grad is not None]
+        withheld = torch.zeros_like(steps[0]) if self.found_inf is None else self.found_inf
+        is_host = withheld.device.type == "cpu"
+        if not moved or (is_host and withheld):
             return
-        step += withheld == 0
-        # A GPU is not asked: what depends on the step is computed there.
-        t = step.item() if is_host else step.double()
-        rate, root = group["lr"] / (1 - beta1**t), (1 - beta2**t) ** -0.5
-        key = mix32(((int(t) if is_host else step.long()) * 0x9E3779B1 + number) & 0xFFFFFFFF)
-        tensors = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
-        constants = (group["weight_decay"], beta1, beta2, rate, root, group["eps"])
-        if is_host:
-            on_cpu.update(*tensors, key, constants)
-        else:
-            on_device.update(*tensors, key, constants, withheld)
+        torch._foreach_add_(moved, [(withheld == 0).float()] * len(moved))
+        # A GPU is not asked: what depends on the step is computed there, of all parameters at once.
+        columns: Any = ()
+        if not is_host:
+            columns = _numbers(group, torch.stack(steps).long(), torch.arange(len(steps), device=withheld.device))
+        for number, parameter in enumerate(parameters):
+            if parameter.grad is None:
+                continue
+            own = _numbers(group, int(steps[number]), number) if is_host else [column[number] for column in columns]
+            state, (key, rate, root) = self.state[parameter], own
+            tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+            constants = (group["weight_decay"], *group["betas"], rate, root, group["eps"])
+            if is_host:
+                on_cpu.update(*tensors, key, constants)
+            else:
+                on_device.update(*tensors, key, constants, withheld)
+
+
+def _numbers(group: dict[str, Any], t: Any, number: Any) -> tuple[Any, Any, Any]:
+    """Of a parameter at step t: key of its random bits, rate, and factor of the root of its second moment."""
+    (beta1, beta2), exact = group["betas"], t.double() if isinstance(t, Tensor) else t
+    key = mix32((t * 0x9E3779B1 + number) & 0xFFFFFFFF)
+    return key, group["lr"] / (1 - beta1**exact), (1 - beta2**exact) ** -0.5

@@ -88,6 +88,18 @@ def test_every_step_has_the_same_launches_and_a_replayed_one_few(tmp_path: Path)
     assert len({launches for _, launches in warm}) == 1
     assert {launches for _, launches in later} == {32}
     assert replayed._update._graph.num_launches > 500
+    assert max(launches for launches, _ in warm) < 900
+
+
+def test_rates_of_bfloat16_moments_are_computed_of_all_parameters_at_once(tmp_path: Path) -> None:
+    powers = []
+    for moments in ("float32", "bf16"):
+        trainer = make_trainer(tmp_path, graph="off", moments=moments)
+        train(trainer, 24)
+        with pretend.noting(refuse_waits=True) as noted:
+            trainer.step(cells(24))
+        powers.append(noted.launches["aten::pow"])
+    assert powers[1] == powers[0] + 3
 
 
 def test_a_step_that_cannot_be_recorded_is_told_once_and_training_goes_on(
