@@ -5,6 +5,8 @@ Shapes: B cells, U units.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,13 @@ UNITS_AT_ONCE = 128
 
 def on_device(key: int | Tensor, device: torch.device) -> Tensor:
     """() int64; filled by the device and not copied there, which would be waited for."""
-    return key if isinstance(key, Tensor) else torch.full((), signed(key, 64), dtype=torch.int64, device=device)
+    return key if isinstance(key, Tensor) else _filled(key, device)
+
+
+@functools.lru_cache(maxsize=1)
+def _filled(key: int, device: torch.device) -> Tensor:
+    """The layers of a step share it."""
+    return torch.full((), signed(key, 64), dtype=torch.int64, device=device)
 
 
 def hash_bits(place: Tensor, key: int | Tensor, layer: int, units: int) -> Tensor:

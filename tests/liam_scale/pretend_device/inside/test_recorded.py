@@ -88,7 +88,7 @@ def test_every_step_has_the_same_launches_and_a_replayed_one_few(tmp_path: Path)
     assert len({launches for _, launches in warm}) == 1
     assert {launches for _, launches in later} == {32}
     assert replayed._update._graph.num_launches > 500
-    assert max(launches for launches, _ in warm) < 900
+    assert max(launches for launches, _ in warm) < 920
 
 
 def test_rates_of_bfloat16_moments_are_computed_of_all_parameters_at_once(tmp_path: Path) -> None:
