@@ -27,7 +27,7 @@ from liam_scale.tables import to_dotted, to_toml
 from liam_scale.training.callbacks import Callback, Told, telling
 from liam_scale.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, set_aside
 from liam_scale.training.distributed import World
-from liam_scale.training.history import History, Row
+from liam_scale.training.history import History, Row, memorised
 from liam_scale.training.optim import build_optimizer, default_max_epochs, kl_schedule
 from liam_scale.training.protocols import MinibatchSource
 from liam_scale.training.ranks import ToBeRestarted, is_restarted
@@ -154,6 +154,12 @@ def _fit(
             outcome=outcome, epoch=at.epoch, step=at.global_step, best_epoch=at.best_epoch, best_step=at.best_step
         )
         directory.write_record(replace(record, ending=ending))
+        for name, (lowest, epoch, kept) in memorised(trainer.history.rows, at.best_step).items():
+            logger.warning(
+                "%s is memorised: its held-out loss was lowest at epoch %d (%.4g nats a cell) and is %.4g with the"
+                " weights kept; --weights %s=0.2 would have the other modalities shape the embedding more",
+                *(name, epoch, lowest, kept, name),
+            )
     return record, outcome
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,31 @@ def summarise(terms: dict[str, float], num_cells: float, subset: str) -> Row:
     divergence = sum(v for name, v in means.items() if name.startswith("kl_divergence"))
     totals = {"elbo": reconstruction + divergence, "reconstruction_loss": reconstruction, "kl_local": divergence}
     return {f"{name}_{subset}": value for name, value in (totals | means).items()}
+
+
+RISE = 0.01
+"""Share by which a modality's held-out loss rises before it is said to be memorised."""
+
+
+def memorised(rows: Sequence[Row], step: int) -> dict[str, tuple[float, int, float]]:
+    """Modalities that the weights of an evaluation have learnt by heart, of several that share a latent space.
+
+    Early stopping looks at the sum, in which the modality with the most likelihood hides the others.
+
+    Returns
+    -------
+    By modality the lowest held-out loss of an earlier evaluation, its epoch, and the loss at this one, which is more
+    than 1 % above it; nats per cell.
+    """
+    until = [row for row in rows if row["step"] <= step]
+    columns = [re.fullmatch("reconstruction_loss_(.+)_validation", name) for name in (until[-1] if until else {})]
+    parts = {column[1]: column[0] for column in columns if column}
+    found = {}
+    for modality, column in parts.items() if len(parts) > 1 else ():
+        lowest, kept = min(until, key=lambda row: row[column]), until[-1][column]
+        if kept > (1 + RISE) * lowest[column] > 0:
+            found[modality] = lowest[column], int(lowest["epoch"]), kept
+    return found
 
 
 def read_history(path: Path) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from liam_scale.training.distributed import World
-from liam_scale.training.history import History, Meter, summarise
+from liam_scale.training.history import History, Meter, memorised, summarise
 
 
 def test_totals_follow_from_the_terms() -> None:
@@ -50,3 +50,16 @@ def test_tensorboard_events_are_written_on_request(tmp_path: Path) -> None:
     history.append({"epoch": 0, "step": 10, "elbo_train": 1.5})
     history.close()
     assert any(p.name.startswith("events.out") for p in (tmp_path / "events").iterdir())
+
+
+def test_a_modality_that_is_memorised_is_told_although_the_sum_falls() -> None:
+    def row(epoch: int, rna: float, atac: float, **more: float) -> dict[str, float]:
+        parts = {"reconstruction_loss_rna": rna, "reconstruction_loss_atac": atac, **more}
+        return {"epoch": epoch, "step": 10 * epoch, **summarise(parts, 1.0, "validation")}
+
+    rows = [row(1, 900, 110), row(2, 800, 100), row(3, 700, 100.9), row(4, 600, 104), row(5, 900, 120)]
+    assert memorised(rows, 40) == {"atac": (100.0, 2, 104.0)}
+    assert memorised(rows, 30) == {}, "1 % is noise"
+    assert memorised(rows, 20) == memorised(rows, 0) == memorised([], 10) == {}
+    alone = [{name: value for name, value in one.items() if "atac" not in name} for one in rows]
+    assert memorised(alone, 50) == {}, "early stopping sees it"
