@@ -155,7 +155,8 @@ def _embedding(run: Path, store: Store, key: str, stores: Sequence[str], *, over
     if store.uri.endswith(IN_MEMORY):
         return f"run.embed(data, key={key!r}{', overwrite=True' * overwrite})"
     given = ["--store", *stores] if stores else []
-    return " ".join(["python -m liam_scale.embed", str(run), *given, "--key", key, *["--overwrite"] * overwrite])
+    command = ["python -m liam_scale.embed", str(run), *given, "--key", key, *["--overwrite"] * overwrite]
+    return f"{' '.join(command)} (run.embed in Python)"
 
 
 @torch.no_grad()

@@ -127,7 +127,9 @@ def test_decoding_without_an_embedding_says_how_to_make_one(
 ) -> None:
     arguments = [str(trained), "--out", str(tmp_path / "v"), "--modality", "rna", "--store", str(multiome)]
     assert decode_main(arguments) == 2
-    assert "liam_scale.embed" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    command = f"python -m liam_scale.embed {trained} --store {multiome} --key X_liam"
+    assert f"write it with: {command} (run.embed in Python)" in told
     assert list(tmp_path.iterdir()) == []
 
 
