@@ -157,7 +157,7 @@ def _fit(
         for name, (lowest, epoch, kept) in memorised(trainer.history.rows, at.best_step).items():
             logger.warning(
                 "%s is memorised: its held-out loss was lowest at epoch %d (%.4g nats a cell) and is %.4g with the"
-                " weights kept; --weights %s=0.2 would have the other modalities shape the embedding more",
+                " weights kept; --weights %s=0.05 would have the other modalities shape the embedding more",
                 *(name, epoch, lowest, kept, name),
             )
     return record, outcome

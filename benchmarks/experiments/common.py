@@ -43,9 +43,9 @@ STAND_IN = {"num_genes": 400, "num_peaks": 800, "genes_per_cell": 100, "peaks_pe
 """Shape of the simulated data."""
 
 CUT = {"lr": 1e-2, "patience_steps": 200}
-"""What trainings on the simulated data are spared at alpha 0 and 1: ten times the learning rate and a third of the
-patience. They end after some 1,100 steps, at the validation loss of one with 3e-3. With a larger alpha such steps lose
-all structure, so that it trains as the command does."""
+"""What trainings on the simulated data are spared, the same for all of a table: ten times the learning rate and a
+third of the patience. They end after some 1,100 steps, at the validation loss of one with 3e-3. With an alpha above 1
+such steps lose all structure: a table that has one trains as the command does."""
 
 THREADS = torch.get_num_threads()
 """Libraries that score may change it for the trainings that follow."""
@@ -123,15 +123,15 @@ def measured(
 ) -> pd.DataFrame:
     """A row for each run, by name with its training options, and seed: all that `evaluate` says of the embedding, as
     `measure:column`, epochs and CPU seconds. What is finished in `--out` is not run again."""
-    rows = []
+    rows: list[dict[str, Any]] = []
+    is_cut = options.data is None and max(map(_alpha_of, runs.values())) <= 1
     for name, training in runs.items():
         for seed in options.seeds:
             own = re.sub(r"\W+", "-", f"{store.stem}-{name}-{seed}")
             file = options.out / f"{own}.json"
             if not file.exists():
                 given = {"batch_key": options.batch_key, "max_epochs": options.max_epochs, "seed": seed}
-                cut = CUT if options.data is None and _alpha_of(training) <= 1 else {}
-                chosen = {**given, **cut, **training}
+                chosen = {**given, **(CUT if is_cut else {}), **training}
                 found = _measured_once(store, options.out / own, chosen, options, covariates, truth)
                 file.write_text(json.dumps(found))
             rows.append({"run": name, "seed": seed, **json.loads(file.read_text())})
