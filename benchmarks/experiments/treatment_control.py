@@ -50,13 +50,14 @@ def main() -> None:
     shown = mean.map("{:.3f}".format) + " ± " + spread.map("{:.3f}".format)
     rows = [(*index, *row) for index, row in zip(shown.index, shown.to_numpy(), strict=True)]
     print(f"\n{table(('removed', 'alpha', *columns), rows)}\n\n{found.ranks.iloc[:, :3].round(2)}\n\n{recommended}\n")
-    rise = {key: mean.loc[key].iloc[1:].max() - mean.loc[key].iloc[0] for key in ("replicate", options.batch_key)}
-    noise = 2 * spread.mean()
-    own, kept = rise["replicate"]["ilisi:replicate"], rise["replicate"]["ilisi:condition"]
-    other, bound = rise[options.batch_key]["ilisi:condition"], noise["ilisi:condition"]
-    figures = f"replicate rises by {own:.3f}, condition by {kept:.3f}; removing the sample, condition by {other:.3f}"
-    came_out = own > noise["ilisi:replicate"] and kept <= max(0.02, bound) and other > max(0.02, bound, kept)
-    verdict("the replicate mixes, the condition is kept, and with the sample it is lost", bool(came_out), figures)
+    first = {key: mean.loc[key].iloc[0] for key in ("replicate", options.batch_key)}
+    kept, lost = (one["ilisi:condition"] for one in first.values())
+    figures = f"iLISI of the condition at alpha {ALPHAS[0]:g}: {kept:.3f}, removing the sample {lost:.3f}"
+    came_out = kept + 2 * spread["ilisi:condition"].iloc[0] < lost / 2
+    verdict("the replicate is removed and the condition kept; with the sample it is lost", bool(came_out), figures)
+    rise = mean.loc["replicate"]["ilisi:replicate"].iloc[1:].max() - first["replicate"]["ilisi:replicate"]
+    noise = 2 * spread.loc["replicate"]["ilisi:replicate"].mean()
+    verdict("the replicate mixes more with a larger alpha", bool(rise > noise), f"by {rise:.3f}, noise {noise:.3f}")
     if options.data is None and recommended.alpha is not None:
         truth = mean[TRUTH[0]]
         chosen, best = truth[recommended.batch_key, recommended.alpha], truth.max()
