@@ -20,6 +20,7 @@ from liam_scale.config import TrainConfig
 from liam_scale.continuous import standardised
 from liam_scale.kernels.options import check_precision
 from liam_scale.model import Liam, ModelData, check_ranks, parameter_key
+from liam_scale.model.objective import modality_masks
 from liam_scale.resume import changed_options
 from liam_scale.run import Ending, RunDirectory, RunRecord
 from liam_scale.samples import sample_codes
@@ -42,6 +43,9 @@ from loaders.stores import Store
 from loaders.stores.base import ids_of
 
 logger = logging.getLogger(__name__)
+
+SHIFT_CELLS = 4_096
+"""Of which the mean of inferred library sizes is taken, at the end of training."""
 
 VALIDATION_CELLS = 512
 """Cells scored at once at least; there is no backward pass to hold memory for."""
@@ -148,7 +152,8 @@ def _fit(
         if world.is_main:
             directory.write_record(record)
     if outcome != "interrupted" and world.is_main:
-        directory.save_weights(_for_all_samples(trainer.best_weights(), record, store))
+        weights = _for_all_samples(trainer.best_weights(), record, store)
+        directory.save_weights(weights | _library_shifts(weights, record, config, store))
         at = trainer.at
         ending = Ending(
             outcome=outcome, epoch=at.epoch, step=at.global_step, best_epoch=at.best_epoch, best_step=at.best_step
@@ -185,6 +190,28 @@ def _for_all_samples(weights: dict[str, Tensor], record: RunRecord, store: Store
             mean = theta[:, is_known].mean(dim=1, keepdim=True)
             filled[f"{key}.log_theta"] = torch.where(is_known, theta, mean)
     return filled
+
+
+def _library_shifts(
+    weights: dict[str, Tensor], record: RunRecord, config: TrainConfig, store: Store
+) -> dict[str, Tensor]:
+    """What encoders infer of library sizes beside their priors, where a decoder reads them: the mean of some cells."""
+    model = Liam(record.model, record.data)
+    model.load_state_dict({name: values.cpu() for name, values in weights.items()})
+    sums = {name: [0.0, 0.0] for name in model.modalities if hasattr(model.decoder(name), "library_shift")}
+    chosen = replace(config.loader, streams=1, balance=None, resident="off")
+    sample, names = sample_codes(store, config.batch_key, record.data.samples), model.modalities
+    options: dict[str, Any] = {"seed": config.seed, "transpose": False, "skip_damaged": skips(config)}
+    with Loader(store, chosen, sample=sample, modalities=names, **options) as loader, torch.no_grad():
+        for minibatch in islice(loader, -(-SHIFT_CELLS // chosen.minibatch)) if sums else ():
+            masks = modality_masks(minibatch, names)
+            for name, total in sums.items():
+                library = model.eval().encoder(name)(minibatch.counts[name], minibatch.sample, None).library
+                prior = model.library_prior(name)[0][minibatch.sample]
+                total[0] += float((library.mean[:, 0] - prior)[masks[name]].sum())
+                total[1] += float(masks[name].sum())
+    means = {name: torch.tensor(total / max(1.0, cells)) for name, (total, cells) in sums.items()}
+    return {f"decoders.{parameter_key(name)}.library_shift": mean for name, mean in means.items()}
 
 
 def _roll_back(

@@ -278,6 +278,10 @@ def extend(model: Liam, data: ModelData) -> tuple[Liam, dict[str, Tensor]]:
                 parameter.requires_grad_(False)
             else:
                 masks[name] = _grow(parameter, before)
+        known = dict(model.named_buffers())
+        for name, buffer in extended.named_buffers():
+            if buffer.shape == known[name].shape:  # those of samples follow from the data
+                buffer.copy_(known[name])
     return extended, masks
 
 

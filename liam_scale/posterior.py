@@ -167,11 +167,14 @@ def shares(
     continuous covariates (standardised, by column; none: their means).
 
     ATAC and other NM modalities: the probability of a peak among all peaks, exp(l_f) / sum exp(l), with the library
-    size at the mean of the sample.
+    size that the encoder infers in the mean of the sample's cells. (It is a third of their total on simulated cells:
+    at the total itself their deviance is 2.6 nats a count, at what is inferred 2.3, and 2.7 of the mean profile.)
     """
     decoder, inputs_BK = model.decoder(modality), model.decoder_inputs(z_BL, numbers)
     if isinstance(decoder, NegativeMultinomialDecoder):
         log_library_B = model.library_prior(modality)[0][sample_B]
+        if decoder.uses_library:
+            log_library_B = log_library_B + decoder.get_buffer("library_shift")
         return torch.softmax(decoder.logits(inputs_BK, log_library_B, sample_B), dim=1)
     return decoder.scale(inputs_BK, sample_B)
 

@@ -131,6 +131,8 @@ class NegativeMultinomialDecoder(Decoder):
 
     The weights of the library size are a parameter of their own (F,), whose part of the logits is never a product in
     reduced precision. A state_dict has them as the last column of `weight` (F, H + 1), as the original does.
+    `library_shift` () is what the encoder infers of the log library size beside the mean of its prior, over cells: the
+    sizes that the decoder learnt from. 0 until a training has ended, and of weights that do not have it.
     """
 
     def __init__(
@@ -141,6 +143,8 @@ class NegativeMultinomialDecoder(Decoder):
         self.likelihood: Likelihood = likelihood
         self.has_one_dispersion = num_dispersions == 0
         self.r_raw = draw.normal("r_raw", (num_dispersions or 1,))
+        if uses_library:
+            self.register_buffer("library_shift", torch.zeros(()))
 
     def _draw_output(self, num_features: int, num_hidden: int, draw: Draw) -> None:
         super()._draw_output(num_features, num_hidden + int(self.uses_library), draw)
@@ -161,6 +165,7 @@ class NegativeMultinomialDecoder(Decoder):
         weight = state_dict.get(f"{prefix}weight")
         if self.uses_library and weight is not None:
             state_dict[f"{prefix}weight"], state_dict[f"{prefix}{LIBRARY_WEIGHT}"] = split_library(weight)
+            state_dict.setdefault(f"{prefix}library_shift", torch.zeros(()))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def library(self, log_library_B: Tensor | None) -> Tensor | None:
