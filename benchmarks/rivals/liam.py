@@ -7,7 +7,15 @@ from typing import Any
 
 from contract import compete
 
-TRAINING = {"alpha": float, "lr": float, "minibatch": int, "n_latent": int, "kl_warmup": str, "weight_decay": float}
+TRAINING = {
+    "alpha": float,
+    "lr": float,
+    "minibatch": int,
+    "n_latent": int,
+    "kl_warmup": str,
+    "weight_decay": float,
+    "likelihood": str,
+}
 """Options of the training that may be given, beside those of all rivals."""
 
 
