@@ -36,7 +36,7 @@ from loaders.check import check_store as check
 from loaders.formats.root import addresses
 from loaders.ingest import append, ingest, merge
 from loaders.modalities import Declared, declared
-from loaders.options import LoaderConfig
+from loaders.options import LoaderConfig, checked
 from loaders.stores import choose, open_store, read_store
 
 __all__ = [
@@ -67,9 +67,9 @@ def load_run(path: str | Path, *, store: str | Path | Sequence[str | Path] | Non
     Raises
     ------
     ValueError
-        There is no run in it.
+        There is no run in it, or what is given is no path.
     """
-    run = Run(RunDirectory(Path(path)), () if store is None else tuple(addresses(store, "store")))
+    run = Run(RunDirectory(checked("path", path, Path)), () if store is None else tuple(addresses(store, "store")))
     run.directory.record()
     return run
 

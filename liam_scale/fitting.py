@@ -198,6 +198,7 @@ def _library_shifts(
     """What encoders infer of library sizes beside their priors, where a decoder reads them: the mean of some cells."""
     model = Liam(record.model, record.data)
     model.load_state_dict({name: values.cpu() for name, values in weights.items()})
+    model.eval()
     sums = {name: [0.0, 0.0] for name in model.modalities if hasattr(model.decoder(name), "library_shift")}
     chosen = replace(config.loader, streams=1, balance=None, resident="off")
     sample, names = sample_codes(store, config.batch_key, record.data.samples), model.modalities
@@ -206,7 +207,7 @@ def _library_shifts(
         for minibatch in islice(loader, -(-SHIFT_CELLS // chosen.minibatch)) if sums else ():
             masks = modality_masks(minibatch, names)
             for name, total in sums.items():
-                library = model.eval().encoder(name)(minibatch.counts[name], minibatch.sample, None).library
+                library = model.encoder(name)(minibatch.counts[name], minibatch.sample, None).library
                 prior = model.library_prior(name)[0][minibatch.sample]
                 total[0] += float((library.mean[:, 0] - prior)[masks[name]].sum())
                 total[1] += float(masks[name].sum())

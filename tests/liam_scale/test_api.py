@@ -160,3 +160,8 @@ def test_store_schema_run_and_minibatch_are_shown_in_a_few_lines(multiome: Path,
         f"    atac: {minibatch.num_cells} cells × 150 features, "
         f"{len(minibatch.counts['atac'].values):,} non-zeros, torch.float32 on cpu",
     ]
+
+
+def test_what_is_no_path_of_a_run_is_named() -> None:
+    with pytest.raises(ValueError, match="path: got 3; give a path in quotes"):
+        liam_scale.load_run(3)  # type: ignore[arg-type]
